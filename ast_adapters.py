@@ -1,0 +1,820 @@
+"""The Audio Spectrogram Transformer and every way to adapt it with few parameters, from scratch.
+
+Papers   AST: Gong, Chung, Glass, "AST: Audio Spectrogram Transformer", arXiv 2104.01778.
+         P1:  Cappellazzo et al., "Parameter-Efficient Transfer Learning of Audio Spectrogram
+              Transformers", arXiv 2312.03694; its follow-up on mixtures of adapters, 2402.00828.
+Reading  @READING@
+Axes     B batch, T frames, F mel bins, N tokens, D width, H heads, E embedding size, C classes,
+         r rank, f x t the grid of patches (rows of frequency x columns of time).
+
+A method is surgery on a plain AST: the Transformer block stays the textbook one and `adapt` wraps
+some of its sub-layers. To add a method write one unit (section 2 or 3) and one line in METHODS.
+
+    ast = AST("base")                                    # any log-mel of 128 bins, any length
+    print(load_pretrained(ast, "audioset_10_10_0.4593.pth"))
+    adapt(ast, "lora", rank=8, targets="qv")             # freezes, inserts, unfreezes
+    embedding = ast(torch.randn(4, 500, 128))            # (B, T, F) -> (B, E) = (4, 768)
+
+Differs from P1's published code (the numbers are those of the README's section 10):
+  D1 the position embedding is cropped or interpolated, never silently replaced by zeros;
+  D2 the first matrix of a bottleneck starts random, the last one zero (both were zero);
+  D3 the Conformer adapter has no LayerNorm: the published one computes it and drops the result;
+  D4 the Convpass convolution is used, and over the f x t grid; the published one drops its output;
+  D5 LoRA's `rank` is a rank and its scale alpha / rank; q and v have their own pair;
+  D6 a mixture's output is added once; Soft-MoA combines with a softmax over the slots;
+  D7 "before" means f(u + a(u)), "after" f(u) + a(f(u)), and parallel is neither;
+  D8 prompts stand beside CLS and DIST and replace nothing.
+Kept from P1: the Conformer adapter convolves over the flattened sequence, so it reaches from the
+end of one frequency row into the start of the next, and over CLS and DIST.
+
+Does not: pre-train on AudioSet, pad (data.py does), or combine two methods in one AST.
+"""
+
+import copy
+import hashlib
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# --------------------------------------------------------------------------------------------------
+# 1. The AST: a Vision Transformer over 16 x 16 patches of a log-mel spectrogram
+
+SIZES = {  # width D, depth, heads H, grid (f, t) on which the position embedding is kept
+    "nano": (64, 4, 2, (12, 9)),  # for laptops and tests: clips of about a second
+    "tiny": (192, 12, 3, (12, 101)),  # the others: AudioSet clips of 1024 frames
+    "small": (384, 12, 6, (12, 101)),
+    "base": (768, 12, 12, (12, 101)),
+}
+PATCH = 16
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (MHSA): (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        # Four Linears instead of one fused qkv: LoRA, IA3 and prefixes wrap them one by one.
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (
+            y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, N, D) -> (B, H, N, D/H)
+            for y in (self.q(x), self.k(x), self.v(x))
+        )  # with prefixes k and v are longer than q: nothing here minds
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
+        return self.o(x.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class MLP(nn.Module):
+    """The feed-forward network (FFN): (B, N, D) -> (B, N, D), four times wider inside."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.act = nn.GELU()  # exact: the tanh approximation would not match the checkpoints
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block. `adapt` wraps `attn` and `mlp`; this code never changes."""
+
+    def __init__(self, width, heads, eps):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width, eps=eps), Attention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=eps), MLP(width)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+class AST(nn.Module):
+    """Audio Spectrogram Transformer as an encoder: log-mel (B, T, F) -> embedding (B, E = D).
+
+    size       a key of SIZES
+    mels       F, the mel bins it expects (128 in every published checkpoint)
+    grid       (f, t) of the stored position embedding; None: the size's own
+    stride     distance between patches; 10 in the paper, checkpoints with 12, 14, 16 exist
+    pool       "mean" over all tokens (P1) or "cls", the mean of CLS and DIST (AST)
+    pos_embed  "crop": the checkpoint's positions, cropped or interpolated to each input;
+               "zero": what P1's code trained with, no positions at all (an experiment)
+    eps        of the LayerNorms; `load_pretrained` sets the one that belongs to the checkpoint
+    """
+
+    normalise = "audioset"  # data.py: (log-mel - mean) / (2 std), fixed mean and std
+
+    def __init__(
+        self, size="base", mels=128, grid=None, stride=10, pool="mean", pos_embed="crop", eps=1e-6
+    ):
+        super().__init__()
+        _known("AST size", size, SIZES)
+        _known("pool", pool, ("mean", "cls"))
+        _known("pos_embed", pos_embed, ("crop", "zero"))
+        width, depth, heads, own_grid = SIZES[size]
+        self.grid = tuple(grid or own_grid)
+        self.mels, self.embed_dim, self.stride, self.pool = mels, width, stride, pool
+        self.size, self.pos_embed_kind = size, pos_embed
+        self.adaptation = None  # set by `adapt`: method, options, fingerprint of the backbone
+
+        self.patch = nn.Conv2d(1, width, PATCH, stride)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, width))  # DeiT's second token
+        self.pos_embed = nn.Parameter(torch.zeros(1, 2 + self.grid[0] * self.grid[1], width))
+        self.blocks = nn.ModuleList(Block(width, heads, eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Vision Transformer's start: weights normal 0.02, biases zero. But positions normal 0.3:
+        0.02 drowns beside the patches, and a short training never learns the order of events."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for token, std in ((self.cls_token, 0.02), (self.dist_token, 0.02), (self.pos_embed, 0.3)):
+            nn.init.trunc_normal_(token, std=std)
+        if self.pos_embed_kind == "zero":
+            nn.init.zeros_(self.pos_embed)
+
+    @property
+    def rows(self):
+        """Rows of frequency in the grid of patches: fixed by the mel bins."""
+        return (self.mels - PATCH) // self.stride + 1
+
+    @property
+    def settings(self):
+        """Keyword arguments that build this AST again (for checkpoints)."""
+        names = ("size", "mels", "stride", "pool")
+        return {name: getattr(self, name) for name in names} | {
+            "grid": list(self.grid), "pos_embed": self.pos_embed_kind, "eps": self.norm.eps
+        }
+
+    def positions(self, f, t):
+        """Position embedding (1, 2 + f*t, D) for an f x t grid, as the original AST makes it.
+
+        Shorter than the stored grid: the middle is cropped out. Longer: bilinear interpolation.
+        """
+        if (f, t) == self.grid:
+            return self.pos_embed
+        (f0, t0), tokens = self.grid, self.pos_embed[:, :2]
+        grid = self.pos_embed[:, 2:].transpose(1, 2).unflatten(2, self.grid)  # (1, D, f0, t0)
+        if t <= t0:
+            start = t0 // 2 - t // 2
+            grid = grid[..., start : start + t]
+        if f <= f0:
+            start = f0 // 2 - f // 2
+            grid = grid[:, :, start : start + f]
+        if grid.shape[2:] != (f, t):
+            grid = F.interpolate(grid, size=(f, t), mode="bilinear", align_corners=False)
+        return torch.cat([tokens, grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def pooled(self, x):
+        """All but the last LayerNorm's scale and shift: (B, T, F) -> (B, D).
+
+        They commute with the mean over tokens, so `forward` applies them after it: one product
+        of (B, D) instead of (B, N, D), and `linear` can cache everything up to here.
+        """
+        if x.ndim != 3 or x.shape[2] != self.mels or x.shape[1] < PATCH:
+            raise ValueError(
+                f"AST expects (batch, at least {PATCH} frames, {self.mels} mel bins), "
+                f"got {tuple(x.shape)}"
+            )
+        x = self.patch(x.transpose(1, 2).unsqueeze(1))  # (B, T, F) -> (B, 1, F, T) -> (B, D, f, t)
+        f, t = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)  # (B, f*t, D), frequency-major: token = row * t + column
+        tokens = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token)]
+        x = torch.cat([*tokens, x], dim=1) + self.positions(f, t)  # (B, N = 2 + f*t, D)
+        for block in self.blocks:
+            x = block(x)
+        x = F.layer_norm(x, (self.embed_dim,), eps=self.norm.eps)  # (B, N, D)
+        return x.mean(1) if self.pool == "mean" else x[:, :2].mean(1)  # (B, D)
+
+    def forward(self, x):
+        return self.rescale(self.pooled(x))  # (B, E)
+
+    def rescale(self, pooled):
+        """The last LayerNorm's scale and shift: (B, D) -> (B, E). All that `linear` trains."""
+        return pooled * self.norm.weight + self.norm.bias
+
+
+class LinearHead(nn.Linear):
+    """The classifier: embedding (B, E) -> logits (B, C). One Linear, as in P1.
+
+    `labels` is unused; AAM-softmax, the head for speakers, needs it: one call serves both.
+    """
+
+    def forward(self, embedding, labels=None):
+        return super().forward(embedding)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Units: each is one idea in one small module; the added path is zero at the start
+
+# Zero start: in a product B A x one factor is zero (the last, so the output is exactly zero) and
+# the other random, so the zero one has a gradient at the first step and the rest from the second.
+
+
+def zero(layer):
+    """Set a layer's weight and bias to zero and return it."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class Bottleneck(nn.Module):
+    """Bottleneck adapter (Houlsby et al., 1902.00751): W_up GELU(W_down x + b) + b."""
+
+    def __init__(self, width, rank):
+        super().__init__()
+        self.down = nn.Linear(width, rank)
+        self.up = zero(nn.Linear(rank, width))
+
+    def forward(self, x):  # (B, N, D) -> (B, N, r) -> (B, N, D)
+        return self.up(F.gelu(self.down(x)))
+
+
+class Conformer(nn.Module):
+    """P1's Conformer adapter: the convolution module of a Conformer block, made narrow.
+
+    Pointwise D -> 2r, GLU, depthwise convolution over the sequence, BatchNorm, SiLU, pointwise
+    r -> D. It sees order in time by itself: neighbours in the sequence are neighbours in time.
+    """
+
+    def __init__(self, width, rank, kernel):
+        super().__init__()
+        self.down = nn.Linear(width, 2 * rank)
+        self.pad = ((kernel - 1) // 2, kernel // 2)  # an even kernel pads less on the left
+        self.depthwise = nn.Conv1d(rank, rank, kernel, groups=rank)
+        self.norm = nn.BatchNorm1d(rank)
+        self.up = zero(nn.Linear(rank, width))
+
+    def forward(self, x):
+        x = F.glu(self.down(x), dim=2).transpose(1, 2)  # (B, N, 2r) -> (B, N, r) -> (B, r, N)
+        x = F.silu(self.norm(self.depthwise(F.pad(x, self.pad))))  # (B, r, N)
+        return self.up(x.transpose(1, 2))  # (B, N, D)
+
+
+class Convpass(nn.Module):
+    """Convpass (Jie and Deng, 2207.07039): 1x1, 3x3 over the f x t grid, 1x1, QuickGELU between."""
+
+    def __init__(self, width, rank, rows):
+        super().__init__()
+        self.rows = rows
+        self.down = nn.Linear(width, rank)
+        self.conv = nn.Conv2d(rank, rank, 3, padding=1)
+        self.up = zero(nn.Linear(rank, width))
+
+    def forward(self, x):
+        x = quick_gelu(self.down(x)).transpose(1, 2)  # (B, N, D) -> (B, r, N)
+        tokens, grid = x[..., :2], x[..., 2:].unflatten(2, (self.rows, -1))  # (B, r, 2), (B,r,f,t)
+        # CLS and DIST have no neighbours: each is a 1 x 1 picture, which meets the middle tap only.
+        tokens = F.conv1d(tokens, self.conv.weight[:, :, 1, 1:2], self.conv.bias)
+        x = torch.cat([tokens, self.conv(grid).flatten(2)], dim=2)  # (B, r, N)
+        return self.up(quick_gelu(x).transpose(1, 2))  # (B, N, D)
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+class DenseMoA(nn.Module):
+    """Dense mixture of adapters (2402.00828): sum_i softmax(router x)_i A_i(x), token by token."""
+
+    def __init__(self, width, rank, experts):
+        super().__init__()
+        self.router = nn.Linear(width, experts)
+        self.experts = nn.ModuleList(Bottleneck(width, rank) for _ in range(experts))
+
+    def forward(self, x):
+        share = self.router(x).softmax(dim=2)  # (B, N, experts)
+        return sum(share[..., i, None] * expert(x) for i, expert in enumerate(self.experts))
+
+
+class SoftMoA(nn.Module):
+    """Soft mixture of adapters (2402.00828; Soft MoE, 2308.00951).
+
+    Each expert reads `slots` mixtures of all tokens (dispatch: softmax over tokens) and each token
+    takes a mixture of all the slots' outputs (combine: softmax over slots).
+    """
+
+    def __init__(self, width, rank, experts, slots):
+        super().__init__()
+        self.phi = nn.Parameter(torch.randn(width, experts * slots) * width**-0.5)
+        self.experts = nn.ModuleList(Bottleneck(width, rank) for _ in range(experts))
+
+    def forward(self, x):
+        logits = x @ self.phi  # (B, N, experts * slots)
+        slots = logits.softmax(dim=1).transpose(1, 2) @ x  # (B, experts * slots, D)
+        parts = slots.chunk(len(self.experts), dim=1)  # experts x (B, slots, D)
+        slots = torch.cat([expert(part) for expert, part in zip(self.experts, parts)], dim=1)
+        return logits.softmax(dim=2) @ slots  # (B, N, D)
+
+
+class LoRA(nn.Module):
+    """Low-rank update of a Linear (Hu et al., 2106.09685): W x + b + (alpha / r) B A x."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear, alpha / rank
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features))  # (r, D)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))  # (D, r), zero at the start
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
+
+    def folded(self):
+        """The weight (D, D) of a plain Linear that does the same."""
+        return self.linear.weight + self.scale * self.B @ self.A
+
+
+class DoRA(LoRA):
+    """LoRA on the direction of each row of W, and a magnitude m of its own (Liu, 2402.09353)."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__(linear, rank, alpha)
+        self.m = nn.Parameter(linear.weight.detach().norm(dim=1, keepdim=True))  # (D, 1)
+
+    def forward(self, x):
+        return F.linear(x, self.folded(), self.linear.bias)
+
+    def folded(self):
+        weight = super().folded()
+        # The norm counts as a constant (section 4.3 of the paper): less memory, same accuracy.
+        return self.m / weight.detach().norm(dim=1, keepdim=True) * weight
+
+
+class ScaleShift(nn.Module):
+    """y -> s y + b behind a layer: SSF (Lian et al., 2210.08823); without the shift, IA3
+    (Liu et al., 2205.05638). s = 1 and b = 0 at the start."""
+
+    def __init__(self, layer, width, shift=True):
+        super().__init__()
+        self.layer = layer
+        self.scale = nn.Parameter(torch.ones(width))
+        self.shift = nn.Parameter(torch.zeros(width)) if shift else None
+
+    def forward(self, x):
+        y = self.layer(x) * self.scale
+        return y if self.shift is None else y + self.shift
+
+
+class Prefixed(nn.Module):
+    """p vectors in front of the keys (or values) a Linear makes (Li and Liang, 2101.00190)."""
+
+    def __init__(self, linear, tokens):
+        super().__init__()
+        self.linear = linear
+        self.prefix = nn.Parameter(torch.randn(1, tokens, linear.out_features) * 0.02)
+
+    def forward(self, x):  # (B, N, D) -> (B, p + N, D)
+        return torch.cat([self.prefix.expand(len(x), -1, -1), self.linear(x)], dim=1)
+
+
+class Prompted(nn.Module):
+    """A block that reads p learned tokens behind CLS and DIST (VPT, Jia et al., 2203.12119).
+
+    `replace`: the tokens there are the previous block's prompts and give way (deep prompts).
+    """
+
+    def __init__(self, block, tokens, width, replace):
+        super().__init__()
+        self.block, self.skip = block, tokens if replace else 0
+        self.prompts = nn.Parameter(torch.empty(1, tokens, width))
+        bound = (6 / (PATCH * PATCH + width)) ** 0.5  # as for a patch embedding (VPT, appendix)
+        nn.init.uniform_(self.prompts, -bound, bound)
+
+    def forward(self, x):  # (B, N, D) -> (B, N + p, D)
+        prompts = self.prompts.expand(len(x), -1, -1)
+        return self.block(torch.cat([x[:, :2], prompts, x[:, 2 + self.skip :]], dim=1))
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Insertion: where the units go, and which of the AST's own LayerNorms train with them
+
+
+class Parallel(nn.Module):
+    """f(u) + a(u): the adapter reads what its sub-layer reads."""
+
+    def __init__(self, layer, adapter):
+        super().__init__()
+        self.layer, self.adapter = layer, adapter
+
+    def forward(self, u):
+        return self.layer(u) + self.adapter(u)
+
+
+class Sequential(nn.Module):
+    """`at` after: f(u) + a(f(u)); before: f(u + a(u)). Without `residual` a(f(u)) and f(a(u)),
+    which P1 ablates too: then the zero start silences the sub-layer, and that is not the frozen
+    model any more."""
+
+    def __init__(self, layer, adapter, at, residual):
+        super().__init__()
+        self.layer, self.adapter, self.at, self.residual = layer, adapter, at, residual
+
+    def bend(self, x):
+        return x + self.adapter(x) if self.residual else self.adapter(x)
+
+    def forward(self, u):
+        return self.layer(self.bend(u)) if self.at == "before" else self.bend(self.layer(u))
+
+
+# One unit a block is Pfeiffer's placement, one beside each sub-layer is Houlsby's.
+SITES = {
+    "ffn": [("mlp", "norm2")],
+    "mhsa": [("attn", "norm1")],
+    "both": [("attn", "norm1"), ("mlp", "norm2")],
+}
+
+
+def place(unit, ast, where, form, at, residual, **options):
+    """A unit beside the FFN, the MHSA or both of every block; that sub-layer's LayerNorm trains."""
+    for block in ast.blocks:
+        for site, norm in SITES[where]:
+            layer, adapter = getattr(block, site), unit(ast.embed_dim, **options)
+            if form == "parallel":
+                setattr(block, site, Parallel(layer, adapter))
+            else:
+                setattr(block, site, Sequential(layer, adapter, at, residual))
+            getattr(block, norm).requires_grad_(True)
+
+
+def convpass(ast, **options):
+    place(partial(Convpass, rows=ast.rows), ast, **options)
+
+
+def low_rank(unit, ast, targets, rank, alpha):
+    """LoRA or DoRA on some of the attention's four Linears; alpha defaults to rank (scale 1)."""
+    for block in ast.blocks:
+        for name in targets:
+            linear = getattr(block.attn, name)
+            setattr(block.attn, name, unit(linear, rank, rank if alpha is None else alpha))
+
+
+def scale_shift(ast):
+    """SSF behind every Linear and LayerNorm of the blocks (the last LayerNorm trains anyway)."""
+    for block in ast.blocks:
+        for parent, names in ((block.attn, "q k v o"), (block.mlp, "fc1 fc2"), (block, "norm1 norm2")):
+            for name in names.split():
+                layer = getattr(parent, name)
+                setattr(parent, name, ScaleShift(layer, len(layer.bias)))
+
+
+def ia3(ast):
+    """IA3: scales on keys, values and the FFN's hidden layer."""
+    for block in ast.blocks:
+        block.attn.k = ScaleShift(block.attn.k, ast.embed_dim, shift=False)
+        block.attn.v = ScaleShift(block.attn.v, ast.embed_dim, shift=False)
+        block.mlp.act = ScaleShift(block.mlp.act, 4 * ast.embed_dim, shift=False)
+
+
+def prefix(ast, tokens):
+    """Half of the tokens go to the keys, half to the values, in every block."""
+    for block in ast.blocks:
+        block.attn.k = Prefixed(block.attn.k, tokens // 2)
+        block.attn.v = Prefixed(block.attn.v, tokens // 2)
+
+
+def prompts(ast, tokens, deep):
+    """Shallow: p tokens join before the first block. Deep: each further block gets its own."""
+    for i in range(len(ast.blocks) if deep else 1):
+        ast.blocks[i] = Prompted(ast.blocks[i], tokens, ast.embed_dim, replace=i > 0)
+
+
+def everything(ast):
+    ast.requires_grad_(True)
+
+
+def nothing(ast):
+    """Linear probing: the last LayerNorm, which every method trains, is all."""
+
+
+def biases(ast):
+    """BitFit (Zaken et al., 2106.10199): biases of Linear and LayerNorm, not of the patches."""
+    ast.norm.weight.requires_grad_(False)
+    for module in ast.modules():
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            module.bias.requires_grad_(True)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. adapt: one line a method; freezes, inserts, unfreezes, counts
+
+_PLACE = dict(where="ffn", form="parallel", at="after", residual=True)
+METHODS = {  # name: (insertion, its options with the defaults of P1's Table 1)
+    "full": (everything, {}),
+    "linear": (nothing, {}),
+    "bitfit": (biases, {}),
+    "prompt-shallow": (partial(prompts, deep=False), dict(tokens=300)),
+    "prompt-deep": (partial(prompts, deep=True), dict(tokens=25)),
+    "prefix": (prefix, dict(tokens=24)),
+    "lora": (partial(low_rank, LoRA), dict(rank=6, alpha=None, targets="qv")),
+    "adapter": (partial(place, Bottleneck), dict(rank=12, **_PLACE)),
+    "conformer": (partial(place, Conformer), dict(rank=8, kernel=31, **_PLACE)),
+    "convpass": (convpass, dict(rank=8, **_PLACE)),
+    "dense-moa": (partial(place, DenseMoA), dict(rank=6, experts=7, **_PLACE)),
+    "soft-moa": (partial(place, SoftMoA), dict(rank=6, experts=7, slots=1, **_PLACE)),
+    "dora": (partial(low_rank, DoRA), dict(rank=6, alpha=None, targets="qv")),  # beyond P1
+    "ssf": (scale_shift, {}),
+    "ia3": (ia3, {}),
+}
+
+
+def adapt(ast, method, **options):
+    """Turn a plain AST, in place, into one that trains only what `method` trains; returns it.
+
+    Options are those of METHODS[method]: `rank` (a true rank), `where` (ffn, mhsa, both), `form`
+    (parallel, sequential), `at` (before, after) and `residual` (both for sequential only),
+    `kernel`, `tokens` (for prefix the total of keys and values), `alpha`, `targets`, `experts`,
+    `slots`. Besides what it inserts every method trains the last LayerNorm (BitFit: its bias).
+    Raises ValueError with a sentence for an unknown method or a bad option.
+    """
+    insert, defaults = METHODS[_known("method", method, METHODS)]
+    options = check_options(ast, method, options)
+    if ast.adaptation:
+        raise ValueError(f"this AST carries {ast.adaptation['method']!r} already: adapt a plain one")
+    ast.adaptation = dict(method=method, options=options, backbone=fingerprint(ast))
+    ast.requires_grad_(False)
+    ast.norm.requires_grad_(True)
+    insert(ast, **defaults | options)
+    trainable, frozen, total = count(ast)
+    assert trainable + frozen == total, f"{trainable} + {frozen} != {total} parameters"
+    return ast
+
+
+def check_options(ast, method, options):
+    """Raise a sentence for what does not fit `method` or this AST; returns the options."""
+    defaults = METHODS[method][1]
+    for name in options:
+        _known(f"option of {method!r}", name, defaults, hint="it has none")
+    for name, known in (("where", SITES), ("form", ("parallel", "sequential")),
+                        ("at", ("before", "after")), ("residual", (True, False))):
+        if name in options:
+            _known(name, options[name], known)
+    value = defaults | options
+    width, tokens = ast.embed_dim, 2 + ast.grid[0] * ast.grid[1]
+    if value.get("form") == "parallel" and {"at", "residual"} & set(options):
+        raise ValueError("`at` and `residual` are for form='sequential': a parallel adapter reads "
+                         "what its sub-layer reads and is added to what it gives")
+    for name in ("rank", "kernel", "tokens", "experts", "slots"):
+        if name in value and value[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {value[name]}")
+    if value.get("rank", 0) > width:
+        raise ValueError(f"rank {value['rank']} is over the width {width} of AST-{ast.size}")
+    if value.get("kernel", 0) > tokens:
+        raise ValueError(f"kernel {value['kernel']} is over the {tokens} tokens of AST-{ast.size}")
+    if method == "prefix" and value["tokens"] % 2:
+        raise ValueError(f"prefix splits its tokens in half, keys and values: {value['tokens']} is odd")
+    targets = value.get("targets", "q")
+    if not targets or set(targets) - set("qkvo") or len(set(targets)) < len(targets):
+        raise ValueError(f"targets {targets!r}: name some of q, k, v, o, each once, such as 'qv'")
+    return options
+
+
+def count(module):
+    """(trainable, frozen, all) parameters of a module; each from its own list."""
+    everything = list(module.parameters())
+    trainable = sum(p.numel() for p in everything if p.requires_grad)
+    frozen = sum(p.numel() for p in everything if not p.requires_grad)
+    return trainable, frozen, sum(p.numel() for p in everything)
+
+
+def _known(what, name, known, hint=""):
+    """`name` if it is among `known`, else a sentence that lists the valid ones."""
+    if name not in known:
+        names = ", ".join(str(k) for k in known) or hint
+        raise ValueError(f"unknown {what} {name!r}: choose from {names}")
+    return name
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Pretrained weights: three layouts of the same AST, told apart by their keys
+
+# Source: README of github.com/YuanGongND/ast. Stride 16 needs less than half the tokens.
+AUDIOSET = {
+    "audioset": "https://www.dropbox.com/s/ca0b1v2nlxzyeb4/audioset_10_10_0.4593.pth?dl=1",
+    "audioset-16": "https://www.dropbox.com/s/mdsa4t1xmcimia6/audioset_16_16_0.4422.pth?dl=1",
+}
+LAYOUTS = {  # name: (a key that only it has, eps of its LayerNorms)
+    "original": ("blocks.0.attn.qkv.weight", 1e-6),  # timm's
+    "Hugging Face": ("encoder.layer.0.attention.attention.query.weight", 1e-12),
+    "Hugging Face v5": ("layers.0.attention.q_proj.weight", 1e-12),
+    "ours": ("blocks.0.attn.q.weight", 1e-6),
+}
+RENAME = [  # (their key, ours), applied in this order
+    (r"^(module\.)?(v\.)?", ""),
+    (r"^audio_spectrogram_transformer\.", ""),
+    (r"^embeddings\.patch_embeddings\.projection|^patch_embed\.proj", "patch"),
+    (r"^embeddings\.distillation_token", "dist_token"),
+    (r"^embeddings\.position_embeddings", "pos_embed"),
+    (r"^embeddings\.", ""),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"^layernorm\.", "norm."),
+    (r"attention\.attention\.(q)uery|attention\.attention\.(k)ey|attention\.attention\.(v)alue",
+     r"attn.\1\2\3"),
+    (r"attention\.([qkvo])_proj", r"attn.\1"),
+    (r"attention\.output\.dense|attn\.proj", "attn.o"),
+    (r"intermediate\.dense", "mlp.fc1"),
+    (r"output\.dense", "mlp.fc2"),
+]
+HEADS = r"^(mlp_head|head|head_dist|classifier)\."  # AudioSet's and ImageNet's: not ours
+
+
+def load_pretrained(ast, path):
+    """Load a checkpoint of the same size into a plain AST and return a sentence about it.
+
+    Takes the original `.pth`, Hugging Face's `.bin` or `.safetensors` (old and new key names), a
+    DeiT from ImageNet and our own files. Sets stride and grid from the position embedding and
+    LayerNorm's eps from the layout: with near-zero tokens the wrong eps moves outputs by 1e-2.
+    Raises ValueError with the missing and unexpected keys, or both shapes where they disagree.
+    """
+    state = read_weights(path)
+    own = state.pop("settings", {})
+    state, layout = to_our_names(state, path)
+    infer_grid(ast, state, own, path)
+    if ast.pos_embed_kind == "zero":
+        state["pos_embed"] = torch.zeros_like(state["pos_embed"])
+    ours = ast.state_dict()
+    missing, unexpected = sorted(ours.keys() - state), sorted(state.keys() - ours)
+    if missing or unexpected:
+        raise ValueError(f"{path} is not an AST-{ast.size}: missing {missing}, unexpected {unexpected}")
+    for key, value in state.items():
+        if value.shape != ours[key].shape:
+            raise ValueError(f"{path} is not an AST-{ast.size}: {key} is {tuple(value.shape)} "
+                             f"there and {tuple(ours[key].shape)} here")
+    ast.load_state_dict(state)
+    for module in ast.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = own.get("eps", LAYOUTS[layout][1])
+    return (f"{Path(path).name}: {layout} layout, {len(state)} tensors, positions "
+            f"{ast.grid[0]} x {ast.grid[1]}, stride {ast.stride}, eps {ast.norm.eps:g}")
+
+
+def to_our_names(state, path):
+    """Any layout's {key: tensor} -> (the same under our names, without heads; the layout)."""
+    state = {re.sub(r"^(module\.)?(v\.)?|^audio_spectrogram_transformer\.", "", key): value
+             for key, value in state.items()}
+    layout = next((name for name, (key, _) in LAYOUTS.items() if key in state), None)
+    if layout is None:
+        raise ValueError(f"{path} holds no AST: none of its {len(state)} keys is one of "
+                         + ", ".join(key for key, _ in LAYOUTS.values()))
+    renamed = {}
+    for key, value in state.items():
+        if re.match(HEADS, key):
+            continue
+        for pattern, ours in RENAME:
+            key = re.sub(pattern, ours, key)
+        if ".qkv." in key:  # one matrix with the rows of q, then k, then v
+            for name, part in zip("qkv", value.chunk(3)):
+                renamed[key.replace("qkv", name)] = part
+        else:
+            renamed[key] = value
+    return renamed, layout
+
+
+def infer_grid(ast, state, own, path):
+    """Give `ast` the checkpoint's stride and position grid; sum an RGB patch embedding to grey."""
+    patches = state["pos_embed"].shape[1] - 2
+    if "grid" in own:
+        ast.grid, ast.stride = tuple(own["grid"]), own["stride"]
+    elif patches != ast.grid[0] * ast.grid[1]:  # AudioSet, 1024 frames, other strides
+        grids = {s: ((ast.mels - PATCH) // s + 1, (1024 - PATCH) // s + 1) for s in range(16, 7, -1)}
+        fits = [(s, grid) for s, grid in grids.items() if grid[0] * grid[1] == patches]
+        side = int(patches**0.5)
+        if not fits and side * side != patches:
+            raise ValueError(f"{path}: no known grid has its {patches} patch positions")
+        ast.stride, ast.grid = fits[0] if fits else (ast.stride, (side, side))  # else ImageNet's
+    ast.patch.stride = (ast.stride, ast.stride)
+    shape = (1, 2 + ast.grid[0] * ast.grid[1], ast.embed_dim)
+    ast.pos_embed = nn.Parameter(ast.pos_embed.new_zeros(shape))
+    if state["patch.weight"].shape[1] == 3:
+        state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)
+
+
+def read_weights(path):
+    """{key: tensor} of a `.safetensors` file or a torch file, without running code from it."""
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path}")
+    if str(path).endswith(".safetensors"):
+        return read_safetensors(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and unicode errors, by what the file holds
+        raise ValueError(f"{path} is no checkpoint that loads safely (weights_only=True): it is "
+                         "damaged, or holds Python code, which is never run") from error
+    for name in ("encoder", "model", "state_dict"):  # our own files; DeiT's
+        if isinstance(state.get(name), dict):
+            state = state[name] | ({"settings": state["settings"]} if "settings" in state else {})
+    return state
+
+
+def read_safetensors(path):
+    """The format: 8 bytes of header length, a JSON header, then the tensors' raw bytes."""
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+    data = Path(path).read_bytes()
+    try:
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        state = {}
+        for key, entry in header.items():
+            first, last = (start + offset for offset in entry["data_offsets"])
+            raw = torch.frombuffer(bytearray(data[first:last]), dtype=kinds[entry["dtype"]])
+            state[key] = raw.reshape(entry["shape"]).float()
+        return state
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error!r}") from error
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Adapter files: only what was trained, for one backbone
+
+
+def fingerprint(ast):
+    """A short hash of a plain AST's weights: an adapter fits the backbone it was trained on."""
+    digest = hashlib.sha256()
+    for name, value in sorted(ast.state_dict().items()):
+        digest.update(name.encode())
+        if not value.is_meta:
+            digest.update(value.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def adapter_state(ast):
+    """Method, options, backbone's fingerprint and what was trained, BatchNorm's buffers included.
+
+    A dict of plain values and tensors: kilobytes, and torch.load(weights_only=True) reads it.
+    """
+    if not ast.adaptation:
+        raise ValueError("this AST is plain: adapt it first, or save its state_dict")
+    trained = {name for name, p in ast.named_parameters() if p.requires_grad}
+    trained |= {name for name, _ in ast.named_buffers()}
+    weights = {name: v.detach().cpu().clone() for name, v in ast.state_dict().items() if name in trained}
+    return dict(ast.adaptation, weights=weights)
+
+
+def load_adapter(ast, state):
+    """A new AST that carries the adapter `state`; the plain `ast` stays as it is.
+
+    The two share every frozen weight, so ten adapters on one backbone cost ten times kilobytes.
+    Refuses a backbone other than the one the adapter was trained on.
+    """
+    if ast.adaptation:
+        raise ValueError(f"load onto a plain AST: this one carries {ast.adaptation['method']!r}")
+    if state["method"] != "full" and state["backbone"] != fingerprint(ast):
+        raise ValueError(f"this adapter was trained on backbone {state['backbone']}, not on "
+                         f"{fingerprint(ast)}: load the checkpoint it started from")
+    shared = {id(p): p for name, p in ast.named_parameters() if name not in state["weights"]}
+    twin = adapt(copy.deepcopy(ast, shared), state["method"], **state["options"])
+    missing = {name for name, p in twin.named_parameters() if p.requires_grad} - state["weights"].keys()
+    unexpected = twin.load_state_dict(state["weights"], strict=False).unexpected_keys
+    if missing or unexpected:
+        raise ValueError(f"damaged adapter: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+    return twin
+
+
+def merge(ast):
+    """Fold LoRA or DoRA into the weights, in place: a plain AST with the same outputs, no slower."""
+    if not ast.adaptation or ast.adaptation["method"] not in ("lora", "dora"):
+        raise ValueError("merge folds lora and dora; other methods have no plain AST that equals them")
+    for block in ast.blocks:
+        for name in ast.adaptation["options"].get("targets", METHODS["lora"][1]["targets"]):
+            unit = getattr(block.attn, name)
+            unit.linear.weight.data = unit.folded().detach()
+            setattr(block.attn, name, unit.linear)
+    ast.adaptation = None
+    return ast
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Demo: `python ast_adapters.py` prints every method's trainable parameters on AST-base
+
+
+def main():
+    with torch.device("meta"):  # shapes without memory: counting needs no weights
+        total = count(AST("base"))[2]
+        print(f"AST-base: {total:,} parameters; (B, T, F) = (2, 500, 128) -> "
+              f"{tuple(AST('base')(torch.empty(2, 500, 128)).shape)}\n")
+        print(f"{'method':15s} {'trainable':>11s} {'share':>7s}   options (defaults)")
+        for method, (_, options) in METHODS.items():
+            trainable = count(adapt(AST("base"), method))[0]
+            shown = " ".join(f"{k}={v}" for k, v in options.items() if k not in ("at", "residual"))
+            print(f"{method:15s} {trainable:11,} {trainable / total:7.2%}   {shown}")
+    print("\nTrainable: without the head (769 C), with the last LayerNorm (1,536).")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,651 @@
+"""Speaker verification made lightweight: three hosts and one plug-and-play module.
+
+An encoder maps log-mel features (B, T, F) to a speaker embedding (B, E); two utterances
+are compared by the cosine of their embeddings. Each host here can be lightened: its
+features are split into S subsets of channels, each subset is updated with what the other
+subsets know, and the updated subsets go independently through the next block, which is
+then 1/S as wide and about 1/S as costly. At S = 1 the host is the plain published one.
+
+Paper: "Lightweight Speaker Verification Using Transformation Module with Feature
+Partition and Fusion", arXiv 2312.03324.
+
+Reading order
+  1. lightening      line @1   fusion, and the wrapper that makes any block S narrow ones
+  2. pooling         line @2   frames to one vector
+  3. ResNet34        line @3   2-D convolutions over frequency and time
+  4. ECAPA-TDNN      line @4   1-D convolutions over time, many scales in one block
+  5. AMCRN           line @5   multi-scale convolutions, then an LSTM
+  6. training head   line @6   AAM-softmax
+  7. scoring         line @7   EER, minDCF, thresholds, adaptive s-norm
+  8. cost            line @8   parameters, multiply-accumulates, latency
+  9. demo            line @9   the table that `python lightweight_sv.py` prints
+
+Axis letters: B batch, T frames, F mel bins, D width (channels), E embedding size,
+C speakers, S subsets, N positions of a map (T in a 1-D host, F x T in a 2-D one).
+
+Reconstruction: the paper's equations are not public to us; its abstract is. It names the
+steps above, the hosts, and six operations: convolution, pooling, mean, concatenation,
+normalisation, element-wise summation. `TransformationModule` is ours, made of these six
+and a softmax; the sizes of AMCRN are ours too. Choices were made by measuring on real
+speech, see the README.
+
+Does not: read audio or make features (data.py), train (train.py), load anybody's weights,
+score by PLDA.
+"""
+
+import copy
+import statistics
+import time
+from functools import partial
+from math import cos, gcd, pi, sin
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# 1. Lightening: fuse S subsets of the channels, then run S narrow blocks on them.
+#
+# Channels are ordered by subset: the first D/S channels are subset 1, and so on. Every
+# block below takes `groups`: a block of S groups *is* S narrow blocks side by side, each
+# with its own weights, because a grouped convolution keeps the groups apart and everything
+# else in a block works channel by channel. That is faster than a Python loop over S small
+# blocks, whose convolutions are too short to be worth their calls.
+
+
+class TransformationModule(nn.Module):
+    """Updates every subset with what the subsets have in common:
+
+        m = mean over subsets of a_s x_s        y_s = x_s + gamma_s norm(conv(m))
+
+    The weights a come from all subsets at once: their means over positions (pooling) are
+    concatenated and mapped to one number a subset. Mixing first and convolving then costs
+    1/S of a convolution for each subset. gamma is zero at the start, so the module begins
+    as the identity; gamma has a gradient at once, the rest from the second step on.
+    """
+
+    def __init__(self, channels, subsets):
+        super().__init__()
+        self.subsets, narrow = subsets, channels // subsets
+        self.gate = nn.Linear(channels, subsets)
+        self.conv = nn.Conv1d(narrow, narrow, 1, bias=False)
+        self.norm = nn.BatchNorm1d(narrow, affine=False)
+        self.gamma = nn.Parameter(torch.zeros(subsets, narrow, 1))
+
+    def forward(self, x):
+        parts = x.flatten(2).unflatten(1, (self.subsets, -1))       # (B, S, D/S, N)
+        pooled = parts.mean(dim=-1).flatten(1)                      # (B, D)
+        weights = self.gate(pooled).softmax(dim=-1)                 # (B, S), sum 1: a mean
+        mixed = torch.einsum("bs,bsdn->bdn", weights, parts)        # (B, D/S, N)
+        fused = self.norm(self.conv(mixed)).unsqueeze(1)            # (B, 1, D/S, N)
+        return torch.addcmul(parts, self.gamma, fused).reshape(x.shape)  # (B, D, ...)
+
+
+class PlainMean(nn.Module):
+    """The simplest fusion, kept for comparison: y_s = x_s + mean over subsets of x."""
+
+    def __init__(self, channels, subsets):
+        super().__init__()
+        self.subsets = subsets
+
+    def forward(self, x):
+        parts = x.unflatten(1, (self.subsets, -1))                  # (B, S, D/S, ...)
+        return (parts + parts.mean(dim=1, keepdim=True)).flatten(1, 2)
+
+
+class NoFusion(nn.Identity):
+    """The other comparison: the subsets never hear of each other before the pooling."""
+
+
+FUSIONS = {"module": TransformationModule, "mean": PlainMean, "none": NoFusion}
+
+
+class Lightened(nn.Module):
+    """Any block, lightened: fusion in front, then S narrow copies of the block.
+
+    With own weights the copies are the groups of one block. With `share` there is a single
+    narrow block and the subsets go through it as if they were S times as many utterances.
+    """
+
+    def __init__(self, block, d_in, d_out, subsets, share, fusion, **options):
+        super().__init__()
+        self.fuse = FUSIONS[fusion](d_in, subsets)
+        self.fold = fold = subsets if share else 1
+        self.block = block(d_in // fold, d_out // fold, groups=subsets // fold, **options)
+
+    def forward(self, x):
+        x = self.fuse(x)                                            # (B, D, ...)
+        x = x.unflatten(1, (self.fold, -1)).flatten(0, 1)           # (B*S, D/S, ...) if shared
+        x = self.block(x)
+        return x.unflatten(0, (-1, self.fold)).flatten(1, 2)        # (B, D, ...)
+
+
+def lighten(block, d_in, d_out, subsets=1, share=False, fusion="module", **options):
+    """The block a host asks for: plain when subsets is 1, else lightened."""
+    if subsets == 1:
+        return block(d_in, d_out, **options)
+    return Lightened(block, d_in, d_out, subsets, share, fusion, **options)
+
+
+def join(maps, subsets):
+    """Concatenates maps subset by subset, so that subset s stays together.
+
+    >>> join([torch.tensor([[1, 2]]), torch.tensor([[3, 4]])], subsets=2).tolist()
+    [[1, 3, 2, 4]]
+    """
+    parts = [x.unflatten(1, (subsets, -1)) for x in maps]           # each (B, S, D/S, ...)
+    return torch.cat(parts, dim=2).flatten(1, 2)                    # (B, sum of D, ...)
+
+
+def check_subsets(subsets, **sizes):
+    """Refuses a number of subsets that does not divide every size, and says which would."""
+    common = gcd(*sizes.values())
+    if subsets < 1 or common % subsets:
+        fit = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        named = " and ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"subsets={subsets} does not divide {named}; these would: {fit}")
+
+
+def as_channels(x, mels):
+    """(B, T, F) -> (B, F, T), the layout of torch's convolutions, after a check of F."""
+    if x.dim() != 3 or x.shape[2] != mels:
+        raise ValueError(f"expected features (batch, frames, {mels} mel bins), "
+                         f"got {tuple(x.shape)}")
+    return x.transpose(1, 2)                                        # (B, F, T)
+
+
+# -----------------------------------------------------------------------------
+# 2. Pooling: statistics over time turn any number of frames into one vector.
+
+
+def mean_and_std(x, weights=None):
+    """Mean and deviation over time, side by side; `weights` (none: equal) sum to one.
+
+    In float32 also under autocast: a difference of squares has no bits to spare.
+    """
+    x = x.float()
+    weighted = x / x.shape[-1] if weights is None else x * weights.float()  # (B, D, T)
+    mean, square = weighted.sum(dim=-1), (weighted * x).sum(dim=-1)         # (B, D) each
+    # the clamp keeps the root's gradient finite where a channel is constant
+    return torch.cat([mean, (square - mean * mean).clamp(min=1e-7).sqrt()], dim=1)  # (B, 2*D)
+
+
+class AttentivePooling(nn.Module):
+    """Attentive statistics pooling: each channel weighs the frames in its own way.
+
+    The scorer sees a frame beside the mean and deviation of the whole utterance (the global
+    context), so that a frame can be judged by how unusual it is.
+    """
+
+    def __init__(self, channels, bottleneck=128):
+        super().__init__()
+        self.down = nn.Conv1d(3 * channels, bottleneck, 1)
+        # no bias: the same number added to all frames cancels in the softmax over them
+        self.up = nn.Conv1d(bottleneck, channels, 1, bias=False)
+
+    def forward(self, x):
+        context = mean_and_std(x).to(x.dtype)                       # (B, 2*D)
+        context = context.unsqueeze(-1).expand(-1, -1, x.shape[-1])         # (B, 2*D, T)
+        scores = self.up(torch.tanh(self.down(torch.cat([x, context], dim=1))))
+        return mean_and_std(x, scores.softmax(dim=-1))              # (B, D, T) -> (B, 2*D)
+
+
+# -----------------------------------------------------------------------------
+# 3. ResNet34: the picture network, reading the spectrogram as a picture.
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; the first may halve the map."""
+
+    def __init__(self, d_in, d_out, groups=1, stride=1):
+        super().__init__()
+        conv = partial(nn.Conv2d, bias=False, groups=groups)
+        self.conv1, self.norm1 = conv(d_in, d_out, 3, stride, padding=1), nn.BatchNorm2d(d_out)
+        self.conv2, self.norm2 = conv(d_out, d_out, 3, padding=1), nn.BatchNorm2d(d_out)
+        self.shortcut = nn.Identity()
+        if stride != 1 or d_in != d_out:
+            self.shortcut = nn.Sequential(conv(d_in, d_out, 1, stride), nn.BatchNorm2d(d_out))
+
+    def forward(self, x):
+        y = self.norm1(self.conv1(x)).relu_()                       # (B, D, F, T), maybe halved
+        return (self.norm2(self.conv2(y)) + self.shortcut(x)).relu_()
+
+
+class ResNet34(nn.Module):
+    """3, 4, 6 and 3 basic blocks of 1, 2, 4 and 8 times the width.
+
+    Lightened, every block is split by channel. The stem stays whole (its input is a single
+    channel), and so do the pooling and the last linear layer.
+
+    >>> ResNet34(subsets=4)(torch.randn(2, 200, 80)).shape
+    torch.Size([2, 256])
+    """
+
+    normalise = "utterance"
+
+    def __init__(self, mels=80, width=32, embed_dim=256, subsets=1, share=False,
+                 fusion="module"):
+        super().__init__()
+        check_subsets(subsets, width=width)
+        self.mels, self.embed_dim = mels, embed_dim
+        self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        block = partial(lighten, BasicBlock, subsets=subsets, share=share, fusion=fusion)
+        layers, d_in = [], width
+        for stage, depth in enumerate((3, 4, 6, 3)):
+            d_out = width * 2**stage
+            for i in range(depth):
+                layers.append(block(d_in, d_out, stride=2 if stage and not i else 1))
+                d_in = d_out
+        self.trunk = nn.Sequential(*layers)
+        rows = -(-mels // 8)                                        # halved three times, upwards
+        self.embed = nn.Linear(2 * d_in * rows, embed_dim)
+
+    def forward(self, x):
+        x = as_channels(x, self.mels).unsqueeze(1)                  # (B, 1, F, T)
+        x = self.norm(self.stem(x)).relu_()                         # (B, D, F, T)
+        x = self.trunk(x)                                           # (B, 8*D, F/8, T/8)
+        return self.embed(mean_and_std(x.flatten(1, 2)))            # (B, E)
+
+
+# -----------------------------------------------------------------------------
+# 4. ECAPA-TDNN: dilated 1-D convolutions, several scales and channel gates in each block.
+
+
+class ConvReluNorm(nn.Module):
+    """Convolution over time that keeps the length, ReLU, BatchNorm: the brick of ECAPA."""
+
+    def __init__(self, d_in, d_out, groups=1, kernel=1, dilation=1):
+        super().__init__()
+        self.conv = nn.Conv1d(d_in, d_out, kernel, dilation=dilation, groups=groups,
+                              padding=dilation * (kernel // 2))
+        self.norm = nn.BatchNorm1d(d_out)
+
+    def forward(self, x):
+        return self.norm(self.conv(x).relu_())                      # (B, D, T)
+
+
+class Res2Conv(nn.Module):
+    """Convolutions in a chain over `scale` slices: each slice sees further than the last.
+
+    The slices are cut inside every group, so that the groups stay apart.
+    """
+
+    def __init__(self, channels, groups, dilation, scale):
+        super().__init__()
+        self.groups, self.scale, d = groups, scale, channels // scale
+        self.chain = nn.ModuleList(ConvReluNorm(d, d, groups, 3, dilation)
+                                   for _ in range(scale - 1))
+
+    def forward(self, x):
+        slices = x.unflatten(1, (self.groups, self.scale, -1)).unbind(dim=2)
+        done, y = [], 0                                             # slices: (B, G, D/G/scale, T)
+        for conv, part in zip(self.chain, slices):
+            y = conv((part + y).flatten(1, 2)).unflatten(1, (self.groups, -1))
+            done.append(y)
+        return torch.stack([*done, slices[-1]], dim=2).flatten(1, 3)    # (B, D, T)
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel by a gate computed from all channels' means (of its group)."""
+
+    def __init__(self, channels, groups, bottleneck):
+        super().__init__()
+        self.down = nn.Conv1d(channels, groups * bottleneck, 1, groups=groups)
+        self.up = nn.Conv1d(groups * bottleneck, channels, 1, groups=groups)
+
+    def forward(self, x):
+        gate = self.up(self.down(x.mean(dim=-1, keepdim=True)).relu_())     # (B, D, 1)
+        return x * torch.sigmoid(gate)
+
+
+class SERes2Block(nn.Module):
+    """1x1, Res2, 1x1, squeeze-excitation, and a shortcut around them all."""
+
+    def __init__(self, d_in, d_out, groups=1, dilation=1, scale=8, bottleneck=128):
+        super().__init__()
+        self.path = nn.Sequential(ConvReluNorm(d_in, d_out, groups),
+                                  Res2Conv(d_out, groups, dilation, scale),
+                                  ConvReluNorm(d_out, d_out, groups),
+                                  SqueezeExcite(d_out, groups, bottleneck))
+
+    def forward(self, x):
+        return x + self.path(x)                                     # (B, D, T)
+
+
+class ConvRelu(nn.Module):
+    """The layer that aggregates the blocks' outputs: a 1x1 convolution and a ReLU."""
+
+    def __init__(self, d_in, d_out, groups=1):
+        super().__init__()
+        self.conv = nn.Conv1d(d_in, d_out, 1, groups=groups)
+
+    def forward(self, x):
+        return self.conv(x).relu_()                                 # (B, D, T)
+
+
+class ECAPA_TDNN(nn.Module):
+    """Stem, three SE-Res2 blocks, aggregation of all three, attentive pooling, embedding.
+
+    Lightened, the mel axis is split into bands, the aggregation is a block like the others,
+    and the bottleneck of each squeeze-excitation is divided among the subsets. Pooling and
+    the last linear layer stay whole.
+
+    >>> ECAPA_TDNN(width=64, subsets=2)(torch.randn(2, 200, 80)).shape
+    torch.Size([2, 192])
+    """
+
+    normalise = "utterance"
+
+    def __init__(self, mels=80, width=512, embed_dim=192, subsets=1, share=False,
+                 fusion="module"):
+        super().__init__()
+        check_subsets(subsets, mels=mels, scale_width=width // 8)
+        self.mels, self.embed_dim, self.subsets = mels, embed_dim, subsets
+        aggregate = min(1536, 3 * width)
+        split = partial(lighten, subsets=subsets, share=share, fusion=fusion)
+        self.stem = split(ConvReluNorm, mels, width, kernel=5)
+        self.blocks = nn.ModuleList(
+            split(SERes2Block, width, width, dilation=dilation, bottleneck=128 // subsets)
+            for dilation in (2, 3, 4))
+        self.aggregate = split(ConvRelu, 3 * width, aggregate)
+        self.pool = AttentivePooling(aggregate)
+        self.norm = nn.BatchNorm1d(2 * aggregate)
+        self.embed = nn.Linear(2 * aggregate, embed_dim)
+
+    def forward(self, x):
+        x = self.stem(as_channels(x, self.mels))                    # (B, D, T)
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        x = self.aggregate(join(outputs, self.subsets))             # (B, 3*D, T)
+        return self.embed(self.norm(self.pool(x)))                  # (B, E)
+
+
+# -----------------------------------------------------------------------------
+# 5. AMCRN: attention-based multi-scale convolutional recurrent network.
+
+
+class MultiScaleBlock(nn.Module):
+    """Four convolutions of different reach side by side, mixed, and a gate over time."""
+
+    def __init__(self, d_in, d_out, groups=1, kernels=(1, 3, 5, 7)):
+        super().__init__()
+        self.groups = groups
+        self.scales = nn.ModuleList(ConvReluNorm(d_in, d_out // len(kernels), groups, kernel)
+                                    for kernel in kernels)
+        self.mix = ConvReluNorm(d_out, d_out, groups)
+        self.gate = nn.Conv1d(d_out, groups, 1, groups=groups)
+
+    def forward(self, x):
+        x = self.mix(join([scale(x) for scale in self.scales], self.groups))    # (B, D, T)
+        gate = torch.sigmoid(self.gate(x)).unsqueeze(2)             # (B, G, 1, T)
+        return (x.unflatten(1, (self.groups, -1)) * gate).flatten(1, 2)         # (B, D, T)
+
+
+class RecurrentBlock(nn.Module):
+    """A bidirectional LSTM and a shortcut. torch has no grouped LSTM: one for each group."""
+
+    def __init__(self, d_in, d_out, groups=1):
+        super().__init__()
+        narrow = d_in // groups, d_out // groups // 2               # half in each direction
+        self.lstms = nn.ModuleList(nn.LSTM(*narrow, batch_first=True, bidirectional=True)
+                                   for _ in range(groups))
+
+    def forward(self, x):
+        parts = x.transpose(1, 2).chunk(len(self.lstms), dim=2)     # G of (B, T, D/G)
+        y = torch.cat([lstm(part)[0] for lstm, part in zip(self.lstms, parts)], dim=2)
+        return x + y.transpose(1, 2)                                # (B, D, T)
+
+
+class AMCRN(nn.Module):
+    """Multi-scale block, recurrent block, attentive pooling, embedding with BatchNorm.
+
+    The order of the parts is the authors' (arXiv 2306.00426), the sizes are ours. `width` is
+    that of one scale; the blocks are four times as wide.
+
+    >>> AMCRN(width=32, subsets=2)(torch.randn(2, 200, 80)).shape
+    torch.Size([2, 192])
+    """
+
+    normalise = "utterance"
+
+    def __init__(self, mels=80, width=128, embed_dim=192, subsets=1, share=False,
+                 fusion="module"):
+        super().__init__()
+        check_subsets(subsets, mels=mels, width=width)
+        self.mels, self.embed_dim = mels, embed_dim
+        split = partial(lighten, subsets=subsets, share=share, fusion=fusion)
+        self.multiscale = split(MultiScaleBlock, mels, 4 * width)
+        self.recurrent = split(RecurrentBlock, 4 * width, 4 * width)
+        self.pool = AttentivePooling(4 * width)
+        self.embed = nn.Linear(8 * width, embed_dim, bias=False)    # the norm has one
+        self.norm = nn.BatchNorm1d(embed_dim)
+
+    def forward(self, x):
+        x = self.multiscale(as_channels(x, self.mels))              # (B, 4*D, T)
+        x = self.recurrent(x)                                       # (B, 4*D, T)
+        return self.norm(self.embed(self.pool(x)))                  # (B, E)
+
+
+MODELS = {"amcrn": AMCRN, "resnet34": ResNet34, "ecapa-tdnn": ECAPA_TDNN}
+
+# -----------------------------------------------------------------------------
+# 6. Training head: softmax over angles, with a margin that makes training the harder task.
+
+
+class AAMSoftmax(nn.Module):
+    """Logits s cos(theta) of the angle to every speaker's direction; with labels given, the
+    true speaker's is s cos(theta + m), so that it must win by a margin of m radians.
+
+    `margin` is a plain attribute: a loop may set it from the step before each call. It is
+    not part of the state, so a resumed run has to set it again.
+    """
+
+    def __init__(self, embed_dim, classes, margin=0.2, scale=30.0):
+        super().__init__()
+        self.margin, self.scale = margin, scale
+        self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(classes, embed_dim)))
+
+    def forward(self, embedding, labels=None):
+        # bfloat16 has 3 digits: not enough for a cosine that is to be multiplied by 30
+        with torch.autocast(embedding.device.type, enabled=False):
+            cosine = F.linear(F.normalize(embedding.float()), F.normalize(self.weight.float()))
+        if labels is None:
+            return self.scale * cosine                              # (B, C)
+        true = cosine.gather(1, labels[:, None])                    # (B, 1)
+        return self.scale * cosine.scatter(1, labels[:, None], self.add_margin(true))
+
+    def add_margin(self, cosine):
+        """cos(theta + m), and a straight line where theta + m would pass pi and turn up."""
+        # the clamp: at theta = 0 the root would have an infinite slope, and 0 * inf is NaN
+        sine = (1 - cosine * cosine).clamp(min=1e-7).sqrt()
+        shifted = cosine * cos(self.margin) - sine * sin(self.margin)
+        return torch.where(cosine > cos(pi - self.margin), shifted,
+                           cosine - self.margin * sin(self.margin))
+
+
+# -----------------------------------------------------------------------------
+# 7. Scoring: how well scores separate same-speaker trials from the others.
+#
+# All in float64. A trial is accepted when its score is at least the threshold. Every
+# distinct score is one threshold (ties are one point, so their order cannot matter), and one
+# above the highest ends the curve; rates are fractions from 0 to 1.
+
+
+def check_trials(scores, labels):
+    """Scores as float64 and labels as bool (True: same speaker), or a sentence."""
+    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels).astype(bool)
+    if scores.ndim != 1 or scores.shape != labels.shape:
+        raise ValueError(f"expected one label for each score, got scores {scores.shape} "
+                         f"and labels {labels.shape}")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are not finite")
+    if labels.all() or not labels.any():
+        kind = "target" if not labels.any() else "non-target"
+        raise ValueError(f"no {kind} trials among {len(labels)}: error rates need both kinds")
+    return scores, labels
+
+
+def error_curve(scores, labels):
+    """thresholds, P_miss and P_fa at each, from accepting everything to accepting nothing.
+
+    >>> [a.tolist() for a in error_curve([0.1, 0.5, 0.5], [0, 1, 0])]
+    [[0.1, 0.5, 0.5000000000000001], [0.0, 0.0, 1.0], [1.0, 0.5, 0.0]]
+    """
+    scores, labels = check_trials(scores, labels)
+    order = np.argsort(scores)
+    scores, labels = scores[order], labels[order]
+    first = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # where a new score begins
+    thresholds = np.r_[scores[first], np.nextafter(scores[-1], np.inf)]
+    below = np.r_[first, len(scores)]                               # trials that are rejected
+    missed = np.r_[0, np.cumsum(labels)][below]                     # targets among them
+    targets = missed[-1]
+    p_miss = missed / targets
+    p_fa = 1 - (below - missed) / (len(scores) - targets)
+    return thresholds, p_miss, p_fa
+
+
+def equal_error_rate(scores, labels):
+    """The rate, a fraction from 0 to 1, at which P_miss equals P_fa.
+
+    Between the last point with P_miss < P_fa and the next one the curve is a straight line.
+    """
+    _, p_miss, p_fa = error_curve(scores, labels)
+    gap = p_miss - p_fa                                             # rises from -1 to 1
+    i = np.searchsorted(gap, 0)                                     # first point not below 0
+    part = gap[i - 1] / (gap[i - 1] - gap[i])
+    return float(p_miss[i - 1] + part * (p_miss[i] - p_miss[i - 1]))
+
+
+def min_dcf(scores, labels, p_target):
+    """The least detection cost over all thresholds, both errors costing 1, divided by the
+    cost of the better of the two systems that do not listen. Always say p_target with it."""
+    _, p_miss, p_fa = error_curve(scores, labels)
+    cost = p_target * p_miss + (1 - p_target) * p_fa
+    return float(cost.min() / min(p_target, 1 - p_target))
+
+
+def threshold_at(scores, labels, false_alarm=None):
+    """The score to decide at: where the two error rates are closest, or, with `false_alarm`,
+    the lowest one whose P_fa is at most that. Fit it on other trials than those reported."""
+    thresholds, p_miss, p_fa = error_curve(scores, labels)
+    if false_alarm is None:
+        return float(thresholds[np.abs(p_miss - p_fa).argmin()])
+    return float(thresholds[(p_fa <= false_alarm).argmax()])
+
+
+def error_rates_at(scores, labels, threshold):
+    """P_miss and P_fa, fractions, of accepting every score of at least the threshold."""
+    scores, labels = check_trials(scores, labels)
+    accepted = scores >= threshold
+    return float(1 - accepted[labels].mean()), float(accepted[~labels].mean())
+
+
+def adaptive_s_norm(scores, pairs, embeddings, cohort, top_n=300, ddof=0):
+    """Each score measured against how its two sides score with the strangers closest to them:
+
+        half the sum, over both sides, of (score - mean) / std
+
+    with the mean and the standard deviation (ddof 0: divided by n) of that side's `top_n`
+    highest cosines with the cohort, or with all of a smaller cohort. `pairs` (trials, 2)
+    are rows of `embeddings`; `cohort` are embeddings of other speakers (utterances, or one
+    mean for each speaker). Each utterance meets the cohort once, in slices.
+    """
+    def unit(x):
+        x = np.asarray(x, dtype=np.float64)
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    embeddings, cohort, pairs = unit(embeddings), unit(cohort), np.asarray(pairs)
+    top_n = min(top_n, len(cohort))
+    mean, std = np.empty(len(embeddings)), np.empty(len(embeddings))
+    for i in range(0, len(embeddings), 1024):
+        cosine = embeddings[i:i + 1024] @ cohort.T                  # (utterances, cohort)
+        top = np.partition(cosine, -top_n, axis=1)[:, -top_n:]      # (utterances, top_n)
+        mean[i:i + 1024], std[i:i + 1024] = top.mean(axis=1), top.std(axis=1, ddof=ddof)
+    sides = (np.asarray(scores, dtype=np.float64)[:, None] - mean[pairs]) / std[pairs]
+    return sides.mean(axis=1)                                       # (trials, 2) -> (trials,)
+
+
+# -----------------------------------------------------------------------------
+# 8. Cost: parameters, multiply-accumulates, and milliseconds, which are not the same thing.
+
+
+def layer_macs(layer, x, y):
+    """Multiply-accumulates of one call of a layer that maps x to y; biases are not counted."""
+    if isinstance(layer, nn.LSTM):
+        steps = x.numel() // x.shape[-1]
+        directions = 2 if layer.bidirectional else 1
+        sizes = [layer.input_size] + [directions * layer.hidden_size] * (layer.num_layers - 1)
+        # four gates, each a matrix for the input and one for the last hidden state
+        return sum(steps * directions * 4 * layer.hidden_size * (size + layer.hidden_size)
+                   for size in sizes)
+    if isinstance(layer, nn.Linear):
+        return y.numel() * layer.in_features
+    return y.numel() * layer.weight[0].numel()      # a filter: d_in/groups x kernel
+
+
+@torch.no_grad()
+def count_macs(encoder, frames):
+    """Multiply-accumulates for one utterance: convolutions, linear layers and LSTMs.
+
+    Sums that are not layers (means, gates, the attention product of a transformer) are left
+    out, as in the published counts. Works on a copy: the encoder is not touched.
+    """
+    encoder, total = copy.deepcopy(encoder).eval(), []
+    for layer in encoder.modules():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.LSTM)):
+            layer.register_forward_hook(lambda layer, x, y: total.append(
+                layer_macs(layer, x[0], y[0] if isinstance(y, tuple) else y)))
+    device = next(encoder.parameters()).device
+    encoder(torch.zeros(1, frames, encoder.mels, device=device))
+    return sum(total)
+
+
+@torch.inference_mode()
+def latency_ms(encoder, frames, repeats=15):
+    """Median milliseconds for one utterance on one CPU thread, by a copy in eval mode."""
+    encoder, threads = copy.deepcopy(encoder).cpu().eval(), torch.get_num_threads()
+    x, taken = torch.zeros(1, frames, encoder.mels), []
+    torch.set_num_threads(1)
+    try:
+        for _ in range(repeats + 3):
+            start = time.perf_counter()
+            encoder(x)
+            taken.append(1000 * (time.perf_counter() - start))
+    finally:
+        torch.set_num_threads(threads)
+    return statistics.median(taken[3:])             # the first calls also set things up
+
+
+def complexity(encoder, frames=200):
+    """What an encoder costs: parameters, multiply-accumulates at `frames`, latency."""
+    return {"parameters": sum(p.numel() for p in encoder.parameters()),
+            "macs": count_macs(encoder, frames),
+            "latency_ms": latency_ms(encoder, frames)}
+
+
+# -----------------------------------------------------------------------------
+# 9. Demo: what lightening saves, for each host.
+
+
+def print_costs():
+    """Hosts x subsets: the last columns are relative to the plain host."""
+    print(f"{'host':18s}{'subsets':>8s}{'params M':>10s}{'MMAC 2 s':>10s}{'MMAC 3 s':>10s}"
+          f"{'ms 2 s':>8s}{'params':>9s}{'MACs':>6s}{'ms':>6s}")
+    for name, subsets, width in (("resnet34", (1, 2, 4, 8), 32), ("ecapa-tdnn", (1, 2, 4, 8), 512),
+                                 ("amcrn", (1, 2, 4, 8), 128), ("ecapa-tdnn", (1,), 1024)):
+        for s in subsets:
+            encoder = MODELS[name](width=width, subsets=s)
+            cost = complexity(encoder, frames=200)
+            host = cost if s == 1 else host
+            ratios = [cost[key] / host[key] for key in ("parameters", "macs", "latency_ms")]
+            print(f"{name + ' ' + str(width):18s}{s:8d}{cost['parameters'] / 1e6:10.3f}"
+                  f"{cost['macs'] / 1e6:10.1f}{count_macs(encoder, frames=300) / 1e6:10.1f}"
+                  f"{cost['latency_ms']:8.1f}{ratios[0]:9.2f}{ratios[1]:6.2f}{ratios[2]:6.2f}")
+
+
+if __name__ == "__main__":
+    print_costs()

@@ -1,0 +1,581 @@
+"""Train, compare, evaluate and use every model of this project: one Config, one loop.
+
+Reading  @READING@
+
+    python train.py                              # quick start: a nano AST learns new sounds, offline
+    python train.py --compare                    # every method on the same data, one table
+    python train.py --data fsdd --root DIR --method lora --rank 4
+    python train.py --model ecapa-tdnn --subsets 4 --data voices
+    python train.py --evaluate out/RUN/best.pt   # and --predict, --verify, --embed
+    torchrun --nproc_per_node=2 train.py ...     # the same loop in many processes
+
+Every setting is a field of Config, hence a flag; `--help` lists them all. A setting left out comes
+from the preset of its method and corpus, which is printed at the start.
+
+A run leaves in its folder: config.json, log.jsonl, last.pt (everything `--resume` needs), best.pt
+(the weights that validated best, all that `--predict` needs), results.json, and adapter.pt (only
+what was trained) or scores.txt (verification).
+
+Differs from P1's code: selects on validation and tests once, with a copy of the best weights;
+switches are `--flag/--no-flag`, because argparse's type=bool takes "False" for True.
+
+Does not: search hyper-parameters, log to a service, or keep more than two checkpoints.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import ast_adapters
+import data
+import lightweight_sv
+from ast_adapters import AST, METHODS, SIZES, LinearHead, adapt
+
+# --------------------------------------------------------------------------------------------------
+# 1. Config: the only source of settings; the command line is generated from it
+
+
+def opt(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. None means: the preset of method and corpus decides (section 2)."""
+
+    data: str = opt("sounds", "corpus: " + ", ".join(data.CORPORA))
+    root: str = opt("", "folder of the corpus")
+    cache: str = opt("cache", "folder for packed corpora and the nano AST")
+    model: str = opt("ast-nano", "ast-" + ", ast-".join(SIZES) + ", " + ", ".join(lightweight_sv.MODELS))
+    method: str = opt("conformer", "how to adapt an AST: " + ", ".join(METHODS))
+    init: str = opt("", "start from this checkpoint; none: random; empty: ast-nano's own")
+    out: str = opt("", "folder of the run; empty: out/ and a name made of what is run")
+    resume: bool = opt(False, "go on where the run in --out stopped")
+
+    epochs: int = opt(None, "passes over the training clips")
+    steps: int = opt(None, "end every epoch after so many batches")
+    batch_size: int = opt(None, "clips a step, over all processes")
+    lr: float = opt(None, "highest learning rate")
+    warmup: float = opt(None, "share of the steps in which the learning rate rises")
+    weight_decay: float = opt(None, "AdamW's")
+    frames: int = opt(None, "length of a training segment, in frames of 10 ms")
+    spec_f: int = opt(None, "SpecAugment: widest mask, in mel bins")
+    spec_t: int = opt(None, "SpecAugment: widest mask, in frames")
+    seed: int = opt(0, "seed of weights, order, crops and drawn splits")
+    seeds: int = opt(1, "repeat with so many seeds and give mean and deviation")
+    fold: str = opt("1", "test fold, 1-based, or all")
+    few_shot: int = opt(0, "train on so many clips a class, drawn by the seed; 0: all")
+    skip_bad: bool = opt(False, "go on without clips that cannot be read")
+
+    rank: int = opt(None, "adapters, LoRA: width of the bottleneck")
+    where: str = opt(None, "adapters: ffn, mhsa or both")
+    form: str = opt(None, "adapters: parallel or sequential")
+    at: str = opt(None, "sequential adapters: before or after the sub-layer")
+    residual: bool = opt(None, "sequential adapters: add their input")
+    kernel: int = opt(None, "Conformer adapter: taps of the depthwise convolution")
+    tokens: int = opt(None, "prompts a layer; prefix: keys and values together")
+    alpha: float = opt(None, "LoRA: scale is alpha / rank")
+    targets: str = opt(None, "LoRA: which of q, k, v, o, such as qv")
+    experts: int = opt(None, "mixtures: adapters a layer")
+    slots: int = opt(None, "Soft-MoA: slots an expert")
+    pos_embed: str = opt("crop", "AST positions: crop, or zero as in P1's published code")
+    pool: str = opt("mean", "AST embedding: mean over tokens, or cls")
+
+    subsets: int = opt(1, "speaker models: feature subsets S; 1 is the plain host")
+    share: bool = opt(False, "speaker models: one set of weights for all subsets")
+    fusion: str = opt("module", "speaker models: module, mean or none between the subsets")
+    width: int = opt(None, "speaker models: channels")
+    embed_dim: int = opt(None, "speaker models: size of the embedding")
+    margin: float = opt(0.2, "AAM-softmax: angular margin")
+
+    device: str = opt("auto", "auto, cpu, cuda or mps")
+    bf16: bool = opt(False, "compute in bfloat16 where it is safe (autocast)")
+    compile: bool = opt(False, "torch.compile the model: slow first step, faster epochs")
+    workers: int = opt(0, "threads that prepare batches ahead")
+
+    compare: bool = opt(False, "run every method and print one table")
+    sweep: str = opt("", "FIELD=v1,v2,...: one run a value, one table")
+    evaluate: str = opt("", "test this best.pt")
+    predict: list = opt((), "name the classes of these files or folders (with --checkpoint)")
+    checkpoint: str = opt("", "best.pt for --predict, --verify, --embed")
+    csv: str = opt("", "write predictions to this file too")
+
+
+METHOD_OPTIONS = ("rank", "where", "form", "at", "residual", "kernel", "tokens", "alpha", "targets",
+                  "experts", "slots")
+# What may differ between a run and its continuation, or between two machines.
+PASSING = ("out", "resume", "device", "workers", "cache", "root", "csv", "seeds", "compile")
+
+
+def parse(argv=None):
+    """Command line -> (Config, names of the flags that were typed)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        epilog="Without any argument: the quick start. README.md tells the rest.")
+    for f in fields(Config):
+        default = "the preset's" if f.default is None else f.default or "off"
+        text = f"{f.metadata['help']} (default: {default})"
+        flag, kind = "--" + f.name.replace("_", "-"), dict(help=text, default=argparse.SUPPRESS)
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **kind)
+        elif f.type is list:
+            parser.add_argument(flag, nargs="+", metavar="FILE", **kind)
+        else:
+            parser.add_argument(flag, type=f.type, metavar=f.type.__name__.upper(), **kind)
+    typed = vars(parser.parse_args(argv))
+    return Config(**typed), set(typed)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Presets: the papers' recipes; the command line wins over them
+
+RECIPE = dict(epochs=30, batch_size=32, frames=500, warmup=0.0, weight_decay=0.1, spec_f=0, spec_t=0)
+# P1, section 3.1: learning rate by method, the rest by corpus
+LEARNING_RATE = {"full": 5e-5, "linear": 1e-3, "prompt-shallow": 1e-2, "prompt-deep": 1e-2,
+                 "prefix": 1e-2, "other": 5e-3}
+CORPUS_RECIPE = {
+    "sounds": dict(frames=100, epochs=10),
+    "sounds-source": dict(frames=100, epochs=7),
+    "fsdd": dict(frames=100, epochs=20),
+}
+# Ours: a model four hundred times smaller than AST-base wants larger and more steps.
+NANO_RECIPE = dict(batch_size=16, warmup=0.1)
+NANO_LEARNING_RATE = {"full": 1.5e-3, "other": 1e-2}
+SPEAKER_RECIPE = dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3, weight_decay=0.05,
+                      spec_f=0, spec_t=0)
+
+
+def with_preset(cfg):
+    """Fill every None that has a preset and refuse settings that do not belong together."""
+    known_models = [f"ast-{size}" for size in SIZES] + list(lightweight_sv.MODELS)
+    for name, value, known in (("--data", cfg.data, data.CORPORA), ("--model", cfg.model, known_models),
+                               ("--method", cfg.method, METHODS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+    if cfg.model in lightweight_sv.MODELS:
+        typed = [name for name in METHOD_OPTIONS if getattr(cfg, name) is not None]
+        if typed:
+            raise ValueError(f"--{typed[0]} is an option of AST's methods; {cfg.model} has none")
+        preset = SPEAKER_RECIPE
+    else:
+        rates = NANO_LEARNING_RATE if cfg.model == "ast-nano" else LEARNING_RATE
+        preset = RECIPE | dict(lr=rates.get(cfg.method, rates["other"]))
+    preset = preset | CORPUS_RECIPE.get(cfg.data, {})
+    if cfg.model == "ast-nano":
+        preset = preset | NANO_RECIPE
+    return replace(cfg, **{k: v for k, v in preset.items() if getattr(cfg, k) is None})
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The model: an encoder and a head
+
+
+class Model(nn.Module):
+    """Encoder and head: (B, T, F) or cached (B, D), labels (B,) -> logits (B, C)."""
+
+    def __init__(self, encoder, head):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def embed(self, x):
+        return self.encoder.rescale(x) if x.ndim == 2 else self.encoder(x)  # (B, E)
+
+    def forward(self, x, labels=None):
+        return self.head(self.embed(x), labels)
+
+
+def build(cfg, corpus, fresh=True):
+    """The model of a Config for a corpus. `fresh`: load --init; else a checkpoint will follow."""
+    torch.manual_seed(cfg.seed)
+    if cfg.model in lightweight_sv.MODELS:
+        sizes = {k: getattr(cfg, k) for k in ("width", "embed_dim") if getattr(cfg, k)}
+        encoder = lightweight_sv.MODELS[cfg.model](
+            mels=corpus.mels or 80, subsets=cfg.subsets, share=cfg.share, fusion=cfg.fusion, **sizes)
+    else:
+        encoder = AST(cfg.model.removeprefix("ast-"), pos_embed=cfg.pos_embed, pool=cfg.pool)
+        if fresh and cfg.init != "none":
+            print(ast_adapters.load_pretrained(encoder, cfg.init or own_init(cfg)))
+        options = {k: getattr(cfg, k) for k in METHOD_OPTIONS if getattr(cfg, k) is not None}
+        adapt(encoder, cfg.method, **options)
+    if corpus.mels not in (None, encoder.mels):
+        raise ValueError(f"--model {cfg.model} expects {encoder.mels} mel bins, --data {cfg.data} has "
+                         f"{corpus.mels}: take a speaker model, which is built with as many")
+    torch.manual_seed(cfg.seed + 1)  # so every method starts from the same head
+    if corpus.trials:
+        head = lightweight_sv.AAMSoftmax(encoder.embed_dim, len(corpus.classes), margin=cfg.margin)
+    else:
+        head = LinearHead(encoder.embed_dim, len(corpus.classes))
+    return Model(encoder, head)
+
+
+def own_init(cfg):
+    """The pretrained nano AST, made once from the source classes of `sounds` and kept."""
+    if cfg.model != "ast-nano":
+        raise ValueError(f"--model {cfg.model} needs --init CHECKPOINT, or --init none to start from "
+                         "random weights")
+    folder = Path(cfg.cache) / "ast-nano"
+    if not (folder / "results.json").exists():
+        print("making the nano AST: training on the source classes of `sounds`, once")
+        run(with_preset(Config(data="sounds-source", method="full", init="none", out=str(folder),
+                               cache=cfg.cache, device=cfg.device, resume=True)))
+    return folder / "best.pt"
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. The loop: batch -> features -> forward -> loss -> backward -> step -> log -> evaluate -> save
+
+
+def fit(cfg, corpus, model, out, device):
+    """Train `model` and leave last.pt and best.pt in `out`; returns seconds spent."""
+    names, params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    optimiser = torch.optim.AdamW(params, cfg.lr, betas=(0.9, 0.98), eps=1e-6,
+                                  weight_decay=cfg.weight_decay, fused=device.type != "mps")
+    state = dict(epoch=0, step=0, best=-math.inf, seconds=0.0)
+    if (out / "last.pt").exists():
+        state = restore(out / "last.pt", model, optimiser)
+    cached = frozen_outputs(cfg, corpus, model, device)
+    forward = torch.compile(model) if cfg.compile else model
+    train, valid = corpus.pick("train"), corpus.pick("valid")
+    per_epoch = min(cfg.steps or 10**9, max(1, len(train) // cfg.batch_size))
+    for epoch in range(state["epoch"], cfg.epochs):
+        torch.manual_seed(1000 * cfg.seed + epoch)  # so a resumed epoch draws what it would have drawn
+        model.train()
+        start, waited, losses = time.time(), 0.0, []
+        bar = tqdm(total=per_epoch, desc=f"epoch {epoch + 1}", leave=False, disable=None)
+        for batch, seconds in timed(training_batches(cfg, corpus, train, epoch, cached)):
+            x, y = inputs(batch, model, device, cached), batch.labels.to(device)
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(cfg, state["step"], per_epoch * cfg.epochs)
+            with autocast(cfg, device):
+                loss = F.cross_entropy(forward(x, y), y)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(finite(loss, batch, corpus))
+            state["step"], waited = state["step"] + 1, waited + seconds
+            bar.update()
+        bar.close()
+        trained = time.time() - start
+        score = evaluate(cfg, corpus, model, "valid", device, cached)["score"] if len(valid) else epoch
+        state.update(epoch=epoch + 1, seconds=state["seconds"] + time.time() - start)
+        if score > state["best"]:
+            state["best"] = score
+            save(out / "best.pt", checkpoint(cfg, corpus, model) | {"epoch": epoch + 1})
+        save(out / "last.pt", dict(state, model=model.state_dict(), optimiser=optimiser.state_dict()))
+        log(cfg, out, state, np.mean(losses), score, len(losses) * cfg.batch_size / trained,
+            waited / trained, optimiser.param_groups[0]["lr"])
+    return state["seconds"]
+
+
+def training_batches(cfg, corpus, clips, epoch, cached):
+    frames = 0 if cached is not None else cfg.frames
+    return data.batches(corpus, clips, cfg.batch_size, frames, cfg.seed, epoch, steps=cfg.steps,
+                        workers=cfg.workers, repeat=cfg.model in lightweight_sv.MODELS)
+
+
+def inputs(batch, model, device, cached):
+    """What the model reads: cached (B, D), or features (B, T, F)."""
+    if cached is not None:
+        return cached[batch.clips]
+    return data.features(batch, model.encoder.normalise, model.encoder.mels, device)
+
+
+def timed(batches):
+    """(batch, seconds waited for it): what the data costs the loop."""
+    start = time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - start
+        start = time.perf_counter()
+
+
+def learning_rate(cfg, step, steps):
+    """Linear warm-up over a share of the steps, then half a cosine down to zero."""
+    warm = int(cfg.warmup * steps)
+    if step < warm:
+        return cfg.lr * (step + 1) / warm
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def finite(loss, batch, corpus):
+    """The loss as a number; stops, with the clips' names, when it is none."""
+    value = loss.item()
+    if not math.isfinite(value):
+        names = ", ".join(corpus.ids[i] for i in batch.clips[:5])
+        raise ValueError(f"the loss became {value} in a batch with {names}, ...: lower --lr, or look "
+                         "at these clips; the last epoch's checkpoint is whole")
+    return value
+
+
+def autocast(cfg, device):
+    return torch.autocast(device.type, torch.bfloat16) if cfg.bf16 else contextlib.nullcontext()
+
+
+@torch.inference_mode()
+def frozen_outputs(cfg, corpus, model, device):
+    """For `linear` all that is frozen, once: (clips, D). None where every epoch differs.
+
+    It differs when a training clip is longer than the crop, whose place is then random.
+    """
+    masks = cfg.spec_f or cfg.spec_t
+    spare = corpus.length[corpus.pick("train")] > data.samples_of(cfg.frames)
+    if cfg.model in lightweight_sv.MODELS or cfg.method != "linear" or masks or spare.any():
+        return None
+    outputs = torch.zeros(len(corpus.ids), model.encoder.embed_dim, device=device)
+    usable = np.flatnonzero(np.isin(corpus.splits, ("train", "valid", "test")))
+    model.eval()
+    for batch in tqdm(list(data.batches(corpus, usable, 64, cfg.frames, train=False)), leave=False,
+                      desc="frozen outputs", disable=None):
+        with autocast(cfg, device):
+            x = data.features(batch, model.encoder.normalise, model.encoder.mels, device)
+            outputs[batch.clips] = model.encoder.pooled(x).float()
+    return outputs
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Evaluation: accuracy of a split, or error rates of its trials
+
+
+@torch.inference_mode()
+def evaluate(cfg, corpus, model, split, device, cached=None):
+    """Results of one split; "score" is what selection maximises."""
+    model.eval()
+    if corpus.trials:
+        return evaluate_trials(cfg, corpus, model, split, device)
+    right = np.zeros(0, bool)
+    clips = corpus.pick(split)
+    frames = 0 if cached is not None else cfg.frames
+    for batch in data.batches(corpus, clips, 128, frames, train=False,
+                              repeat=cfg.model in lightweight_sv.MODELS):
+        with autocast(cfg, device):
+            logits = model(inputs(batch, model, device, cached))  # (B, C)
+        right = np.append(right, logits.argmax(1).cpu().numpy() == batch.labels.numpy())
+    results = dict(accuracy=100 * float(right.mean()), score=100 * float(right.mean()))
+    ordered = np.array([">" in corpus.classes[label] for label in corpus.labels[clips]])
+    if ordered.any():  # `sounds`: classes told apart only by order in time
+        results |= dict(content=100 * right[~ordered].mean(), order=100 * right[ordered].mean())
+    return results
+
+
+def evaluate_trials(cfg, corpus, model, split, device, frames=None):
+    """EER and minDCF of the cosine scores of a split's trials, whole utterances or cut."""
+    labels, left, right = (np.array(column) for column in zip(*corpus.trials[split]))
+    embeddings = embed(cfg, corpus, model, np.unique([left, right]), device, frames)
+    scores = (embeddings[left] * embeddings[right]).sum(1).double().numpy()
+    eer = lightweight_sv.equal_error_rate(scores, labels)
+    costs = {f"min_dcf_{p}": lightweight_sv.min_dcf(scores, labels, p) for p in (0.01, 0.05)}
+    return {"eer": 100 * eer, **costs, "score": -100 * eer, "scores": scores, "labels": labels}
+
+
+def embed(cfg, corpus, model, clips, device, frames=None):
+    """Unit embeddings (all clips, E), filled for `clips`; each utterance once, equal lengths in a
+    batch. frames: cut longer utterances; None: as long as they are."""
+    unit = torch.zeros(len(corpus.ids), model.encoder.embed_dim)
+    whole = corpus.length if corpus.mels else (corpus.length - data.WINDOW) // data.HOP + 1
+    lengths = np.minimum(whole[clips], frames or 10**9)
+    for length in np.unique(lengths):
+        group = clips[lengths == length]
+        for batch in data.batches(corpus, group, 64, int(length), train=False):
+            with autocast(cfg, device):
+                x = model.encoder(inputs(batch, model, device, None))  # (B, E)
+            unit[batch.clips] = F.normalize(x.float(), dim=1).cpu()
+    return unit
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Files of a run: written to a temporary name and renamed, read without running code
+
+
+def save(path, value):
+    part = path.with_suffix(path.suffix + ".part")
+    if isinstance(value, str):
+        part.write_text(value)
+    else:
+        torch.save(value, part)
+    os.replace(part, path)
+
+
+def checkpoint(cfg, corpus, model):
+    """Everything that using the model needs, no more: plain values and tensors."""
+    encoder = model.encoder
+    return dict(config=asdict(cfg), classes=corpus.classes, mels=corpus.mels,
+                trials=bool(corpus.trials), settings=getattr(encoder, "settings", {}),
+                adaptation=getattr(encoder, "adaptation", None) or {},
+                encoder=encoder.state_dict(), head=model.head.state_dict())
+
+
+def restore(path, model, optimiser):
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state.pop("model"))
+    optimiser.load_state_dict(state.pop("optimiser"))
+    return state
+
+
+def log(cfg, out, state, loss, score, speed, waiting, rate):
+    """One line an epoch, for eyes and as JSON."""
+    done = state["epoch"]
+    eta = state["seconds"] / done * (cfg.epochs - done)
+    print(f"epoch {done:3d}/{cfg.epochs}  loss {loss:.4f}  valid {score:7.2f}  best {state['best']:7.2f}"
+          f"  lr {rate:.1e}  {speed:6.0f} clips/s  data {waiting:4.0%}  eta {eta:4.0f} s", flush=True)
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(dict(epoch=done, loss=loss, valid=score, best=state["best"], lr=rate,
+                                   clips_per_second=speed, waiting=waiting)) + "\n")
+
+
+def run_folder(cfg):
+    """The run's folder, made; refuses one that holds another configuration or another run."""
+    name = cfg.out or f"out/{cfg.data}-{cfg.model}" + (f"-{cfg.method}" if "ast" in cfg.model else "")
+    out = Path(name)
+    if not cfg.out and not cfg.resume:  # never into the folder of an earlier run
+        number = 2
+        while out.exists():
+            out, number = Path(f"{name}-{number}"), number + 1
+    mine = {k: v for k, v in json.loads(json.dumps(asdict(cfg))).items() if k not in PASSING}
+    if (out / "config.json").exists():
+        theirs = json.loads((out / "config.json").read_text())
+        different = [k for k in mine if mine[k] != theirs.get(k, mine[k])]
+        if different:
+            changes = ", ".join(f"{k} {theirs[k]!r} -> {mine[k]!r}" for k in different)
+            raise ValueError(f"--out {out} holds a run with another configuration ({changes}): "
+                             "choose another --out")
+        if not cfg.resume:
+            raise ValueError(f"--out {out} holds this run already: --resume goes on with it, or choose "
+                             "another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    save(out / "config.json", json.dumps(asdict(cfg), indent=1))
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. A run, and tables of runs
+
+
+def run(cfg):
+    """Train, select, test once; returns the flat results, which results.json holds too."""
+    cfg = with_preset(cfg)
+    device = find_device(cfg.device)
+    corpus = data.open_corpus(cfg.data, cfg.root, cfg.cache, cfg.seed, int(cfg.fold), cfg.few_shot,
+                              cfg.skip_bad)
+    model = build(cfg, corpus).to(device)
+    out = run_folder(cfg)
+    if (out / "results.json").exists():
+        print(f"{out} is finished already")
+        return json.loads((out / "results.json").read_text())
+    introduce(cfg, corpus, model, out, device)
+    seconds = fit(cfg, corpus, model, out, device)
+    best = torch.load(out / "best.pt", map_location=device, weights_only=True)
+    model.encoder.load_state_dict(best["encoder"])
+    model.head.load_state_dict(best["head"])
+    tested = evaluate(cfg, corpus, model, "test", device)
+    results = {k: float(v) for k, v in tested.items() if k not in ("score", "scores", "labels")}
+    trainable, _, total = ast_adapters.count(model.encoder)
+    results |= dict(trainable=trainable, parameters=total, seconds=round(seconds, 2),
+                    epochs=cfg.epochs, seed=cfg.seed)
+    if getattr(model.encoder, "adaptation", None):
+        save(out / "adapter.pt", dict(adapter=ast_adapters.adapter_state(model.encoder),
+                                      head=model.head.state_dict(), classes=corpus.classes))
+    save(out / "results.json", json.dumps(results, indent=1))
+    print(f"tested once, with the weights of epoch {best['epoch']}: "
+          + "  ".join(f"{k} {v:.2f}" for k, v in results.items() if isinstance(v, float)))
+    return results
+
+
+def find_device(name):
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device(name)
+
+
+def introduce(cfg, corpus, model, out, device):
+    """What is about to happen: device, versions, seed, sizes, presets, notes on the data."""
+    trainable, _, total = ast_adapters.count(model.encoder)
+    sizes = ", ".join(f"{len(corpus.pick(split))} {split}" for split in ("train", "valid", "test"))
+    print(f"\n{out}: {cfg.model}" + (f", {cfg.method}" if "ast" in cfg.model else "")
+          + f" on {cfg.data}, seed {cfg.seed}, {device}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads")
+    print(f"  {sizes} clips, {len(corpus.classes)} classes; trains {trainable:,} of {total:,} "
+          f"parameters ({trainable / total:.2%}) and the head")
+    print("  " + ", ".join(f"{k} {getattr(cfg, k)}" for k in
+                           ("epochs", "batch_size", "frames", "lr", "warmup", "weight_decay")))
+    for note in corpus.notes:
+        print(f"  note: {note}")
+
+
+def study(cfg, variants, title):
+    """Run {label: Config}, each with every seed, and print one table: mean and deviation."""
+    folder, table = run_folder(replace(cfg, out=cfg.out or free_name(f"out/{title}"))), {}
+    for label, variant in variants.items():
+        runs = []
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+            name = folder / (f"{label}" if cfg.seeds == 1 else f"{label}-seed{seed}")
+            runs.append(run(replace(variant, seed=seed, out=str(name), resume=True)))
+        table[label] = runs
+    save(folder / "compare.json", json.dumps(table, indent=1))
+    print_table(table, folder)
+
+
+def print_table(table, folder):
+    """The closing table, for the terminal and (compare.md) for a README."""
+    scores = [key for key in ("accuracy", "content", "order", "eer", "min_dcf_0.01")
+              if key in next(iter(table.values()))[0]]
+    rows = []
+    for label, runs in table.items():
+        row = [label]
+        for key in scores:
+            values = [result[key] for result in runs]
+            deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+            row.append(f"{np.mean(values):.2f}{deviation}")
+        first, seconds = runs[0], np.mean([result["seconds"] for result in runs])
+        rows.append(row + [f"{first['trainable']:,}", f"{first['trainable'] / first['parameters']:.2%}",
+                           f"{seconds:.1f}"])
+    header = ["", *scores, "trainable", "share", "seconds"]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths)) + " |"
+             for row in [header, *rows]]
+    lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
+    save(folder / "compare.md", "\n".join(lines) + "\n")
+    print("\n" + "\n".join(lines) + f"\n\n{folder}")
+
+
+def free_name(name):
+    number, path = 2, name
+    while Path(path).exists():
+        path, number = f"{name}-{number}", number + 1
+    return path
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. The command line
+
+
+def main(argv=None):
+    cfg, typed = parse(argv)
+    try:
+        if cfg.compare:
+            study(cfg, {m: replace(cfg, method=m, compare=False) for m in METHODS}, f"compare-{cfg.data}")
+        elif not typed & {"data", "model", "method", "out", "evaluate", "predict"}:
+            methods = ("linear", "conformer", "full")
+            study(cfg, {m: replace(cfg, method=m) for m in methods}, "quick-start")
+        else:
+            run(cfg)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume goes on from the last whole epoch")
+
+
+if __name__ == "__main__":
+    main()
