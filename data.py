@@ -191,6 +191,7 @@ class Corpus:
     store: np.ndarray
     trials: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)  # sentences for the user
+    bad: dict = field(default_factory=dict)  # id -> why this clip cannot be used
 
     @property
     def mels(self):
@@ -269,6 +270,7 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=1, few_shot=0, skip
         ids, names, splits = (list(column) for column in zip(*rows))
         corpus = Corpus(name, ids, names, np.array(splits), [], start, length, store)
         if bad:
+            corpus.bad = bad
             corpus.splits = np.where(length == 0, "bad", corpus.splits)
             corpus.notes.append(f"{len(bad)} unusable clips are left out (--skip-bad)")
         lists = {"test": read_trials(root / "trials.txt")} if source.tree and (
@@ -289,6 +291,10 @@ def settle(corpus, seed, fold, few_shot):
     """Turn names into labels, folds into splits, make what the corpus does not bring."""
     names = np.array(corpus.labels)
     if corpus.trials:
+        if "any" in corpus.splits:  # a folder: speakers in trials test, the others train
+            named = {clip for _, *pair in corpus.trials["test"] for clip in pair}
+            tested = {name for clip, name in zip(corpus.ids, names) if clip in named}
+            corpus.splits = np.array(["test" if name in tested else "train" for name in names])
         hold_out_speakers(corpus, names, seed)
     else:
         settle_folds(corpus, fold)
@@ -503,7 +509,17 @@ def load(corpus, clips, frames, rng=None, repeat=False):
                  clips)
 
 
-def features(batch, normalise, mels, device, augment=None):
+def windows(path, frames):
+    """One audio file as a corpus in memory, each clip a window of `frames` frames."""
+    wave = (read_audio(path) * 32767).round().astype("<i2")
+    start = np.arange(0, max(1, len(wave) - WINDOW), samples_of(frames))
+    length = np.minimum(len(wave) - start, samples_of(frames))
+    zeros = np.zeros(len(start), np.int64)
+    return Corpus(str(path), [f"{path}#{i}" for i in range(len(start))], zeros, zeros.astype(str), [],
+                  start, length, wave)
+
+
+def features(batch, normalise, mels, device):
     """A Batch -> the encoder's input (B, T, F) on `device`, normalised as the encoder asks.
 
     "audioset": frames behind a clip's end are zero before normalisation, as in AST.
@@ -514,7 +530,7 @@ def features(batch, normalise, mels, device, augment=None):
         x = x.float() * 0.1  # int8 log-mel (B, T, F)
     else:
         x = x.float() / 32768
-        x = fbank(augment.waves(x) if augment else x, mels)  # (B, T, F)
+        x = fbank(x, mels)  # (B, T, F)
         if normalise == "audioset":
             ends = batch.lengths.sub(WINDOW).div(HOP, rounding_mode="floor").add(1).to(device)
             past = torch.arange(x.shape[1], device=device) >= ends[:, None]  # (B, T)
@@ -523,10 +539,42 @@ def features(batch, normalise, mels, device, augment=None):
         raise ValueError(f"the model expects {mels} mel bins, the corpus has {x.shape[2]}")
     if normalise == "audioset":
         mean, std = NORMALISE["audioset"]
-        x = (x - mean) / (2 * std)
-    else:
-        x = x - x.mean(1, keepdim=True)
-    return augment.frames(x) if augment else x
+        return (x - mean) / (2 * std)
+    return x - x.mean(1, keepdim=True)
+
+
+def spec_augment(x, widest_f, widest_t):
+    """Hide one band of bins and one stretch of frames a clip, each up to so wide (1904.08779).
+
+    x (B, T, F) is normalised, so the mask's 0 is near the mean. Draws from torch's generator.
+    """
+    for axis, widest in ((2, widest_f), (1, widest_t)):
+        if widest:
+            size = x.shape[axis]
+            width = torch.rand(len(x), 1, device=x.device) * min(widest, size)  # (B, 1)
+            start = torch.rand(len(x), 1, device=x.device) * (size - width)
+            place = torch.arange(size, device=x.device)  # (size,)
+            hidden = (place >= start) & (place < start + width)  # (B, size)
+            x = x.masked_fill(hidden.unsqueeze(3 - axis), 0.0)  # (B, 1, F) or (B, T, 1)
+    return x
+
+
+def random_gain(x, most):
+    """Make each clip of log-mel x (B, T, F), normalised as AudioSet, up to `most` dB louder or
+    quieter: a sum in the log domain."""
+    if not most:
+        return x
+    nats = most * math.log(10) / 10 / (2 * NORMALISE["audioset"][1])
+    return x + (2 * torch.rand(len(x), 1, 1, device=x.device) - 1) * nats
+
+
+def time_shift(x, most):
+    """Roll each clip of x (B, T, F) by up to `most` frames either way, as AST's recipe does."""
+    if not most:
+        return x
+    by = torch.randint(-most, most + 1, (len(x), 1), device=x.device)  # (B, 1)
+    frames = (torch.arange(x.shape[1], device=x.device) - by) % x.shape[1]  # (B, T)
+    return x.gather(1, frames[:, :, None].expand_as(x))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -776,10 +824,10 @@ CORPORA = {
 
 def check(name, root, cache="cache", seed=0):
     """Print what a corpus holds and every fault by name; returns the number of faults."""
-    source, faults = CORPORA.get(name), []
-    if source and source.tree and name != "features" and root and Path(root).is_dir():
-        faults = check_files(source, Path(root))
     corpus = open_corpus(name, root, cache, seed, skip_bad=True)
+    faults = list(corpus.bad.values())
+    if CORPORA[name].rows and CORPORA[name].tree:
+        faults += check_files(CORPORA[name], Path(root))
     unit = 100 if corpus.mels else RATE
     print(f"{name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or training speakers")
     for split in sorted(set(corpus.splits.tolist())):
@@ -798,23 +846,17 @@ def check(name, root, cache="cache", seed=0):
 
 
 def check_files(source, root):
-    """Faults of a corpus of files: unreadable ones, missing ones, the same sound in two splits."""
-    rows, faults, rates, sizes = source.rows(root), [], Counter(), {}
+    """Print the kinds of WAV; return what decoding does not notice: missing and double clips."""
+    rows, faults, kinds, sizes = source.rows(root), [], Counter(), {}
     if source.expect and len(rows) != source.expect:
         faults.append(f"expected {source.expect:,} clips, found {len(rows):,}")
-    for clip, _, split in tqdm(rows, desc="checking", unit="clip", leave=False, disable=None):
-        try:
+    for clip, _, split in rows:
+        with contextlib.suppress(ValueError, OSError):  # packing has named these
+            sizes.setdefault(os.path.getsize(root / clip), []).append((clip, split))
             if clip.lower().endswith(".wav"):
                 head = wav_header(root / clip)
-                rates[f"{head.rate} Hz, {head.channels} channel, {head.bits}-bit {head.kind}"] += 1
-                if head.samples * RATE < WINDOW * head.rate:
-                    faults.append(f"{clip}: {head.samples} samples, shorter than one frame of 25 ms")
-            else:
-                read_audio(root / clip)
-            sizes.setdefault(os.path.getsize(root / clip), []).append((clip, split))
-        except (ValueError, OSError) as error:
-            faults.append(f"{clip}: {str(error).removeprefix(f'{root / clip}: ')}")
-    for kind, count in rates.most_common():
+                kinds[f"{head.rate} Hz, {head.channels} channel, {head.bits}-bit {head.kind}"] += 1
+    for kind, count in kinds.most_common():
         print(f"{count:,} clips of {kind}")
     return faults + duplicates_across(root, sizes)
 

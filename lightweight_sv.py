@@ -10,21 +10,21 @@ Paper: "Lightweight Speaker Verification Using Transformation Module with Featur
 Partition and Fusion", arXiv 2312.03324.
 
 Reading order
-  1. lightening      line @1   fusion, and the wrapper that makes any block S narrow ones
-  2. pooling         line @2   frames to one vector
-  3. ResNet34        line @3   2-D convolutions over frequency and time
-  4. ECAPA-TDNN      line @4   1-D convolutions over time, many scales in one block
-  5. AMCRN           line @5   multi-scale convolutions, then an LSTM
-  6. training head   line @6   AAM-softmax
-  7. scoring         line @7   EER, minDCF, thresholds, adaptive s-norm
-  8. cost            line @8   parameters, multiply-accumulates, latency
-  9. demo            line @9   the table that `python lightweight_sv.py` prints
+  1. lightening      line 48   fusion, and the wrapper that makes any block S narrow ones
+  2. pooling         line 157  frames to one vector
+  3. ResNet34        line 193  2-D convolutions over frequency and time
+  4. ECAPA-TDNN      line 251  1-D convolutions over time, many scales in one block
+  5. AMCRN           line 368  multi-scale convolutions, then an LSTM
+  6. training head   line 435  AAM-softmax
+  7. scoring         line 470  EER, minDCF, thresholds, adaptive s-norm
+  8. cost            line 574  parameters, multiply-accumulates, latency
+  9. demo            line 632  the table that `python lightweight_sv.py` prints
 
 Axis letters: B batch, T frames, F mel bins, D width (channels), E embedding size,
 C speakers, S subsets, N positions of a map (T in a 1-D host, F x T in a 2-D one).
 
 Reconstruction: the paper's equations are not public to us; its abstract is. It names the
-steps above, the hosts, and six operations: convolution, pooling, mean, concatenation,
+steps above, the hosts and six operations: convolution, pooling, mean, concatenation,
 normalisation, element-wise summation. `TransformationModule` is ours, made of these six
 and a softmax; the sizes of AMCRN are ours too. Choices were made by measuring on real
 speech, see the README.
@@ -49,37 +49,37 @@ import torch.nn.functional as F
 #
 # Channels are ordered by subset: the first D/S channels are subset 1, and so on. Every
 # block below takes `groups`: a block of S groups *is* S narrow blocks side by side, each
-# with its own weights, because a grouped convolution keeps the groups apart and everything
-# else in a block works channel by channel. That is faster than a Python loop over S small
-# blocks, whose convolutions are too short to be worth their calls.
+# with its own weights, because a grouped convolution keeps the groups apart and the rest of
+# a block works channel by channel or group by group. One utterance takes less time so than
+# in a Python loop over S small blocks, whose convolutions are too short for their calls.
 
 
 class TransformationModule(nn.Module):
     """Updates every subset with what the subsets have in common:
 
-        m = mean over subsets of a_s x_s        y_s = x_s + gamma_s norm(conv(m))
+        m = mean over subsets of a_s x_s        y_s = x_s + gamma_s norm(m)
 
     The weights a come from all subsets at once: their means over positions (pooling) are
-    concatenated and mapped to one number a subset. Mixing first and convolving then costs
-    1/S of a convolution for each subset. gamma is zero at the start, so the module begins
-    as the identity; gamma has a gradient at once, the rest from the second step on.
+    concatenated, and a 1x1 convolution makes one number for each subset of them. gamma is
+    zero at the start, so the module begins as the identity; gamma has a gradient at once,
+    the gate from the second step on. Convolving the maps as well (each x_s, or m) cost time
+    and did not lower the error where we tried it.
     """
 
     def __init__(self, channels, subsets):
         super().__init__()
         self.subsets, narrow = subsets, channels // subsets
-        self.gate = nn.Linear(channels, subsets)
-        self.conv = nn.Conv1d(narrow, narrow, 1, bias=False)
+        self.gate = nn.Conv1d(channels, subsets, 1)
         self.norm = nn.BatchNorm1d(narrow, affine=False)
         self.gamma = nn.Parameter(torch.zeros(subsets, narrow, 1))
 
     def forward(self, x):
         parts = x.flatten(2).unflatten(1, (self.subsets, -1))       # (B, S, D/S, N)
-        pooled = parts.mean(dim=-1).flatten(1)                      # (B, D)
-        weights = self.gate(pooled).softmax(dim=-1)                 # (B, S), sum 1: a mean
-        mixed = torch.einsum("bs,bsdn->bdn", weights, parts)        # (B, D/S, N)
-        fused = self.norm(self.conv(mixed)).unsqueeze(1)            # (B, 1, D/S, N)
-        return torch.addcmul(parts, self.gamma, fused).reshape(x.shape)  # (B, D, ...)
+        pooled = parts.mean(dim=-1, keepdim=True).flatten(1, 2)     # (B, D, 1)
+        weights = self.gate(pooled).squeeze(-1).softmax(dim=1)      # (B, S), sum 1: a mean
+        mean = torch.einsum("bs,bsdn->bdn", weights, parts)         # (B, D/S, N)
+        fused = self.norm(mean).unsqueeze(1)                        # (B, 1, D/S, N)
+        return torch.addcmul(parts, self.gamma, fused).reshape(x.shape)     # (B, D, ...)
 
 
 class PlainMean(nn.Module):
@@ -94,11 +94,8 @@ class PlainMean(nn.Module):
         return (parts + parts.mean(dim=1, keepdim=True)).flatten(1, 2)
 
 
-class NoFusion(nn.Identity):
-    """The other comparison: the subsets never hear of each other before the pooling."""
-
-
-FUSIONS = {"module": TransformationModule, "mean": PlainMean, "none": NoFusion}
+# with "none", the other comparison, the subsets never hear of each other before the pooling
+FUSIONS = {"module": TransformationModule, "mean": PlainMean, "none": nn.Identity}
 
 
 class Lightened(nn.Module):
@@ -115,14 +112,15 @@ class Lightened(nn.Module):
         self.block = block(d_in // fold, d_out // fold, groups=subsets // fold, **options)
 
     def forward(self, x):
-        x = self.fuse(x)                                            # (B, D, ...)
-        x = x.unflatten(1, (self.fold, -1)).flatten(0, 1)           # (B*S, D/S, ...) if shared
+        x = self.fuse(x).unflatten(1, (self.fold, -1)).flatten(0, 1)    # shared: (B*S, D/S, ...)
         x = self.block(x)
         return x.unflatten(0, (-1, self.fold)).flatten(1, 2)        # (B, D, ...)
 
 
 def lighten(block, d_in, d_out, subsets=1, share=False, fusion="module", **options):
     """The block a host asks for: plain when subsets is 1, else lightened."""
+    if fusion not in FUSIONS:
+        raise ValueError(f"unknown fusion {fusion!r}, expected one of: {', '.join(FUSIONS)}")
     if subsets == 1:
         return block(d_in, d_out, **options)
     return Lightened(block, d_in, d_out, subsets, share, fusion, **options)
@@ -208,7 +206,7 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(conv(d_in, d_out, 1, stride), nn.BatchNorm2d(d_out))
 
     def forward(self, x):
-        y = self.norm1(self.conv1(x)).relu_()                       # (B, D, F, T), maybe halved
+        y = self.norm1(self.conv1(x)).relu_()
         return (self.norm2(self.conv2(y)) + self.shortcut(x)).relu_()
 
 
@@ -245,8 +243,8 @@ class ResNet34(nn.Module):
     def forward(self, x):
         x = as_channels(x, self.mels).unsqueeze(1)                  # (B, 1, F, T)
         x = self.norm(self.stem(x)).relu_()                         # (B, D, F, T)
-        x = self.trunk(x)                                           # (B, 8*D, F/8, T/8)
-        return self.embed(mean_and_std(x.flatten(1, 2)))            # (B, E)
+        x = self.trunk(x).flatten(1, 2)                             # (B, 8*D * F/8, T/8)
+        return self.embed(mean_and_std(x))                          # (B, E)
 
 
 # -----------------------------------------------------------------------------
@@ -263,7 +261,7 @@ class ConvReluNorm(nn.Module):
         self.norm = nn.BatchNorm1d(d_out)
 
     def forward(self, x):
-        return self.norm(self.conv(x).relu_())                      # (B, D, T)
+        return self.norm(self.conv(x).relu_())
 
 
 class Res2Conv(nn.Module):
@@ -311,7 +309,7 @@ class SERes2Block(nn.Module):
                                   SqueezeExcite(d_out, groups, bottleneck))
 
     def forward(self, x):
-        return x + self.path(x)                                     # (B, D, T)
+        return x + self.path(x)
 
 
 class ConvRelu(nn.Module):
@@ -322,15 +320,15 @@ class ConvRelu(nn.Module):
         self.conv = nn.Conv1d(d_in, d_out, 1, groups=groups)
 
     def forward(self, x):
-        return self.conv(x).relu_()                                 # (B, D, T)
+        return self.conv(x).relu_()
 
 
 class ECAPA_TDNN(nn.Module):
     """Stem, three SE-Res2 blocks, aggregation of all three, attentive pooling, embedding.
 
     Lightened, the mel axis is split into bands, the aggregation is a block like the others,
-    and the bottleneck of each squeeze-excitation is divided among the subsets. Pooling and
-    the last linear layer stay whole.
+    and the bottleneck of each squeeze-excitation is divided among the subsets, which must
+    divide the width of a scale (width / 8). Pooling and the last linear layer stay whole.
 
     >>> ECAPA_TDNN(width=64, subsets=2)(torch.randn(2, 200, 80)).shape
     torch.Size([2, 192])
@@ -341,7 +339,9 @@ class ECAPA_TDNN(nn.Module):
     def __init__(self, mels=80, width=512, embed_dim=192, subsets=1, share=False,
                  fusion="module"):
         super().__init__()
-        check_subsets(subsets, mels=mels, scale_width=width // 8)
+        if width % 8:
+            raise ValueError(f"ECAPA-TDNN cuts its width into 8 scales: {width} is no multiple")
+        check_subsets(subsets, mels=mels, scale=width // 8)
         self.mels, self.embed_dim, self.subsets = mels, embed_dim, subsets
         aggregate = min(1536, 3 * width)
         split = partial(lighten, subsets=subsets, share=share, fusion=fusion)
@@ -426,8 +426,7 @@ class AMCRN(nn.Module):
 
     def forward(self, x):
         x = self.multiscale(as_channels(x, self.mels))              # (B, 4*D, T)
-        x = self.recurrent(x)                                       # (B, 4*D, T)
-        return self.norm(self.embed(self.pool(x)))                  # (B, E)
+        return self.norm(self.embed(self.pool(self.recurrent(x))))  # (B, E)
 
 
 MODELS = {"amcrn": AMCRN, "resnet34": ResNet34, "ecapa-tdnn": ECAPA_TDNN}
@@ -455,7 +454,7 @@ class AAMSoftmax(nn.Module):
             cosine = F.linear(F.normalize(embedding.float()), F.normalize(self.weight.float()))
         if labels is None:
             return self.scale * cosine                              # (B, C)
-        true = cosine.gather(1, labels[:, None])                    # (B, 1)
+        true = cosine.gather(1, labels[:, None])
         return self.scale * cosine.scatter(1, labels[:, None], self.add_margin(true))
 
     def add_margin(self, cosine):
@@ -560,10 +559,12 @@ def adaptive_s_norm(scores, pairs, embeddings, cohort, top_n=300, ddof=0):
 
     embeddings, cohort, pairs = unit(embeddings), unit(cohort), np.asarray(pairs)
     top_n = min(top_n, len(cohort))
+    if top_n < 2:
+        raise ValueError(f"s-norm needs a deviation: at least 2 of the cohort, got {top_n}")
     mean, std = np.empty(len(embeddings)), np.empty(len(embeddings))
     for i in range(0, len(embeddings), 1024):
         cosine = embeddings[i:i + 1024] @ cohort.T                  # (utterances, cohort)
-        top = np.partition(cosine, -top_n, axis=1)[:, -top_n:]      # (utterances, top_n)
+        top = np.partition(cosine, -top_n, axis=1)[:, -top_n:]
         mean[i:i + 1024], std[i:i + 1024] = top.mean(axis=1), top.std(axis=1, ddof=ddof)
     sides = (np.asarray(scores, dtype=np.float64)[:, None] - mean[pairs]) / std[pairs]
     return sides.mean(axis=1)                                       # (trials, 2) -> (trials,)

@@ -74,6 +74,8 @@ class Config:
     frames: int = opt(None, "length of a training segment, in frames of 10 ms")
     spec_f: int = opt(None, "SpecAugment: widest mask, in mel bins")
     spec_t: int = opt(None, "SpecAugment: widest mask, in frames")
+    shift: int = opt(None, "roll training clips by up to so many frames")
+    gain: float = opt(None, "make training clips up to so many dB louder or quieter")
     seed: int = opt(0, "seed of weights, order, crops and drawn splits")
     seeds: int = opt(1, "repeat with so many seeds and give mean and deviation")
     fold: str = opt("1", "test fold, 1-based, or all")
@@ -142,20 +144,21 @@ def parse(argv=None):
 # --------------------------------------------------------------------------------------------------
 # 2. Presets: the papers' recipes; the command line wins over them
 
-RECIPE = dict(epochs=30, batch_size=32, frames=500, warmup=0.0, weight_decay=0.1, spec_f=0, spec_t=0)
+RECIPE = dict(epochs=30, batch_size=32, frames=500, warmup=0.0, weight_decay=0.1, spec_f=0, spec_t=0,
+              shift=0, gain=0.0)
 # P1, section 3.1: learning rate by method, the rest by corpus
 LEARNING_RATE = {"full": 5e-5, "linear": 1e-3, "prompt-shallow": 1e-2, "prompt-deep": 1e-2,
                  "prefix": 1e-2, "other": 5e-3}
 CORPUS_RECIPE = {
     "sounds": dict(frames=100, epochs=10),
     "sounds-source": dict(frames=100, epochs=7),
-    "fsdd": dict(frames=100, epochs=20),
+    "fsdd": dict(frames=64, epochs=40, spec_f=16, spec_t=8, shift=6, gain=10.0),
 }
 # Ours: a model four hundred times smaller than AST-base wants larger and more steps.
 NANO_RECIPE = dict(batch_size=16, warmup=0.1)
 NANO_LEARNING_RATE = {"full": 1.5e-3, "other": 1e-2}
 SPEAKER_RECIPE = dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3, weight_decay=0.05,
-                      spec_f=0, spec_t=0)
+                      spec_f=0, spec_t=0, shift=0, gain=0.0)
 
 
 def with_preset(cfg):
@@ -197,28 +200,58 @@ class Model(nn.Module):
         return self.head(self.embed(x), labels)
 
 
-def build(cfg, corpus, fresh=True):
-    """The model of a Config for a corpus. `fresh`: load --init; else a checkpoint will follow."""
+def build(cfg, corpus):
+    """A new model for a corpus: the pretrained backbone, adapted, or a speaker model; and a head."""
     torch.manual_seed(cfg.seed)
     if cfg.model in lightweight_sv.MODELS:
-        sizes = {k: getattr(cfg, k) for k in ("width", "embed_dim") if getattr(cfg, k)}
-        encoder = lightweight_sv.MODELS[cfg.model](
-            mels=corpus.mels or 80, subsets=cfg.subsets, share=cfg.share, fusion=cfg.fusion, **sizes)
+        encoder = speaker_encoder(cfg, corpus.mels or 80)
     else:
         encoder = AST(cfg.model.removeprefix("ast-"), pos_embed=cfg.pos_embed, pool=cfg.pool)
-        if fresh and cfg.init != "none":
-            print(ast_adapters.load_pretrained(encoder, cfg.init or own_init(cfg)))
         options = {k: getattr(cfg, k) for k in METHOD_OPTIONS if getattr(cfg, k) is not None}
+        ast_adapters.check_options(encoder, cfg.method, options)  # before minutes of pre-training
+        if cfg.init != "none":
+            print(ast_adapters.load_pretrained(encoder, cfg.init or own_init(cfg)))
         adapt(encoder, cfg.method, **options)
     if corpus.mels not in (None, encoder.mels):
         raise ValueError(f"--model {cfg.model} expects {encoder.mels} mel bins, --data {cfg.data} has "
                          f"{corpus.mels}: take a speaker model, which is built with as many")
-    torch.manual_seed(cfg.seed + 1)  # so every method starts from the same head
-    if corpus.trials:
-        head = lightweight_sv.AAMSoftmax(encoder.embed_dim, len(corpus.classes), margin=cfg.margin)
+    torch.manual_seed(cfg.seed)  # so every method starts from the same head
+    return Model(encoder, new_head(cfg, encoder, len(corpus.classes), bool(corpus.trials)))
+
+
+def speaker_encoder(cfg, mels):
+    sizes = {k: getattr(cfg, k) for k in ("width", "embed_dim") if getattr(cfg, k)}
+    return lightweight_sv.MODELS[cfg.model](mels=mels, subsets=cfg.subsets, share=cfg.share,
+                                            fusion=cfg.fusion, **sizes)
+
+
+def new_head(cfg, encoder, classes, trials):
+    if trials:
+        return lightweight_sv.AAMSoftmax(encoder.embed_dim, classes, margin=cfg.margin)
+    return LinearHead(encoder.embed_dim, classes)
+
+
+def open_model(path, device):
+    """A best.pt -> (the Config it was trained with, its model in eval mode, the file's contents)."""
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path!r}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        cfg = Config(**saved["config"])
+    except Exception as error:  # pickle, zip, key and type errors, by what the file holds
+        raise ValueError(f"{path} is no best.pt of this program that loads safely (weights_only=True): "
+                         "it is damaged, of another program, or holds code, which is never run") from error
+    if cfg.model in lightweight_sv.MODELS:
+        encoder = speaker_encoder(cfg, saved["mels"] or 80)
     else:
-        head = LinearHead(encoder.embed_dim, len(corpus.classes))
-    return Model(encoder, head)
+        encoder = AST(**saved["settings"])
+        adapt(encoder, saved["adaptation"]["method"], **saved["adaptation"]["options"])
+    model = Model(encoder, new_head(cfg, encoder, len(saved["classes"]), saved["trials"]))
+    if saved["adaptation"]:
+        encoder.adaptation = saved["adaptation"]  # with the fingerprint of the real backbone
+    model.encoder.load_state_dict(saved["encoder"])
+    model.head.load_state_dict(saved["head"])
+    return cfg, model.to(device).eval(), saved
 
 
 def own_init(cfg):
@@ -257,6 +290,7 @@ def fit(cfg, corpus, model, out, device):
         bar = tqdm(total=per_epoch, desc=f"epoch {epoch + 1}", leave=False, disable=None)
         for batch, seconds in timed(training_batches(cfg, corpus, train, epoch, cached)):
             x, y = inputs(batch, model, device, cached), batch.labels.to(device)
+            x = augmented(cfg, x)
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(cfg, state["step"], per_epoch * cfg.epochs)
             with autocast(cfg, device):
@@ -291,6 +325,12 @@ def inputs(batch, model, device, cached):
     if cached is not None:
         return cached[batch.clips]
     return data.features(batch, model.encoder.normalise, model.encoder.mels, device)
+
+
+def augmented(cfg, x):
+    """Training features (B, T, F) with what the preset or the command line asks for."""
+    x = data.time_shift(data.random_gain(x, cfg.gain), cfg.shift)
+    return data.spec_augment(x, cfg.spec_f, cfg.spec_t)
 
 
 def timed(batches):
@@ -329,9 +369,9 @@ def frozen_outputs(cfg, corpus, model, device):
 
     It differs when a training clip is longer than the crop, whose place is then random.
     """
-    masks = cfg.spec_f or cfg.spec_t
+    random = cfg.spec_f or cfg.spec_t or cfg.shift or cfg.gain
     spare = corpus.length[corpus.pick("train")] > data.samples_of(cfg.frames)
-    if cfg.model in lightweight_sv.MODELS or cfg.method != "linear" or masks or spare.any():
+    if cfg.model in lightweight_sv.MODELS or cfg.method != "linear" or random or spare.any():
         return None
     outputs = torch.zeros(len(corpus.ids), model.encoder.embed_dim, device=device)
     usable = np.flatnonzero(np.isin(corpus.splits, ("train", "valid", "test")))
@@ -475,9 +515,7 @@ def run(cfg):
         return json.loads((out / "results.json").read_text())
     introduce(cfg, corpus, model, out, device)
     seconds = fit(cfg, corpus, model, out, device)
-    best = torch.load(out / "best.pt", map_location=device, weights_only=True)
-    model.encoder.load_state_dict(best["encoder"])
-    model.head.load_state_dict(best["head"])
+    _, model, best = open_model(out / "best.pt", device)
     tested = evaluate(cfg, corpus, model, "test", device)
     results = {k: float(v) for k, v in tested.items() if k not in ("score", "scores", "labels")}
     trainable, _, total = ast_adapters.count(model.encoder)
@@ -512,6 +550,21 @@ def introduce(cfg, corpus, model, out, device):
                            ("epochs", "batch_size", "frames", "lr", "warmup", "weight_decay")))
     for note in corpus.notes:
         print(f"  note: {note}")
+
+
+QUICK = ("linear", "conformer", "full")
+
+
+def variants(cfg):
+    """{label: Config} of --compare (every method) or --sweep FIELD=v1,v2,... (every value)."""
+    if not cfg.sweep:
+        return {method: replace(cfg, method=method) for method in METHODS}
+    name, _, values = cfg.sweep.partition("=")
+    name, kinds = name.replace("-", "_"), {f.name: f.type for f in fields(Config)}
+    if name not in kinds or not values:
+        raise ValueError(f"--sweep {cfg.sweep!r}: expected FIELD=v1,v2,... with a field of --help")
+    read = (lambda v: {"true": True, "false": False}[v]) if kinds[name] is bool else kinds[name]
+    return {f"{name}={value}": replace(cfg, **{name: read(value)}) for value in values.split(",")}
 
 
 def study(cfg, variants, title):
@@ -558,20 +611,69 @@ def free_name(name):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The command line
+# 8. Using a trained model
+
+
+def evaluate_checkpoint(cfg, typed):
+    """--evaluate: test a best.pt on its own corpus or on another one with the same classes."""
+    device = find_device(cfg.device)
+    trained, model, saved = open_model(cfg.evaluate, device)
+    overrides = {k: getattr(cfg, k) for k in typed & {"data", "root", "cache", "fold", "bf16", "skip_bad"}}
+    trained = replace(trained, **overrides)
+    corpus = data.open_corpus(trained.data, trained.root, trained.cache, trained.seed, int(trained.fold),
+                              skip_bad=trained.skip_bad)
+    if corpus.classes != saved["classes"]:
+        raise ValueError(f"--evaluate {cfg.evaluate} knows {len(saved['classes'])} classes "
+                         f"({', '.join(saved['classes'][:3])}, ...), --data {trained.data} has "
+                         f"{len(corpus.classes)} ({', '.join(corpus.classes[:3])}, ...)")
+    results = evaluate(trained, corpus, model, "test", device)
+    print(f"{cfg.evaluate} on the test split of {trained.data}: "
+          + "  ".join(f"{k} {v:.2f}" for k, v in results.items() if isinstance(v, float) and k != "score"))
+
+
+@torch.inference_mode()
+def predict(cfg):
+    """--predict: the three likeliest classes of each file; long files are averaged over windows."""
+    device = find_device(cfg.device)
+    trained, model, saved = open_model(cfg.checkpoint, device)
+    files = [f for path in map(Path, cfg.predict)
+             for f in (sorted(p for p in path.rglob("*") if p.suffix.lower() in data.AUDIO)
+                       if path.is_dir() else [path])]
+    rows = []
+    for file in files:
+        corpus = data.windows(file, trained.frames)
+        batch = data.load(corpus, np.arange(len(corpus.ids)), trained.frames,
+                          repeat=trained.model in lightweight_sv.MODELS)
+        x = data.features(batch, model.encoder.normalise, model.encoder.mels, device)
+        chances = model(x).softmax(1).mean(0).cpu()  # (windows, C) -> (C,)
+        best = chances.topk(min(3, len(chances)))
+        rows.append([str(file)] + [cell for p, i in zip(*best) for cell in (saved["classes"][i], f"{p:.4f}")])
+        print(f"{file}: " + ", ".join(f"{saved['classes'][i]} {p:.1%}" for p, i in zip(*best)))
+    if cfg.csv:
+        with open(cfg.csv, "w", newline="") as out:
+            csv.writer(out).writerows(rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. The command line
 
 
 def main(argv=None):
     cfg, typed = parse(argv)
     try:
-        if cfg.compare:
-            study(cfg, {m: replace(cfg, method=m, compare=False) for m in METHODS}, f"compare-{cfg.data}")
-        elif not typed & {"data", "model", "method", "out", "evaluate", "predict"}:
-            methods = ("linear", "conformer", "full")
-            study(cfg, {m: replace(cfg, method=m) for m in methods}, "quick-start")
+        if cfg.evaluate:
+            evaluate_checkpoint(cfg, typed)
+        elif cfg.predict:
+            predict(cfg)
+        elif cfg.compare or cfg.sweep:
+            study(cfg, variants(cfg), f"compare-{cfg.data}")
+        elif not typed & {"data", "model", "method", "init", "out"}:
+            study(cfg, {m: replace(cfg, method=m) for m in QUICK}, "quick-start")
+        elif cfg.seeds > 1:
+            study(cfg, {cfg.method if "ast" in cfg.model else cfg.model: cfg}, f"{cfg.data}-{cfg.model}")
         else:
             run(cfg)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; --resume goes on from the last whole epoch")

@@ -1,0 +1,1110 @@
+"""Tests of the whole project: `python -m pytest -q`, two minutes on two cores, offline.
+
+Sections 1 data.py, 2 the AST, 3 its methods, 4 lightweight_sv.py, 5 train.py and the README.
+Each test states a claim and compares with something independent: torchaudio, Hugging Face,
+published counts, values worked by hand. Speed and accuracy are measured by commands (README), not
+here. Tests of real recordings look for ../shared/data and skip where it is absent.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ast_adapters
+import data
+import lightweight_sv as sv
+import train
+from ast_adapters import AST, METHODS, LinearHead, adapt, count
+
+HERE = Path(__file__).resolve().parent
+REAL = HERE.parent / "shared" / "data"
+real_data = pytest.mark.skipif(not REAL.exists(), reason="no real recordings beside the project")
+hugging_face = pytest.mark.skipif(not importlib.util.find_spec("transformers"),
+                                  reason="transformers is not installed")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Packed corpora, made once for all tests."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+# --------------------------------------------------------------------------------------------------
+# 1. data.py
+
+# (name, format code, bits, numpy type, one step of the scale)
+KINDS = [("8-bit", 1, 8, "u1", 2**-7), ("16-bit", 1, 16, "<i2", 2**-15), ("24-bit", 1, 24, None, 2**-23),
+         ("32-bit", 1, 32, "<i4", 2**-31), ("float", 3, 32, "<f4", 1e-7), ("double", 3, 64, "<f8", 1e-7)]
+
+
+def wav_bytes(wave, rate=16000, code=1, bits=16, dtype="<i2", extensible=False):
+    """A WAV file from floats (n, channels), written by hand as the format's specification says."""
+    if code == 3:
+        body = wave.astype(dtype).tobytes()
+    elif bits == 8:
+        body = (np.round(wave * 128) + 128).clip(0, 255).astype("u1").tobytes()
+    elif bits == 24:
+        steps = np.round(wave * 2**23).clip(-(2**23), 2**23 - 1).astype("<i4").ravel()
+        body = b"".join(int(s).to_bytes(3, "little", signed=True) for s in steps)
+    else:
+        top = 2.0 ** (bits - 1)
+        body = np.round(wave * top).clip(-top, top - 1).astype(dtype).tobytes()
+    channels, frame = wave.shape[1], wave.shape[1] * bits // 8
+    form = struct.pack("<HHIIHH", 0xFFFE if extensible else code, channels, rate, rate * frame, frame, bits)
+    if extensible:
+        form += struct.pack("<HHIH14x", 22, bits, 0, code)
+    odd = b"LIST" + struct.pack("<I", 3) + b"abc\0"  # a chunk of odd size is padded
+    form = b"fmt " + struct.pack("<I", len(form)) + form
+    body = b"data" + struct.pack("<I", len(body)) + body
+    return b"RIFF" + struct.pack("<I", 4 + len(form + odd + body)) + b"WAVE" + form + odd + body
+
+
+@pytest.mark.parametrize("extensible", [False, True])
+@pytest.mark.parametrize("name, code, bits, dtype, step", KINDS, ids=[kind[0] for kind in KINDS])
+def test_every_kind_of_wav_is_read_and_only_the_asked_segment(tmp_path, name, code, bits, dtype, step,
+                                                             extensible):
+    wave = np.random.default_rng(0).uniform(-0.99, 0.99, (1000, 3))
+    (tmp_path / "a.wav").write_bytes(wav_bytes(wave, 44100, code, bits, dtype, extensible))
+    read, rate = data.read_wav(tmp_path / "a.wav")
+    assert read.shape == (3, 1000) and rate == 44100 and read.dtype == np.float32
+    np.testing.assert_allclose(read.T, wave, atol=step / 2 + 1e-7)
+    part, _ = data.read_wav(tmp_path / "a.wav", start=600, samples=300)
+    assert np.array_equal(part, read[:, 600:900])
+    assert data.read_wav(tmp_path / "a.wav", start=990, samples=300)[0].shape == (3, 10)
+
+
+def broken_files(folder):
+    """name -> (bytes, part of the sentence that must answer)."""
+    good = wav_bytes(np.zeros((2000, 1)))
+    files = {"empty.wav": (b"", "is empty"), "text.wav": (b"this is no audio at all", "not a WAV file"),
+             "cut.wav": (good[:-100], "truncated"), "header.wav": (good[:30], "truncated"),
+             "short.wav": (wav_bytes(np.zeros((100, 1))), "shorter than one frame"),
+             "none.wav": (wav_bytes(np.zeros((0, 1))), "shorter than one frame"),
+             "law.wav": (wav_bytes(np.zeros((2000, 1)), code=7), "neither PCM nor float"),
+             "nan.wav": (wav_bytes(np.full((2000, 1), np.nan), code=3, bits=32, dtype="<f4"), "not finite")}
+    for name, (content, _) in files.items():
+        (folder / name).write_bytes(content)
+    return files
+
+
+def test_broken_files_are_named_with_the_reason(tmp_path):
+    for name, (_, sentence) in broken_files(tmp_path).items():
+        with pytest.raises(ValueError, match=f"{name}: .*{sentence}"):
+            data.read_audio(tmp_path / name)
+
+
+def test_resampling_keeps_a_tone_at_its_frequency(tmp_path):
+    tone = np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)[:, None]
+    (tmp_path / "a.wav").write_bytes(wav_bytes(tone, rate=8000))
+    wave = data.read_audio(tmp_path / "a.wav")
+    assert len(wave) == 16000 and np.abs(np.fft.rfft(wave)).argmax() == 440  # bins of 1 Hz
+
+
+def test_import_survives_a_torchaudio_that_does_not_fit_its_torch():
+    """As with CPU-only torch or another CUDA version: the compiled extension refuses to load."""
+    code = ("import sys, data\n"
+            "class Refuse:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name == 'torchaudio._extension':\n"
+            "            raise OSError('libc10_cuda.so: cannot open shared object file')\n"
+            "sys.meta_path.insert(0, Refuse())\n"
+            "import torch; t = data.import_torchaudio()\n"
+            "print(t.functional.resample(torch.zeros(80), 8000, 16000).shape[0])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout.strip() == "160", done.stderr
+
+
+@pytest.mark.parametrize("mels", [40, 80, 128])
+def test_fbank_equals_kaldis(mels):
+    torch.manual_seed(0)
+    waves = torch.randn(3, 9000) * torch.tensor([[1.0], [0.01], [0.0]])  # loud, quiet, silent
+    kaldi = data.import_torchaudio().compliance.kaldi.fbank
+    expected = torch.stack([
+        kaldi(wave[None], htk_compat=True, sample_frequency=16000, use_energy=False, dither=0.0,
+              window_type="hanning", num_mel_bins=mels, frame_shift=10) for wave in waves])
+    torch.testing.assert_close(data.fbank(waves, mels), expected, atol=1e-3, rtol=0)
+    assert data.fbank(waves).shape[1] == data.frames_of(9000) == (9000 - 400) // 160 + 1
+
+
+def corpus_of(waves, labels, splits, trials=None):
+    """A corpus in memory, as open_corpus would return it."""
+    lengths = np.array([len(wave) for wave in waves])
+    return data.Corpus("test", [f"clip{i}" for i in range(len(waves))], np.array(labels), np.array(splits),
+                       [str(c) for c in sorted(set(labels))], np.cumsum(lengths) - lengths, lengths,
+                       np.concatenate(waves).astype("<i2"), trials or {})
+
+
+def test_features_of_silence_and_padding_are_asts_golden_values():
+    corpus = corpus_of([np.zeros(8000)], [0], ["train"])
+    x = data.features(data.load(corpus, np.array([0]), 100), "audioset", 128, "cpu")  # (1, 100, 128)
+    sound = data.frames_of(8000)
+    torch.testing.assert_close(x[0, :sound], torch.full((sound, 128), -1.27759), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x[0, sound:], torch.full((100 - sound, 128), 0.46703), atol=1e-4, rtol=0)
+
+
+def test_utterance_features_have_no_mean_and_short_clips_repeat():
+    rng = np.random.default_rng(0)
+    corpus = corpus_of([rng.integers(-999, 999, 5000)], [0], ["train"])
+    batch = data.load(corpus, np.array([0]), 50, repeat=True)
+    assert torch.equal(batch.x[0, :3000], batch.x[0, 5000:8000])
+    x = data.features(batch, "utterance", 40, "cpu")
+    torch.testing.assert_close(x.mean(1), torch.zeros(1, 40), atol=1e-5, rtol=0)
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    waves = [np.arange(i * 1000, i * 1000 + 900) for i in range(20)]
+    corpus = corpus_of(waves, [0] * 20, ["train"] * 20)
+    draw = lambda **kw: list(data.batches(corpus, np.arange(20), 6, frames=3, seed=1, **kw))
+    first, again, threads, later = draw(), draw(), draw(workers=2), draw(epoch=1)
+    assert len(first) == 3 and len({i for b in first for i in b.clips}) == 18  # no clip twice
+    for one, other in ((first, again), (first, threads)):
+        assert all(torch.equal(a.x, b.x) and (a.clips == b.clips).all() for a, b in zip(one, other))
+    assert any((a.clips != b.clips).any() for a, b in zip(first, later))
+    assert len({int(b.x[0, 0]) % 1000 for b in first}) > 1  # crops start anywhere
+    shards = [draw(shard=(rank, 2)) for rank in range(2)]
+    assert all(sorted([*a.clips, *b.clips]) == sorted(c.clips) for a, b, c in zip(*shards, first))
+
+
+def folder_corpus(root, classes=3, clips=10):
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (root / f"class{label}").mkdir(parents=True)
+        for clip in range(clips):
+            tone = np.sin(np.arange(8000) * (label + 1) * 0.3)[:, None] * rng.uniform(0.1, 0.9)
+            (root / f"class{label}" / f"{clip}.wav").write_bytes(wav_bytes(tone))
+
+
+def test_packing_happens_once_and_notices_a_changed_clip(tmp_path, monkeypatch):
+    folder_corpus(tmp_path / "root")
+    opened = data.open_corpus("folder", tmp_path / "root", tmp_path / "cache")
+    clip = opened.ids.index("class1/3.wav")
+    start, length = opened.start[clip], opened.length[clip]
+    expected = data.read_audio(tmp_path / "root" / "class1/3.wav")
+    np.testing.assert_allclose(opened.store[start : start + length] / 32768, expected, atol=2**-16)
+    sizes = {split: len(opened.pick(split)) for split in ("train", "valid", "test")}
+    assert sizes == {"train": 21, "valid": 3, "test": 6}
+    with monkeypatch.context() as patch:  # the second time nothing is decoded
+        patch.setattr(data, "read_audio", lambda path: pytest.fail(f"decoded {path} again"))
+        data.open_corpus("folder", tmp_path / "root", tmp_path / "cache")
+    (tmp_path / "root" / "class1/3.wav").write_bytes(wav_bytes(np.ones((9000, 1)) * 0.5))
+    again = data.open_corpus("folder", tmp_path / "root", tmp_path / "cache")
+    assert again.length[clip] == 9000 and again.store[again.start[clip]] == 16384
+    assert len(list((tmp_path / "cache").glob("*.pcm"))) == 1  # the old one is gone
+
+
+def test_bad_clips_stop_before_training_or_are_left_out(tmp_path):
+    folder_corpus(tmp_path / "root")
+    files = broken_files(tmp_path / "root" / "class0")
+    with pytest.raises(ValueError, match=f"{len(files)} of 38 clips of .*(?s:.)*--skip-bad"):
+        data.open_corpus("folder", tmp_path / "root", tmp_path / "cache")
+    corpus = data.open_corpus("folder", tmp_path / "root", tmp_path / "cache", skip_bad=True)
+    used = np.flatnonzero(corpus.splits != "bad")
+    assert len(used) == 30 and "8 unusable" in corpus.notes[0]
+
+
+def test_check_names_each_fault(tmp_path, capsys):
+    folder_corpus(tmp_path / "root", classes=2)
+    (tmp_path / "root" / "lonely").mkdir()
+    (tmp_path / "root" / "lonely" / "1.wav").write_bytes(wav_bytes(np.ones((9000, 2)) / 3, 44100))
+    files = broken_files(tmp_path / "root" / "class0")
+    assert data.check("folder", str(tmp_path / "root"), tmp_path / "cache") == len(files)
+    printed = capsys.readouterr().out
+    assert all(f"class0/{name}: " in printed for name in files)
+    assert "1 classes have fewer than three clips and only train: lonely" in printed
+    assert "44100 Hz, 2 channel" in printed
+
+
+def test_sounds_are_the_same_on_every_machine_and_twins_differ_by_order_alone(cache):
+    corpus = data.open_corpus("sounds", cache=cache)
+    assert {len(corpus.pick(s)) // 12 for s in ("train", "valid", "test")} == {80, 20, 40}
+    assert np.array_equal(data.sound("sounds/rain/train-3"), data.sound("sounds/rain/train-3"))
+    assert not set(data.SOURCE) & set(data.TARGET)
+    # The mean spectrum tells classes apart, but not twins: order is not in it.
+    clips = np.concatenate([corpus.pick("train"), corpus.pick("test")])
+    x = torch.cat([data.features(b, "audioset", 128, "cpu").mean(1)
+                   for b in data.batches(corpus, clips, 64, 98, train=False)])  # (clips, 128)
+    x = x - x.mean(1, keepdim=True)  # whatever the level
+    labels = torch.tensor(corpus.labels[clips])
+    fit = torch.tensor(corpus.splits[clips] == "train")
+
+    def told_apart(a, b):
+        """Accuracy of the nearest mean between two classes."""
+        a, b = corpus.classes.index(a), corpus.classes.index(b)
+        centres = torch.stack([x[fit & (labels == c)].mean(0) for c in (a, b)])
+        guess = [torch.cdist(x[~fit & (labels == c)], centres).argmin(1) for c in (a, b)]
+        return float(((guess[0] == 0).float().mean() + (guess[1] == 1).float().mean()) / 2)
+
+    plain = [name for name in corpus.classes if ">" not in name]
+    others = np.mean([told_apart(a, b) for i, a in enumerate(plain) for b in plain[:i]])
+    twins = np.mean([told_apart(name, ">".join(reversed(name.split(">"))))
+                     for name in ("ping>thud", "high>low", "slow>fast")])
+    assert others > 0.8 and twins < 0.65, (others, twins)
+
+
+def test_augmentation_hides_and_rolls_within_its_bounds():
+    torch.manual_seed(0)
+    x = torch.ones(200, 50, 40)
+    hidden = data.spec_augment(x, 8, 10) == 0  # (B, T, F)
+    bands, stretches = hidden.all(1).sum(1), hidden.all(2).sum(1)
+    assert bands.max() <= 8 and stretches.max() <= 10 and bands.float().mean() > 2
+    assert data.spec_augment(x, 0, 0) is x
+    ramp = torch.arange(50.0).expand(200, 50)[:, :, None]
+    rolled = data.time_shift(ramp, 5)[:, :, 0]  # (B, T)
+    assert rolled.sort(1).values.equal(ramp[:, :, 0])
+    start = (rolled.argmin(1) + 5) % 50
+    assert start.max() == 10 and start.min() == 0
+
+
+@real_data
+def test_fsdd_has_its_official_split(cache):
+    corpus = data.open_corpus("fsdd", REAL / "fsdd", cache)
+    tested = [corpus.ids[i] for i in corpus.pick("test")]
+    assert len(corpus.ids) == 3000 and len(tested) == 300 and len(corpus.classes) == 10
+    assert all(int(clip.split("_")[-1][:-4]) < 5 for clip in tested)
+
+
+@real_data
+def test_features_corpus_holds_out_speakers_for_validation():
+    corpus = data.open_corpus("features", REAL / "korean220")
+    speakers = {split: {corpus.ids[i].split("/")[0] for i in corpus.pick(split)}
+                for split in ("train", "valid", "test")}
+    assert [len(s) for s in speakers.values()] == [180, 20, 20]
+    assert not speakers["train"] & speakers["valid"] and corpus.mels == 40
+    assert len(corpus.trials["test"]) == 20000 and sum(t[0] for t in corpus.trials["test"]) == 3800
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. The AST
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Hugging Face's AST-base with random weights, tokens and positions, and our two files of it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.ASTModel(transformers.ASTConfig()).eval()
+    for name, p in model.named_parameters():
+        p.data.add_(torch.randn_like(p) * (0.02 if "embeddings" in name else 0.05 * (p.ndim == 1)))
+    folder = tmp_path_factory.mktemp("hf")
+    model.save_pretrained(folder)  # the names on disk, as .safetensors
+    torch.save(model.state_dict(), folder / "memory.pt")  # version 5's names in memory
+    return model, folder
+
+
+@hugging_face
+@pytest.mark.parametrize("file", ["model.safetensors", "memory.pt"])
+@torch.inference_mode()
+def test_ast_base_equals_hugging_faces(reference, file):
+    model, folder = reference
+    ast = AST("base", pool="cls").eval()
+    said = ast_adapters.load_pretrained(ast, folder / file)
+    assert "Hugging Face" in said and "eps 1e-12" in said
+    x = torch.randn(1, 1024, 128)
+    torch.testing.assert_close(ast(x), model(x).pooler_output, atol=1e-4, rtol=0)
+
+
+@hugging_face
+@pytest.mark.parametrize("frames, columns, start", [(500, 49, 26), (100, 9, 46)])
+@torch.inference_mode()
+def test_shorter_inputs_read_the_cropped_positions(reference, frames, columns, start):
+    import transformers
+
+    model, folder = reference
+    short = transformers.ASTModel(transformers.ASTConfig(max_length=frames)).eval()
+    state = dict(model.state_dict())
+    old = state["embeddings.position_embeddings"]  # (1, 1214, D); crop by hand
+    grid = old[:, 2:].reshape(1, 12, 101, 768)[:, :, start : start + columns].reshape(1, -1, 768)
+    state["embeddings.position_embeddings"] = torch.cat([old[:, :2], grid], 1)
+    short.load_state_dict(state)
+    ast, x = AST("base", pool="cls").eval(), torch.randn(2, frames, 128)
+    ast_adapters.load_pretrained(ast, folder / "model.safetensors")
+    torch.testing.assert_close(ast(x), short(x).pooler_output, atol=1e-4, rtol=0)
+
+
+def original_layout(ast):
+    """An AST's weights under the names of the original checkpoint, q, k and v in one matrix."""
+    state, ours = {}, ast.state_dict()
+    for key, value in ours.items():
+        if re.search(r"attn\.[kv]\.", key):
+            continue
+        if ".attn.q." in key:
+            value = torch.cat([ours[key.replace(".q.", f".{name}.")] for name in "qkv"])
+        key = key.replace("attn.q.", "attn.qkv.").replace("attn.o.", "attn.proj.")
+        state["module.v." + re.sub(r"^patch", "patch_embed.proj", key)] = value
+    return state | {"module.mlp_head.0.weight": torch.zeros(5), "module.v.head.weight": torch.zeros(5)}
+
+
+@torch.inference_mode()
+def test_the_original_layout_loads_with_its_own_eps(tmp_path):
+    torch.manual_seed(0)
+    theirs, ours, x = AST("nano"), AST("nano", eps=1e-12), torch.randn(2, 100, 128)
+    torch.save(original_layout(theirs), tmp_path / "a.pth")
+    said = ast_adapters.load_pretrained(ours, tmp_path / "a.pth")
+    assert "original layout" in said and ours.norm.eps == ours.blocks[0].norm1.eps == 1e-6
+    torch.testing.assert_close(ours(x), theirs(x), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("stride, grid", [(16, (8, 64)), (14, (9, 73)), (12, (10, 85)), (10, (12, 101))])
+def test_stride_is_read_from_the_position_embedding(tmp_path, stride, grid):
+    ast = AST("tiny", stride=stride, grid=grid)
+    torch.save(original_layout(ast), tmp_path / "a.pth")
+    other = AST("tiny")
+    ast_adapters.load_pretrained(other, tmp_path / "a.pth")
+    assert other.patch.stride == (stride, stride) and other.grid == grid
+    x = torch.randn(1, 1024, 128)
+    torch.testing.assert_close(other(x), ast(x))
+
+
+@pytest.mark.parametrize("size, total", [("tiny", 5_621_568), ("small", 21_859_968), ("base", 86_187_264)])
+def test_sizes_have_the_published_counts(size, total):
+    with torch.device("meta"):
+        assert count(AST(size))[2] == total
+
+
+def test_positions_are_cropped_in_the_middle_or_interpolated():
+    ast = AST("tiny")
+    with torch.no_grad():
+        ast.pos_embed[0, 2:] = torch.arange(12 * 101)[:, None].float()  # position = its index
+    for columns, start in ((9, 46), (12, 44), (39, 31), (49, 26), (50, 25), (101, 0)):
+        rows = ast.positions(12, columns)[0, 2:, 0].reshape(12, columns)
+        assert torch.equal(rows, torch.arange(12 * 101.0).reshape(12, 101)[:, start : start + columns])
+    assert ast.positions(8, 9)[0, 2, 0] == 2 * 101 + 46  # fewer rows: from row 6 - 8 // 2
+    longer = ast.positions(12, 202)[0, 2:, 0].reshape(12, 202)
+    assert longer[0, 1] == 0.25 and longer[0, 2] == 0.75  # halves of a step, pixel centres kept
+
+
+@pytest.mark.parametrize("frames", [16, 57, 100, 400])
+def test_one_ast_takes_any_length(frames):
+    assert AST("nano")(torch.randn(2, frames, 128)).shape == (2, 64)
+    with pytest.raises(ValueError, match=r"at least 16 frames, 128 mel bins\), got \(2, 100, 64\)"):
+        AST("nano")(torch.randn(2, 100, 64))
+
+
+def test_attention_is_torchs_own():
+    torch.manual_seed(0)
+    ours, theirs, x = ast_adapters.Attention(64, 4), nn.MultiheadAttention(64, 4, batch_first=True), torch.randn(2, 9, 64)
+    theirs.in_proj_weight.data = torch.cat([ours.q.weight, ours.k.weight, ours.v.weight]).detach()
+    theirs.in_proj_bias.data = torch.cat([ours.q.bias, ours.k.bias, ours.v.bias]).detach()
+    theirs.out_proj.load_state_dict(ours.o.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x, x, x)[0])
+
+
+class Payload:
+    """Unpickled, it would make a file: a stand-in for a checkpoint that attacks."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_bad_checkpoints_are_refused_with_a_sentence(tmp_path):
+    torch.save(Payload(tmp_path / "owned"), tmp_path / "code.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "text.safetensors").write_text("no checkpoint either")
+    torch.save(original_layout(AST("tiny")), tmp_path / "tiny.pth")
+    for name, sentence in (("code.pt", "never run"), ("other.pt", "holds no AST"), ("text.pt", "damaged"),
+                           ("text.safetensors", "no readable safetensors"), ("none.pt", "no checkpoint at"),
+                           ("tiny.pth", "is not an AST-nano")):
+        with pytest.raises(ValueError, match=sentence):
+            ast_adapters.load_pretrained(AST("nano"), tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The methods
+
+COUNTS = [  # P1 and its code, on AST-base, without the head (Conformer without the dead LayerNorm)
+    ("linear", {}, 1_536), ("bitfit", {}, 102_144), ("prompt-shallow", dict(tokens=300), 231_936),
+    ("prompt-deep", dict(tokens=25), 231_936), ("prefix", dict(tokens=24), 222_720),
+    ("lora", dict(rank=6), 222_720), ("lora", dict(rank=12), 443_904), ("adapter", dict(rank=12), 250_512),
+    ("adapter", dict(rank=24), 471_840), ("adapter", dict(rank=48), 914_496),
+    ("adapter", dict(rank=12, where="both"), 499_488), ("conformer", dict(kernel=31), 272_256 - 18_432),
+    ("conformer", dict(kernel=8), 270_048 - 18_432),
+    ("conformer", dict(where="both"), 542_976 - 2 * 18_432), ("dense-moa", {}, 923_724),
+    ("soft-moa", {}, 923_640), ("full", {}, 86_187_264)]
+
+
+@pytest.mark.parametrize("method, options, trainable", COUNTS)
+def test_trainable_parameters_are_the_published_counts(method, options, trainable):
+    with torch.device("meta"):
+        assert count(adapt(AST("base"), method, **options))[0] == trainable
+
+
+CASES = [(method, {}) for method in METHODS] + [
+    ("lora", dict(targets="qkvo", alpha=3.0)), ("lora", dict(targets="q")), ("dora", dict(targets="qk")),
+    ("adapter", dict(where="mhsa")), ("conformer", dict(where="both", kernel=8)),
+    ("convpass", dict(where="both")), ("soft-moa", dict(slots=3, where="mhsa")),
+    ("dense-moa", dict(experts=2, where="both")),
+    *((method, dict(form="sequential", at=at, where=where)) for method in ("adapter", "conformer")
+      for at in ("before", "after") for where in ("ffn", "mhsa"))]
+SMALLER = {"prompt-shallow": dict(tokens=7), "prompt-deep": dict(tokens=5), "prefix": dict(tokens=6)}
+IDS = ["-".join([m, *(f"{k}={v}" for k, v in o.items())]) for m, o in CASES]
+
+
+# Counted in the paper and of no effect: a bias on the keys shifts all scores of a query alike, and
+# the softmax does not see it; BatchNorm removes the bias of the convolution before it.
+BLIND = re.compile(r"attn\.k\.(linear\.|layer\.)?(bias|shift)|depthwise\.bias")
+
+
+def pair(method, options, **ast_options):
+    """A plain nano AST and its adapted twin with the same weights."""
+    torch.manual_seed(0)
+    plain = AST("nano", **ast_options)
+    twin = AST("nano", **ast_options)
+    twin.load_state_dict(plain.state_dict())
+    return plain, adapt(twin, method, **SMALLER.get(method, {}) | options)
+
+
+def steps(ast, x, number=2):
+    """A few optimiser steps that pull the embedding somewhere; returns names without a gradient."""
+    silent = set()
+    optimiser = torch.optim.SGD([p for p in ast.parameters() if p.requires_grad], lr=0.05)
+    target = torch.randn(len(x), ast.embed_dim)
+    for _ in range(number):
+        optimiser.zero_grad()
+        (ast(x) * target).sum().backward()
+        silent = {n for n, p in ast.named_parameters()
+                  if p.requires_grad and (p.grad is None or not p.grad.any())}
+        optimiser.step()
+    return silent
+
+
+@pytest.mark.parametrize("method, options", CASES, ids=IDS)
+def test_a_method_starts_as_the_frozen_model_and_only_its_own_moves(method, options):
+    plain, ast = pair(method, options)
+    x = torch.randn(3, 100, 128)
+    with torch.no_grad():
+        same = torch.allclose(plain.eval()(x), ast.eval()(x), atol=1e-6)
+    assert same != (method in ("prompt-shallow", "prompt-deep", "prefix"))  # those add tokens
+    before = {k: v.clone() for k, v in ast.state_dict().items()}
+    trained = {n for n, p in ast.named_parameters() if p.requires_grad}
+    silent = steps(ast.train(), x)
+    moved = {k for k, v in ast.state_dict().items() if not torch.equal(v, before[k])}
+    own_buffers = {n for n, _ in ast.named_buffers()}
+    assert moved <= trained | own_buffers
+    assert all(BLIND.search(name) for name in silent | (trained - moved)), silent | (trained - moved)
+    assert all("adapter" in name for name in own_buffers)  # BatchNorm of the Conformer adapter
+    trainable, frozen, total = count(ast)
+    assert trainable + frozen == total
+
+
+@pytest.mark.parametrize("method, options", CASES, ids=IDS)
+def test_an_adapter_file_restores_the_model_and_spares_the_backbone(method, options, tmp_path):
+    plain, ast = pair(method, options)
+    x = torch.randn(3, 100, 128)
+    steps(ast.train(), x)
+    torch.save(ast_adapters.adapter_state(ast), tmp_path / "adapter.pt")
+    state = torch.load(tmp_path / "adapter.pt", weights_only=True)
+    with torch.no_grad():
+        frozen, expected = plain.eval()(x), ast.eval()(x)
+        twin = ast_adapters.load_adapter(plain, state).eval()
+        torch.testing.assert_close(twin(x), expected, atol=0, rtol=0)
+        torch.testing.assert_close(plain(x), frozen, atol=0, rtol=0)
+    if method != "full":
+        assert sum(v.numel() for v in state["weights"].values()) < 0.35 * count(plain)[2]
+        plain.blocks[0].mlp.fc1.bias.data += 1
+        with pytest.raises(ValueError, match="was trained on backbone"):
+            ast_adapters.load_adapter(plain, state)
+
+
+@pytest.mark.parametrize("method, options", CASES, ids=IDS)
+def test_a_method_takes_any_length_and_bfloat16(method, options):
+    _, ast = pair(method, options)
+    for frames in (30, 100, 250):
+        with torch.autocast("cpu", torch.bfloat16):
+            embedding = ast(torch.randn(2, frames, 128))
+        assert embedding.shape == (2, 64) and torch.isfinite(embedding).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_compiles(method, monkeypatch):
+    monkeypatch.setitem(ast_adapters.SIZES, "nano", (16, 2, 2, (12, 9)))  # two blocks: compiling is slow
+    ast, x = adapt(AST("nano"), method, **SMALLER.get(method, {})).eval(), torch.randn(2, 40, 128)
+    torch._dynamo.reset()
+    compiled = torch.compile(ast, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), ast(x))
+
+
+@pytest.mark.parametrize("method, options", [("lora", dict(targets="qkvo", alpha=20.0)), ("lora", {}),
+                                             ("dora", dict(targets="qv", rank=3))])
+def test_merge_leaves_a_plain_ast_with_equal_outputs(method, options):
+    plain, ast = pair(method, options)
+    x = torch.randn(3, 100, 128)
+    steps(ast, x)
+    with torch.no_grad():
+        expected = ast(x)
+        merged = ast_adapters.merge(ast)
+        assert merged.state_dict().keys() == plain.state_dict().keys() and merged.adaptation is None
+        torch.testing.assert_close(merged(x), expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(merged(x), plain(x), atol=1e-3)
+    with pytest.raises(ValueError, match="merge folds lora and dora"):
+        ast_adapters.merge(adapt(plain, "adapter"))
+
+
+@pytest.mark.parametrize("method", ["linear", "full", "lora", "adapter", "conformer"])
+def test_without_positions_only_the_conformer_adapter_sees_order(method):
+    """P1's published code trains with zero positions (README, B1): what could it tell apart?"""
+    x = torch.randn(2, 96, 128)
+    swapped = torch.cat([x[:, 48:], x[:, :48]], 1)  # with stride 16: the same patches, permuted
+    for pos_embed, blind in (("zero", method != "conformer"), ("crop", False)):
+        _, ast = pair(method, {}, stride=16, grid=(8, 6), pos_embed=pos_embed)
+        steps(ast, x)
+        if pos_embed == "zero" and method == "full":
+            nn.init.zeros_(ast.pos_embed)
+        with torch.no_grad():
+            assert torch.allclose(ast.eval()(x), ast(swapped), atol=1e-4) == blind
+
+
+def test_lora_scale_rank_and_dora_by_hand():
+    linear = nn.Linear(5, 4)
+    unit = ast_adapters.LoRA(linear, rank=2, alpha=6)
+    nn.init.normal_(unit.B)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(unit(x), x @ (linear.weight + 3 * unit.B @ unit.A).T + linear.bias)
+    dora = ast_adapters.DoRA(linear, rank=2, alpha=2)
+    nn.init.normal_(dora.B)
+    with torch.no_grad():
+        dora.m *= 2
+    rows = (dora(x) - linear.bias) - 0  # each row of the weight has length m
+    weight = torch.linalg.lstsq(x, rows).solution.T if len(x) >= 5 else dora.folded()
+    torch.testing.assert_close(weight.norm(dim=1), dora.m[:, 0])
+
+
+def test_conformer_adapter_by_hand():
+    """Against torch's own layers in the paper's order, with an even kernel padded less on the left."""
+    torch.manual_seed(0)
+    unit, x = ast_adapters.Conformer(8, rank=3, kernel=4).eval(), torch.randn(2, 7, 8)
+    nn.init.normal_(unit.up.weight)
+    y = F.glu(unit.down(x), 2)  # (2, 7, 3)
+    padded = torch.cat([torch.zeros(2, 1, 3), y, torch.zeros(2, 2, 3)], 1)
+    taps = unit.depthwise.weight[:, 0]  # (3, 4)
+    y = torch.stack([(padded[:, t : t + 4] * taps.T).sum(1) for t in range(7)], 1) + unit.depthwise.bias
+    y = F.silu(y / math.sqrt(1 + unit.norm.eps))  # a fresh BatchNorm: mean 0, variance 1
+    torch.testing.assert_close(unit(x), unit.up(y))
+
+
+def test_convpass_convolves_the_grid_and_leaves_the_two_tokens_alone():
+    unit = ast_adapters.Convpass(8, rank=3, rows=4)
+    nn.init.normal_(unit.up.weight)
+    x = torch.randn(1, 2 + 4 * 5, 8)
+    changed = x.clone()
+    changed[:, 2 + 1 * 5 + 2] += 1  # row 1, column 2
+    differs = (unit(x) != unit(changed)).any(2)[0]
+    assert not differs[:2].any()
+    near = torch.zeros(4, 5, dtype=torch.bool)
+    near[0:3, 1:4] = True
+    assert torch.equal(differs[2:].reshape(4, 5), near)
+
+
+def test_mixtures_by_hand():
+    dense, x = ast_adapters.DenseMoA(8, 2, experts=3), torch.randn(2, 5, 8)
+    soft = ast_adapters.SoftMoA(8, 2, experts=3, slots=2)
+    for unit in (dense, soft):
+        for expert in unit.experts:
+            nn.init.normal_(expert.up.weight)
+    share = F.softmax(dense.router(x), 2)
+    expected = torch.stack([expert(x) for expert in dense.experts], 3) @ share[..., None]
+    torch.testing.assert_close(dense(x), expected[..., 0])
+    for b in range(2):  # one clip at a time, as the equations stand in the paper
+        logits = x[b] @ soft.phi  # (5, 6)
+        slots = logits.softmax(0).T @ x[b]  # (6, 8)
+        outputs = torch.cat([soft.experts[i](slots[2 * i : 2 * i + 2]) for i in range(3)])
+        torch.testing.assert_close(soft(x)[b], logits.softmax(1) @ outputs)
+
+
+def test_placement_by_hand():
+    f, a, u = nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(2, 4)
+    torch.testing.assert_close(ast_adapters.Parallel(f, a)(u), f(u) + a(u))
+    for at, residual, expected in (("after", True, f(u) + a(f(u))), ("after", False, a(f(u))),
+                                   ("before", True, f(u + a(u))), ("before", False, f(a(u)))):
+        torch.testing.assert_close(ast_adapters.Sequential(f, a, at, residual)(u), expected)
+
+
+BAD_OPTIONS = [
+    ("lorra", {}, "unknown method 'lorra': choose from full, linear"),
+    ("linear", dict(rank=3), "unknown option of 'linear' 'rank': choose from it has none"),
+    ("lora", dict(kernel=3), "unknown option of 'lora' 'kernel': choose from rank, alpha, targets"),
+    ("lora", dict(targets="qx"), "name some of q, k, v, o"), ("lora", dict(rank=65), "over the width 64"),
+    ("adapter", dict(rank=0), "at least 1"), ("adapter", dict(where="top"), "choose from ffn, mhsa, both"),
+    ("adapter", dict(at="before"), "for form='sequential'"),
+    ("conformer", dict(kernel=111), "over the 110 tokens"), ("prefix", dict(tokens=7), "7 is odd")]
+
+
+@pytest.mark.parametrize("method, options, sentence", BAD_OPTIONS)
+def test_bad_options_are_answered_with_a_sentence(method, options, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        adapt(AST("nano"), method, **options)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. lightweight_sv.py: counts, lightening, pooling, head, scoring, cost
+
+SLIM = {"amcrn": dict(width=16), "resnet34": dict(width=8), "ecapa-tdnn": dict(width=64)}
+HOSTS = sorted(SLIM)
+
+
+def slim(name, **options):
+    torch.manual_seed(0)
+    return sv.MODELS[name](mels=40, embed_dim=24, **SLIM[name], **options)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name, width, millions, giga", [
+    ("resnet34", 32, 6.634, 4.528), ("ecapa-tdnn", 512, 6.191, 1.037),
+    ("ecapa-tdnn", 1024, 14.657, 2.649)])
+def test_plain_hosts_have_the_published_counts(name, width, millions, giga):
+    encoder = sv.MODELS[name](width=width)
+    assert parameters(encoder) / 1e6 == pytest.approx(millions, rel=0.002)
+    assert sv.count_macs(encoder, frames=200) / 1e9 == pytest.approx(giga, rel=0.002)
+
+
+@pytest.mark.parametrize("name, millions, giga", [("resnet34", 2.7, 1.25),
+                                                  ("ecapa-tdnn", 3.0, 0.45)])
+def test_four_subsets_keep_the_budget_modules_included(name, millions, giga):
+    encoder = sv.MODELS[name](subsets=4)
+    assert parameters(encoder) <= millions * 1e6
+    assert sv.count_macs(encoder, frames=200) <= giga * 1e9
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 50), (3, 24, 5, 10)])
+def test_module_starts_as_the_identity_and_moves_after_one_step(shape):
+    module, x = sv.TransformationModule(24, subsets=4), torch.randn(shape)
+    assert torch.equal(module(x), x)
+    (module(x) * torch.randn(shape)).sum().backward()
+    assert (module.gamma.grad != 0).all()
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+    assert not torch.allclose(module(x), x)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("name", HOSTS)
+def test_every_parameter_has_a_gradient_by_the_second_step(name, share):
+    encoder, x = slim(name, subsets=2, share=share), torch.randn(4, 60, 40)
+    head = sv.AAMSoftmax(24, 5)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(head(encoder(x), torch.arange(4)), torch.arange(4)).backward()
+        optimizer.step()
+    silent = [n for n, p in encoder.named_parameters()
+              if p.grad is None or p.grad.abs().max() < 1e-7]   # a dead bias has rounding noise
+    assert not silent
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_bfloat16_autocast_trains_and_weights_reload(name, tmp_path):
+    encoder, x, y = slim(name, subsets=4), torch.randn(4, 60, 40), torch.arange(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        F.cross_entropy(sv.AAMSoftmax(24, 5)(encoder(x), y), y).backward()
+    assert all(torch.isfinite(p.grad).all() for p in encoder.parameters())
+    torch.save(encoder.state_dict(), tmp_path / "w.pt")
+    again = slim(name, subsets=4)
+    again.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
+    torch.testing.assert_close(again.eval()(x), encoder.eval()(x))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_lighter_shared_and_plain_fusions_run_and_shrink(name):
+    x, sizes = torch.randn(2, 60, 40), []
+    for options in (dict(), dict(subsets=4), dict(subsets=4, fusion="none"),
+                    dict(subsets=4, share=True)):
+        encoder = slim(name, **options).eval()
+        assert encoder(x).shape == (2, encoder.embed_dim) and encoder.mels == 40
+        sizes.append(parameters(encoder))
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    mean = slim(name, subsets=4, fusion="mean")
+    assert parameters(mean) == sizes[2] and torch.isfinite(mean(x)).all()
+
+
+BLOCKS = [(sv.BasicBlock, 16, 32, dict(stride=2), (2, 16, 6, 10)),
+          (sv.SERes2Block, 32, 32, dict(dilation=2, bottleneck=4), (2, 32, 20)),
+          (sv.MultiScaleBlock, 16, 32, {}, (2, 16, 20)), (sv.RecurrentBlock, 32, 32, {}, (2, 32, 20))]
+
+
+@pytest.mark.parametrize("block, d_in, d_out, options, shape", BLOCKS)
+def test_groups_of_a_block_never_hear_of_each_other(block, d_in, d_out, options, shape):
+    """Own weights: changing one subset changes this subset of the output and no other."""
+    torch.manual_seed(0)
+    module, x = block(d_in, d_out, groups=2, **options).eval(), torch.randn(shape)
+    changed = x.clone()
+    changed[:, :d_in // 2] += 1
+    before, after = module(x).chunk(2, dim=1), module(changed).chunk(2, dim=1)
+    assert torch.equal(before[1], after[1]) and not torch.allclose(before[0], after[0])
+    narrow = block(d_in // 2, d_out // 2, **options)
+    assert parameters(module) == 2 * parameters(narrow)
+
+
+@pytest.mark.parametrize("block, d_in, d_out, options, shape", BLOCKS)
+def test_share_gives_every_subset_the_same_weights(block, d_in, d_out, options, shape):
+    light = sv.Lightened(block, d_in, d_out, 2, True, "none", **options).eval()
+    x = torch.randn(shape)
+    x[:, d_in // 2:] = x[:, :d_in // 2]
+    y = light(x).chunk(2, dim=1)
+    assert torch.equal(y[0], y[1]) and torch.allclose(y[0], light.block(x[:, :d_in // 2]))
+
+
+def test_attentive_pooling_by_hand():
+    pool = sv.AttentivePooling(3, bottleneck=4)
+    nn.init.zeros_(pool.up.weight)                      # equal scores: plain mean and deviation
+    x = torch.randn(2, 3, 9)
+    expected = torch.cat([x.mean(-1), x.std(-1, correction=0)], dim=1)
+    torch.testing.assert_close(pool(x), expected)
+    torch.testing.assert_close(sv.mean_and_std(x), expected)
+    weights = torch.tensor([0.25, 0.75])
+    stats = sv.mean_and_std(torch.tensor([[[1.0, 3.0]]]), weights)
+    torch.testing.assert_close(stats, torch.tensor([[2.5, math.sqrt(0.25 * 2.25 + 0.75 * 0.25)]]))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_bad_sizes_are_answered_with_a_sentence(name):
+    with pytest.raises(ValueError, match=r"subsets=3 does not divide .*these would: 1, 2"):
+        slim(name, subsets=3)
+    with pytest.raises(ValueError, match=r"40 mel bins\), got \(2, 60, 80\)"):
+        slim(name)(torch.randn(2, 60, 80))
+    with pytest.raises(ValueError, match="unknown fusion 'sum', expected one of: module, mean"):
+        slim(name, subsets=2, fusion="sum")
+
+
+def test_macs_by_hand_and_no_trace_left():
+    class Toy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mels, self.conv = 6, nn.Conv1d(6, 8, 3, padding=1, groups=2)
+            self.lstm = nn.LSTM(8, 5, num_layers=2, batch_first=True, bidirectional=True)
+            self.linear = nn.Linear(10, 7)
+
+        def forward(self, x):
+            return self.linear(self.lstm(self.conv(x.transpose(1, 2)).transpose(1, 2))[0])
+
+    toy, threads = Toy(), torch.get_num_threads()
+    conv, linear = 50 * 8 * 3 * 3, 50 * 10 * 7
+    lstm = 50 * 2 * 4 * 5 * ((8 + 5) + (10 + 5))        # frames, directions, gates, layers
+    cost = sv.complexity(toy, frames=50)
+    assert cost["macs"] == conv + linear + lstm and cost["latency_ms"] > 0
+    assert toy.training and torch.get_num_threads() == threads
+    assert not any(m._forward_hooks for m in toy.modules())
+
+
+def test_aam_softmax_by_hand():
+    head = sv.AAMSoftmax(2, 2, margin=0.2, scale=30)
+    head.weight.data = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    x = torch.tensor([[math.cos(0.5), math.sin(0.5)]]) * 7
+    plain = 30 * torch.tensor([[math.cos(0.5), math.sin(0.5)]])
+    torch.testing.assert_close(head(x), plain)
+    plain[0, 0] = 30 * math.cos(0.5 + 0.2)              # the margin is the true speaker's alone
+    torch.testing.assert_close(head(x, torch.tensor([0])), plain)
+    head.margin = 0.0
+    torch.testing.assert_close(head(x, torch.tensor([0])), head(x))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_aam_softmax_gradient_is_finite_when_parallel(sign):
+    head = sv.AAMSoftmax(4, 3)
+    x = (sign * head.weight.detach()[:1] * 5).requires_grad_()
+    F.cross_entropy(head(x, torch.tensor([0])), torch.tensor([0])).backward()
+    assert torch.isfinite(x.grad).all() and torch.isfinite(head.weight.grad).all()
+
+
+def draw(seed, targets, others, shift):
+    random = np.random.RandomState(seed)
+    return random.randn(targets) + shift, random.randn(others)
+
+
+VECTORS = [([.4, .5, .6], [.1, .2, .3], 0, 0, 0), ([.1, .2, .3], [.4, .5, .6], 100, 1, 1),
+           ([.9, .8, .7, .3], [.6, .5, .2, .1], 25, .25, .25),
+           ([.9, .8, .4], [.7, .5, .3, .2, .1], 100 / 3, 1 / 3, 1 / 3),
+           ([.5, .5, .9, .9], [.5, .1, .1, .9], 100 / 3, 1, 1), ([.5, .5], [.5, .5], 50, 1, 1),
+           (*draw(1, 37, 113, 2), 14.159292, .675676, .675676),
+           (*draw(0, 1000, 10000, 3), 6.8, .632, .4313)]
+
+
+@pytest.mark.parametrize("targets, others, eer, dcf_01, dcf_05", VECTORS)
+def test_metric_vectors_whatever_the_order(targets, others, eer, dcf_01, dcf_05):
+    scores = np.concatenate([targets, others])
+    labels = np.r_[np.ones(len(targets)), np.zeros(len(others))]
+    for order in (np.arange(len(scores)), np.arange(len(scores))[::-1],
+                  np.random.RandomState(0).permutation(len(scores))):
+        s, y = scores[order], labels[order]
+        assert 100 * sv.equal_error_rate(s, y) == pytest.approx(eer, abs=1e-6)
+        assert sv.min_dcf(s, y, 0.01) == pytest.approx(dcf_01, abs=1e-6)
+        assert sv.min_dcf(s, y, 0.05) == pytest.approx(dcf_05, abs=1e-6)
+
+
+def test_threshold_and_the_errors_at_it():
+    scores, labels = [.9, .8, .7, .3, .6, .5, .2, .1], [1, 1, 1, 1, 0, 0, 0, 0]
+    assert sv.error_rates_at(scores, labels, sv.threshold_at(scores, labels)) == (.25, .25)
+    assert sv.threshold_at(scores, labels, false_alarm=0.0) == .7
+    assert sv.error_rates_at(scores, labels, .3) == (0, .5)
+    assert math.isfinite(sv.threshold_at([.1, .9], [1, 0], false_alarm=0.0))
+
+
+@pytest.mark.parametrize("scores, labels, sentence", [
+    ([.1, .2], [1, 1], "no non-target trials"), ([.1, .2], [0, 0], "no target trials"),
+    ([.1, np.nan], [0, 1], "1 of 2 scores are not finite"), ([.1], [0, 1], "one label for each")])
+def test_bad_trials_are_answered_with_a_sentence(scores, labels, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        sv.equal_error_rate(scores, labels)
+
+
+def test_adaptive_s_norm_by_hand():
+    a, b = [1.0, 0.0], [0.0, 2.0]
+    cohort = [[3.0, 4.0], [4.0, 3.0], [-1.0, 0.0]]
+    # cosines: a .6 .8 -1, b .8 .6 0; the best two of each: mean .7, std .1 (ddof 0)
+    score = sv.adaptive_s_norm([0.9], [[0, 1]], [a, b], cohort, top_n=2)
+    assert score == pytest.approx([2.0])
+    # all three: a mean .4/3, b 1.4/3
+    left, right = np.std([.6, .8, -1], ddof=1), np.std([.8, .6, 0], ddof=1)
+    expected = ((0.9 - .4 / 3) / left + (0.9 - 1.4 / 3) / right) / 2
+    score = sv.adaptive_s_norm([0.9], [[0, 1]], [a, b], cohort, top_n=300, ddof=1)
+    assert score == pytest.approx([expected])
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. train.py and the README
+
+
+def command(*arguments, folder=HERE):
+    """Run train.py as a user does, in `folder`."""
+    return subprocess.run([sys.executable, str(HERE / "train.py"), *map(str, arguments)], cwd=folder,
+                          text=True, capture_output=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, cache):
+    """A folder corpus, a nano AST to start from, and settings of a run of a second."""
+    folder = tmp_path_factory.mktemp("train")
+    folder_corpus(folder / "root")
+    torch.manual_seed(0)
+    ast = AST("nano")
+    torch.save(dict(encoder=ast.state_dict(), settings=ast.settings), folder / "nano.pt")
+    return folder, dict(data="folder", root=str(folder / "root"), cache=str(folder / "cache"), method="lora",
+                        init=str(folder / "nano.pt"), epochs=3, batch_size=4, frames=50, device="cpu")
+
+
+def flags(settings):
+    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
+
+
+def weights(path):
+    state = torch.load(path, weights_only=True)
+    return state["model"] | {f"optimiser.{i}.{k}": v for i, s in state["optimiser"]["state"].items()
+                             for k, v in s.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("method", ["lora", "conformer", "linear"])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(small, tmp_path, method, monkeypatch):
+    folder, settings = small
+    settings = settings | dict(method=method)
+    train.run(train.Config(**settings, out=str(tmp_path / "whole")))
+    logged = train.log
+    for stop in (1, 2):
+        def interrupt(cfg, out, state, *rest):
+            logged(cfg, out, state, *rest)
+            if state["epoch"] == stop:
+                raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "log", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train.run(train.Config(**settings, out=str(tmp_path / f"broken{stop}")))
+        train.run(train.Config(**settings, out=str(tmp_path / f"broken{stop}"), resume=True))
+        assert same(weights(tmp_path / "whole/last.pt"), weights(tmp_path / f"broken{stop}/last.pt"))
+    whole, broken = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "broken1"))
+    assert {**whole, "seconds": 0} == {**broken, "seconds": 0}
+
+
+def test_kill_minus_nine_loses_at_most_an_epoch(small, tmp_path):
+    folder, settings = small
+    settings = settings | dict(epochs=6)
+    arguments = [sys.executable, str(HERE / "train.py"), *map(str, flags(settings)), "--out"]
+    subprocess.run([*arguments, str(tmp_path / "whole")], check=True, capture_output=True)
+    process = subprocess.Popen([*arguments, str(tmp_path / "broken")], stdout=subprocess.DEVNULL)
+    while not (tmp_path / "broken/last.pt").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "broken/results.json").exists()
+    subprocess.run([*arguments, str(tmp_path / "broken"), "--resume"], check=True, capture_output=True)
+    assert same(weights(tmp_path / "whole/last.pt"), weights(tmp_path / "broken/last.pt"))
+
+
+def test_a_run_leaves_its_files_and_best_is_not_the_live_model(small, tmp_path):
+    folder, settings = small
+    results = train.run(train.Config(**settings, out=str(tmp_path / "run"), seed=3))
+    on_disk = json.loads((tmp_path / "run/results.json").read_text())
+    assert results == on_disk and on_disk["seed"] == 3 and on_disk["epochs"] == 3
+    assert {"accuracy", "trainable", "parameters", "seconds"} <= on_disk.keys()
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3] and lines[-1]["lr"] < lines[0]["lr"]
+    best = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    assert best["epoch"] == max(lines, key=lambda line: (line["valid"], -line["epoch"]))["epoch"]
+    adapter = torch.load(tmp_path / "run/adapter.pt", weights_only=True)
+    assert (tmp_path / "run/adapter.pt").stat().st_size < (tmp_path / "run/best.pt").stat().st_size / 5
+    plain = AST("nano")
+    ast_adapters.load_pretrained(plain, folder / "nano.pt")
+    twin = ast_adapters.load_adapter(plain, adapter["adapter"])
+    assert same(twin.state_dict(), best["encoder"])
+
+
+def test_frozen_outputs_are_cached_for_linear_alone_and_change_nothing(small, tmp_path, monkeypatch):
+    folder, settings = small
+    cached = train.run(train.Config(**settings | dict(method="linear"), out=str(tmp_path / "cached")))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "frozen_outputs", lambda *a: None)
+        plain = train.run(train.Config(**settings | dict(method="linear"), out=str(tmp_path / "plain")))
+    a, b = weights(tmp_path / "cached/last.pt"), weights(tmp_path / "plain/last.pt")
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    cfg = train.with_preset(train.Config(**settings))
+    corpus = data.open_corpus("folder", settings["root"], settings["cache"])
+    model = train.build(cfg, corpus)
+    assert train.frozen_outputs(cfg, corpus, model, torch.device("cpu")) is None  # LoRA is inside
+    masked = train.replace(cfg, method="linear", spec_f=4)
+    assert train.frozen_outputs(masked, corpus, model, torch.device("cpu")) is None  # random before
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    cfg = train.Config(lr=2.0, warmup=0.1)
+    rates = [train.learning_rate(cfg, step, 100) for step in range(100)]
+    assert rates[0] == 0.2 and rates[9] == 2.0 and rates[55] == pytest.approx(1.0) and rates[-1] < 1e-3
+
+
+def test_every_setting_is_a_flag_with_its_default_and_switches_are_switches():
+    printed = command("--help").stdout
+    for name in train.Config.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in printed
+    cfg, typed = train.parse(["--no-residual", "--lr", "0.1"])
+    assert cfg.residual is False and cfg.lr == 0.1 and typed == {"residual", "lr"}
+    preset = train.with_preset(train.Config(method="linear", epochs=2))
+    assert preset.epochs == 2 and preset.frames == 100  # what is typed wins over the preset
+
+
+BAD_COMMANDS = [
+    (["--data", "nope"], "unknown --data 'nope': choose from sounds"),
+    (["--model", "nope"], "unknown --model 'nope': choose from ast-nano"),
+    (["--method", "nope"], "unknown --method 'nope': choose from full, linear"),
+    (["--data", "folder"], "--data folder needs --root"),
+    (["--data", "fsdd", "--root", "empty"], "no clips of fsdd there"),
+    (["--method", "linear", "--rank", "3"], "unknown option of 'linear' 'rank'"),
+    (["--model", "ast-base"], "--model ast-base needs --init"),
+    (["--init", "text.pt"], "text.pt is no checkpoint that loads safely"),
+    (["--init", "code.pt"], "never run"), (["--init", "tiny.pt"], "is not an AST-nano"),
+    (["--evaluate", "code.pt"], "never run"), (["--evaluate", "tiny.pt"], "is no best.pt of this program"),
+    (["--model", "ecapa-tdnn", "--rank", "3"], "--rank is an option of AST's methods"),
+    (["--sweep", "nope=1"], "--sweep 'nope=1'"), (["--lrr", "1"], "unrecognized arguments: --lrr"),
+    (["--data", "features", "--root", "empty"], "no features.npy there")]
+
+
+def test_bad_input_is_answered_with_a_sentence_and_nothing_is_made(tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    torch.save(Payload(tmp_path / "owned"), tmp_path / "code.pt")
+    torch.save(AST("tiny").state_dict(), tmp_path / "tiny.pt")
+    monkeypatch.chdir(tmp_path)
+    for arguments, sentence in BAD_COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            train.main(arguments)
+        printed = f"{stopped.value}{capsys.readouterr().err}"
+        assert sentence in printed and stopped.value.code not in (0, None), (arguments, printed)
+    made = {path.name for path in tmp_path.iterdir()} - {"empty", "text.pt", "code.pt", "tiny.pt", "cache"}
+    assert not made, made
+    done = command("--data", "nope", folder=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "unknown --data" in done.stderr
+
+
+def test_a_folder_with_another_run_is_refused_and_kept(small, tmp_path, capsys):
+    folder, settings = small
+    out = str(tmp_path / "run")
+    train.run(train.Config(**settings, out=out))
+    before = {path.name: path.read_bytes() for path in Path(out).iterdir()}
+    for changes, sentence in ((dict(lr=0.5), "another configuration (lr"), ({}, "holds this run already"),
+                              (dict(method="full", resume=True), "another configuration (method")):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            train.run(train.Config(**settings | changes, out=out))
+    assert before == {path.name: path.read_bytes() for path in Path(out).iterdir()}
+
+
+def test_a_loss_that_is_no_number_stops_with_the_clips_names(small, tmp_path, monkeypatch):
+    folder, settings = small
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, y: logits.sum() * math.nan)
+    with pytest.raises(ValueError, match=r"loss became nan in a batch with class\d/\d.wav"):
+        train.run(train.Config(**settings, out=str(tmp_path / "run")))
+
+
+def test_evaluate_and_predict_use_the_saved_model(small, tmp_path, capsys):
+    folder, settings = small
+    out = tmp_path / "run"
+    results = train.run(train.Config(**settings | dict(epochs=10, method="full"), out=str(out)))
+    train.main(["--evaluate", str(out / "best.pt")])
+    assert f"accuracy {results['accuracy']:.2f}" in capsys.readouterr().out
+    long = wav_bytes(np.tile(np.sin(np.arange(16000) * 0.6)[:, None] * 0.5, (5, 2)), 16000)
+    (tmp_path / "long.wav").write_bytes(long)  # class1's tone, ten times as long, stereo
+    train.main(["--predict", str(tmp_path / "long.wav"), str(folder / "root/class2"), "--checkpoint",
+                str(out / "best.pt"), "--csv", str(tmp_path / "p.csv")])
+    rows = (tmp_path / "p.csv").read_text().splitlines()
+    assert len(rows) == 11 and "long.wav: class" in capsys.readouterr().out
+    assert sum(row.split(",")[1] == "class2" for row in rows[1:]) >= 8
+    chances = [float(cell) for cell in rows[0].split(",")[2::2]]
+    assert sum(chances) == pytest.approx(1, abs=1e-3) and chances == sorted(chances, reverse=True)
+    with pytest.raises(SystemExit, match="knows 3 classes .* has 12"):
+        train.main(["--evaluate", str(out / "best.pt"), "--data", "sounds", "--cache", settings["cache"]])
+
+
+def test_speaker_models_and_ast_share_the_loop_on_any_corpus(small, tmp_path):
+    """Classification with a speaker model, verification with an AST: one contract, one loop."""
+    folder, settings = small
+    folder_corpus(tmp_path / "root", classes=7, clips=4)
+    accuracy = train.run(train.Config(**settings | dict(model="ecapa-tdnn", width=16, init=""),
+                                      out=str(tmp_path / "a")))["accuracy"]
+    assert 0 <= accuracy <= 100
+    lines = [f"{int(a[5] == b[5])} {a} {b}" for a in ("class0/0.wav", "class1/0.wav")
+             for b in ("class0/1.wav", "class1/1.wav")]
+    (tmp_path / "root/trials.txt").write_text("\n".join(lines))
+    results = train.run(train.Config(**settings | dict(root=str(tmp_path / "root")), out=str(tmp_path / "b")))
+    assert 0 <= results["eer"] <= 100 and "min_dcf_0.01" in results
+
+
+@pytest.fixture(scope="module")
+def nano(cache):
+    """The cache with the quick start's nano AST in it, made as it makes it but for the steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.CORPUS_RECIPE, "sounds-source", dict(frames=100, epochs=1, steps=2))
+        train.own_init(train.Config(cache=cache))
+    return cache
+
+
+def test_the_quick_start_and_the_readmes_commands_run(tmp_path, nano):
+    """The README's commands as they stand, shortened by --epochs 1 and without real corpora."""
+    readme = (HERE / "README.md").read_text()
+    commands = re.findall(r"^python train\.py(.*?)(?:\s+#.*)?$", readme, re.M)
+    offline = [c for c in commands if "--root" not in c and "RUN" not in c and "--compare" not in c
+               and "--sweep" not in c and "CHECKPOINT" not in c and "--seeds" not in c]
+    assert "" in offline and len(commands) >= 5
+    for arguments in sorted(set(offline)):
+        done = command(*shlex.split(arguments), "--epochs", 1, "--steps", 2, "--cache", nano, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    table = (tmp_path / "out/quick-start/compare.md").read_text()
+    assert all(f" {method} |" in table for method in ("linear", "conformer", "full"))
