@@ -2,24 +2,25 @@
 
 Reading  @READING@
 
-    python train.py                              # quick start: a nano AST learns new sounds, offline
-    python train.py --compare                    # every method on the same data, one table
+    python train.py                     # quick start: a nano AST learns new sounds, offline
+    python train.py --compare           # every method on the same data, one table
     python train.py --data fsdd --root DIR --method lora --rank 4
-    python train.py --model ecapa-tdnn --subsets 4 --data voices
-    python train.py --evaluate out/RUN/best.pt   # and --predict, --verify, --embed
-    torchrun --nproc_per_node=2 train.py ...     # the same loop in many processes
+    python train.py --model ecapa-tdnn --subsets 4 --data features --root DIR
+    python train.py --evaluate out/RUN/best.pt
+    python train.py --predict a.wav DIR --checkpoint out/RUN/best.pt
 
 Every setting is a field of Config, hence a flag; `--help` lists them all. A setting left out comes
 from the preset of its method and corpus, which is printed at the start.
 
 A run leaves in its folder: config.json, log.jsonl, last.pt (everything `--resume` needs), best.pt
-(the weights that validated best, all that `--predict` needs), results.json, and adapter.pt (only
-what was trained) or scores.txt (verification).
+(the weights that validated best, all that `--predict` needs), results.json, and for an AST
+adapter.pt (only what was trained).
 
 Differs from P1's code: selects on validation and tests once, with a copy of the best weights;
 switches are `--flag/--no-flag`, because argparse's type=bool takes "False" for True.
 
-Does not: search hyper-parameters, log to a service, or keep more than two checkpoints.
+Does not: train in several processes, search hyper-parameters, log to a service, or keep more than
+two checkpoints.
 """
 
 import argparse
@@ -47,6 +48,8 @@ from ast_adapters import AST, METHODS, SIZES, LinearHead, adapt
 # --------------------------------------------------------------------------------------------------
 # 1. Config: the only source of settings; the command line is generated from it
 
+MODELS = [f"ast-{size}" for size in SIZES] + list(lightweight_sv.MODELS)
+
 
 def opt(default, text):
     return field(default=default, metadata={"help": text})
@@ -59,14 +62,14 @@ class Config:
     data: str = opt("sounds", "corpus: " + ", ".join(data.CORPORA))
     root: str = opt("", "folder of the corpus")
     cache: str = opt("cache", "folder for packed corpora and the nano AST")
-    model: str = opt("ast-nano", "ast-" + ", ast-".join(SIZES) + ", " + ", ".join(lightweight_sv.MODELS))
+    model: str = opt("ast-nano", ", ".join(MODELS))
     method: str = opt("conformer", "how to adapt an AST: " + ", ".join(METHODS))
-    init: str = opt("", "start from this checkpoint; none: random; empty: ast-nano's own")
+    init: str = opt("", "start from this checkpoint; none: random weights; empty: ast-nano's own")
     out: str = opt("", "folder of the run; empty: out/ and a name made of what is run")
     resume: bool = opt(False, "go on where the run in --out stopped")
 
     epochs: int = opt(None, "passes over the training clips")
-    steps: int = opt(None, "end every epoch after so many batches")
+    steps: int = opt(None, "end every epoch after so many batches, not after all clips")
     batch_size: int = opt(None, "clips a step, over all processes")
     lr: float = opt(None, "highest learning rate")
     warmup: float = opt(None, "share of the steps in which the learning rate rises")
@@ -112,7 +115,7 @@ class Config:
     sweep: str = opt("", "FIELD=v1,v2,...: one run a value, one table")
     evaluate: str = opt("", "test this best.pt")
     predict: list = opt((), "name the classes of these files or folders (with --checkpoint)")
-    checkpoint: str = opt("", "best.pt for --predict, --verify, --embed")
+    checkpoint: str = opt("", "best.pt for --predict")
     csv: str = opt("", "write predictions to this file too")
 
 
@@ -128,7 +131,8 @@ def parse(argv=None):
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
         epilog="Without any argument: the quick start. README.md tells the rest.")
     for f in fields(Config):
-        default = "the preset's" if f.default is None else f.default or "off"
+        default = {None: "the preset's", False: "off", "": "empty"}.get(f.default, f.default)
+        default = 0 if f.type is int and f.default == 0 else default  # 0 == False in a dict
         text = f"{f.metadata['help']} (default: {default})"
         flag, kind = "--" + f.name.replace("_", "-"), dict(help=text, default=argparse.SUPPRESS)
         if f.type is bool:
@@ -144,8 +148,8 @@ def parse(argv=None):
 # --------------------------------------------------------------------------------------------------
 # 2. Presets: the papers' recipes; the command line wins over them
 
-RECIPE = dict(epochs=30, batch_size=32, frames=500, warmup=0.0, weight_decay=0.1, spec_f=0, spec_t=0,
-              shift=0, gain=0.0)
+PLAIN = dict(spec_f=0, spec_t=0, shift=0, gain=0.0)  # no augmentation
+RECIPE = PLAIN | dict(epochs=30, batch_size=32, frames=500, warmup=0.0, weight_decay=0.1)
 # P1, section 3.1: learning rate by method, the rest by corpus
 LEARNING_RATE = {"full": 5e-5, "linear": 1e-3, "prompt-shallow": 1e-2, "prompt-deep": 1e-2,
                  "prefix": 1e-2, "other": 5e-3}
@@ -156,15 +160,15 @@ CORPUS_RECIPE = {
 }
 # Ours: a model four hundred times smaller than AST-base wants larger and more steps.
 NANO_RECIPE = dict(batch_size=16, warmup=0.1)
+NANO_TOKENS = {"prompt-shallow": 32, "prompt-deep": 8, "prefix": 8}  # P1's 300 would be its input
 NANO_LEARNING_RATE = {"full": 1.5e-3, "other": 1e-2}
-SPEAKER_RECIPE = dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3, weight_decay=0.05,
-                      spec_f=0, spec_t=0, shift=0, gain=0.0)
+SPEAKER_RECIPE = PLAIN | dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3,
+                              weight_decay=0.05)
 
 
 def with_preset(cfg):
     """Fill every None that has a preset and refuse settings that do not belong together."""
-    known_models = [f"ast-{size}" for size in SIZES] + list(lightweight_sv.MODELS)
-    for name, value, known in (("--data", cfg.data, data.CORPORA), ("--model", cfg.model, known_models),
+    for name, value, known in (("--data", cfg.data, data.CORPORA), ("--model", cfg.model, MODELS),
                                ("--method", cfg.method, METHODS)):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
@@ -178,7 +182,7 @@ def with_preset(cfg):
         preset = RECIPE | dict(lr=rates.get(cfg.method, rates["other"]))
     preset = preset | CORPUS_RECIPE.get(cfg.data, {})
     if cfg.model == "ast-nano":
-        preset = preset | NANO_RECIPE
+        preset = preset | NANO_RECIPE | dict(tokens=NANO_TOKENS.get(cfg.method))
     return replace(cfg, **{k: v for k, v in preset.items() if getattr(cfg, k) is None})
 
 
@@ -201,7 +205,7 @@ class Model(nn.Module):
 
 
 def build(cfg, corpus):
-    """A new model for a corpus: the pretrained backbone, adapted, or a speaker model; and a head."""
+    """A new model for a corpus: an adapted pretrained AST, or a speaker model; and a head."""
     torch.manual_seed(cfg.seed)
     if cfg.model in lightweight_sv.MODELS:
         encoder = speaker_encoder(cfg, corpus.mels or 80)
@@ -213,8 +217,8 @@ def build(cfg, corpus):
             print(ast_adapters.load_pretrained(encoder, cfg.init or own_init(cfg)))
         adapt(encoder, cfg.method, **options)
     if corpus.mels not in (None, encoder.mels):
-        raise ValueError(f"--model {cfg.model} expects {encoder.mels} mel bins, --data {cfg.data} has "
-                         f"{corpus.mels}: take a speaker model, which is built with as many")
+        raise ValueError(f"--model {cfg.model} expects {encoder.mels} mel bins, --data {cfg.data} "
+                         f"has {corpus.mels}: take a speaker model, which is built with as many")
     torch.manual_seed(cfg.seed)  # so every method starts from the same head
     return Model(encoder, new_head(cfg, encoder, len(corpus.classes), bool(corpus.trials)))
 
@@ -232,15 +236,15 @@ def new_head(cfg, encoder, classes, trials):
 
 
 def open_model(path, device):
-    """A best.pt -> (the Config it was trained with, its model in eval mode, the file's contents)."""
+    """A best.pt -> (the Config it was trained with, its model in eval mode, what it holds)."""
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path!r}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         cfg = Config(**saved["config"])
     except Exception as error:  # pickle, zip, key and type errors, by what the file holds
-        raise ValueError(f"{path} is no best.pt of this program that loads safely (weights_only=True): "
-                         "it is damaged, of another program, or holds code, which is never run") from error
+        raise ValueError(f"{path} is no best.pt of this program that loads safely: it is damaged, "
+                         "of another program, or holds code, which is never run") from error
     if cfg.model in lightweight_sv.MODELS:
         encoder = speaker_encoder(cfg, saved["mels"] or 80)
     else:
@@ -257,8 +261,8 @@ def open_model(path, device):
 def own_init(cfg):
     """The pretrained nano AST, made once from the source classes of `sounds` and kept."""
     if cfg.model != "ast-nano":
-        raise ValueError(f"--model {cfg.model} needs --init CHECKPOINT, or --init none to start from "
-                         "random weights")
+        raise ValueError(f"--model {cfg.model} needs --init CHECKPOINT, or --init none to start "
+                         "from random weights")
     folder = Path(cfg.cache) / "ast-nano"
     if not (folder / "results.json").exists():
         print("making the nano AST: training on the source classes of `sounds`, once")
@@ -281,10 +285,10 @@ def fit(cfg, corpus, model, out, device):
         state = restore(out / "last.pt", model, optimiser)
     cached = frozen_outputs(cfg, corpus, model, device)
     forward = torch.compile(model) if cfg.compile else model
-    train, valid = corpus.pick("train"), corpus.pick("valid")
+    train, valid = corpus.pick("train"), len(corpus.pick("valid"))
     per_epoch = min(cfg.steps or 10**9, max(1, len(train) // cfg.batch_size))
     for epoch in range(state["epoch"], cfg.epochs):
-        torch.manual_seed(1000 * cfg.seed + epoch)  # so a resumed epoch draws what it would have drawn
+        torch.manual_seed(1000 * cfg.seed + epoch)  # a resumed epoch draws what it would have drawn
         model.train()
         start, waited, losses = time.time(), 0.0, []
         bar = tqdm(total=per_epoch, desc=f"epoch {epoch + 1}", leave=False, disable=None)
@@ -303,12 +307,13 @@ def fit(cfg, corpus, model, out, device):
             bar.update()
         bar.close()
         trained = time.time() - start
-        score = evaluate(cfg, corpus, model, "valid", device, cached)["score"] if len(valid) else epoch
+        score = evaluate(cfg, corpus, model, "valid", device, cached)["score"] if valid else epoch
         state.update(epoch=epoch + 1, seconds=state["seconds"] + time.time() - start)
         if score > state["best"]:
             state["best"] = score
             save(out / "best.pt", checkpoint(cfg, corpus, model) | {"epoch": epoch + 1})
-        save(out / "last.pt", dict(state, model=model.state_dict(), optimiser=optimiser.state_dict()))
+        both = dict(model=model.state_dict(), optimiser=optimiser.state_dict())
+        save(out / "last.pt", state | both)
         log(cfg, out, state, np.mean(losses), score, len(losses) * cfg.batch_size / trained,
             waited / trained, optimiser.param_groups[0]["lr"])
     return state["seconds"]
@@ -354,8 +359,8 @@ def finite(loss, batch, corpus):
     value = loss.item()
     if not math.isfinite(value):
         names = ", ".join(corpus.ids[i] for i in batch.clips[:5])
-        raise ValueError(f"the loss became {value} in a batch with {names}, ...: lower --lr, or look "
-                         "at these clips; the last epoch's checkpoint is whole")
+        raise ValueError(f"the loss became {value} in a batch with {names}, ...: lower --lr, or "
+                         "look at these clips; the last epoch's checkpoint is whole")
     return value
 
 
@@ -441,7 +446,7 @@ def embed(cfg, corpus, model, clips, device, frames=None):
 def save(path, value):
     part = path.with_suffix(path.suffix + ".part")
     if isinstance(value, str):
-        part.write_text(value)
+        part.write_text(value, encoding="utf-8")
     else:
         torch.save(value, part)
     os.replace(part, path)
@@ -467,8 +472,9 @@ def log(cfg, out, state, loss, score, speed, waiting, rate):
     """One line an epoch, for eyes and as JSON."""
     done = state["epoch"]
     eta = state["seconds"] / done * (cfg.epochs - done)
-    print(f"epoch {done:3d}/{cfg.epochs}  loss {loss:.4f}  valid {score:7.2f}  best {state['best']:7.2f}"
-          f"  lr {rate:.1e}  {speed:6.0f} clips/s  data {waiting:4.0%}  eta {eta:4.0f} s", flush=True)
+    print(f"epoch {done:3d}/{cfg.epochs}  loss {loss:.4f}  valid {score:7.2f}  best "
+          f"{state['best']:7.2f}  lr {rate:.1e}  {speed:6.0f} clips/s  data {waiting:4.0%}  "
+          f"eta {eta:4.0f} s", flush=True)
     with open(out / "log.jsonl", "a") as file:
         file.write(json.dumps(dict(epoch=done, loss=loss, valid=score, best=state["best"], lr=rate,
                                    clips_per_second=speed, waiting=waiting)) + "\n")
@@ -476,12 +482,8 @@ def log(cfg, out, state, loss, score, speed, waiting, rate):
 
 def run_folder(cfg):
     """The run's folder, made; refuses one that holds another configuration or another run."""
-    name = cfg.out or f"out/{cfg.data}-{cfg.model}" + (f"-{cfg.method}" if "ast" in cfg.model else "")
-    out = Path(name)
-    if not cfg.out and not cfg.resume:  # never into the folder of an earlier run
-        number = 2
-        while out.exists():
-            out, number = Path(f"{name}-{number}"), number + 1
+    name = f"out/{cfg.data}-{cfg.model}" + (f"-{cfg.method}" if "ast" in cfg.model else "")
+    out = Path(cfg.out or (name if cfg.resume else free_name(name)))
     mine = {k: v for k, v in json.loads(json.dumps(asdict(cfg))).items() if k not in PASSING}
     if (out / "config.json").exists():
         theirs = json.loads((out / "config.json").read_text())
@@ -491,8 +493,8 @@ def run_folder(cfg):
             raise ValueError(f"--out {out} holds a run with another configuration ({changes}): "
                              "choose another --out")
         if not cfg.resume:
-            raise ValueError(f"--out {out} holds this run already: --resume goes on with it, or choose "
-                             "another --out")
+            raise ValueError(f"--out {out} holds this run already: --resume goes on with it, or "
+                             "choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     save(out / "config.json", json.dumps(asdict(cfg), indent=1))
     return out
@@ -523,11 +525,33 @@ def run(cfg):
                     epochs=cfg.epochs, seed=cfg.seed)
     if getattr(model.encoder, "adaptation", None):
         save(out / "adapter.pt", dict(adapter=ast_adapters.adapter_state(model.encoder),
-                                      head=model.head.state_dict(), classes=corpus.classes))
+                                      head=model.head.state_dict(), classes=corpus.classes,
+                                      config=asdict(cfg)))
+        results["adapter_kb"] = round((out / "adapter.pt").stat().st_size / 1024, 1)
+    results["memory_mb"] = training_memory(cfg, corpus, model, device)
     save(out / "results.json", json.dumps(results, indent=1))
     print(f"tested once, with the weights of epoch {best['epoch']}: "
           + "  ".join(f"{k} {v:.2f}" for k, v in results.items() if isinstance(v, float)))
     return results
+
+
+def training_memory(cfg, corpus, model, device):
+    """MB that training needs beside the weights: what one step keeps for the backward pass,
+    gradients and AdamW's two moments. Counted, so the same on every device."""
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batch = next(iter(training_batches(cfg, corpus, corpus.pick("train"), 0, None)))
+    x = inputs(batch, model.train(), device, None)
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with hooks, autocast(cfg, device):
+        model(x, batch.labels.to(device))
+    activations = sum(size for place, size in kept.items() if place not in weights)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return round((activations + 3 * trained) / 2**20, 2)
 
 
 def find_device(name):
@@ -548,6 +572,8 @@ def introduce(cfg, corpus, model, out, device):
           f"parameters ({trainable / total:.2%}) and the head")
     print("  " + ", ".join(f"{k} {getattr(cfg, k)}" for k in
                            ("epochs", "batch_size", "frames", "lr", "warmup", "weight_decay")))
+    if not len(corpus.pick("valid")):
+        print("  note: no validation clips, so the last epoch is the one that is tested")
     for note in corpus.notes:
         print(f"  note: {note}")
 
@@ -592,9 +618,10 @@ def print_table(table, folder):
             deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
             row.append(f"{np.mean(values):.2f}{deviation}")
         first, seconds = runs[0], np.mean([result["seconds"] for result in runs])
-        rows.append(row + [f"{first['trainable']:,}", f"{first['trainable'] / first['parameters']:.2%}",
-                           f"{seconds:.1f}"])
-    header = ["", *scores, "trainable", "share", "seconds"]
+        share = first["trainable"] / first["parameters"]
+        rows.append(row + [f"{first['trainable']:,}", f"{share:.2%}", f"{seconds:.1f}",
+                           f"{first['memory_mb']:.1f}", f"{first.get('adapter_kb', '')}"])
+    header = ["", *scores, "trainable", "share", "seconds", "memory MB", "file KB"]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths)) + " |"
              for row in [header, *rows]]
@@ -618,17 +645,18 @@ def evaluate_checkpoint(cfg, typed):
     """--evaluate: test a best.pt on its own corpus or on another one with the same classes."""
     device = find_device(cfg.device)
     trained, model, saved = open_model(cfg.evaluate, device)
-    overrides = {k: getattr(cfg, k) for k in typed & {"data", "root", "cache", "fold", "bf16", "skip_bad"}}
-    trained = replace(trained, **overrides)
-    corpus = data.open_corpus(trained.data, trained.root, trained.cache, trained.seed, int(trained.fold),
-                              skip_bad=trained.skip_bad)
+    elsewhere = typed & {"data", "root", "cache", "fold", "bf16", "skip_bad"}
+    trained = replace(trained, **{k: getattr(cfg, k) for k in elsewhere})
+    corpus = data.open_corpus(trained.data, trained.root, trained.cache, trained.seed,
+                              int(trained.fold), skip_bad=trained.skip_bad)
     if corpus.classes != saved["classes"]:
         raise ValueError(f"--evaluate {cfg.evaluate} knows {len(saved['classes'])} classes "
                          f"({', '.join(saved['classes'][:3])}, ...), --data {trained.data} has "
                          f"{len(corpus.classes)} ({', '.join(corpus.classes[:3])}, ...)")
     results = evaluate(trained, corpus, model, "test", device)
+    numbers = {k: v for k, v in results.items() if isinstance(v, float) and k != "score"}
     print(f"{cfg.evaluate} on the test split of {trained.data}: "
-          + "  ".join(f"{k} {v:.2f}" for k, v in results.items() if isinstance(v, float) and k != "score"))
+          + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
 
 @torch.inference_mode()
@@ -647,8 +675,9 @@ def predict(cfg):
         x = data.features(batch, model.encoder.normalise, model.encoder.mels, device)
         chances = model(x).softmax(1).mean(0).cpu()  # (windows, C) -> (C,)
         best = chances.topk(min(3, len(chances)))
-        rows.append([str(file)] + [cell for p, i in zip(*best) for cell in (saved["classes"][i], f"{p:.4f}")])
-        print(f"{file}: " + ", ".join(f"{saved['classes'][i]} {p:.1%}" for p, i in zip(*best)))
+        named = [(saved["classes"][i], float(p)) for p, i in zip(*best)]
+        rows.append([str(file)] + [cell for name, p in named for cell in (name, f"{p:.4f}")])
+        print(f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in named))
     if cfg.csv:
         with open(cfg.csv, "w", newline="") as out:
             csv.writer(out).writerows(rows)
@@ -667,10 +696,11 @@ def main(argv=None):
             predict(cfg)
         elif cfg.compare or cfg.sweep:
             study(cfg, variants(cfg), f"compare-{cfg.data}")
-        elif not typed & {"data", "model", "method", "init", "out"}:
+        elif not typed & {"data", "model", "method", "init"}:
             study(cfg, {m: replace(cfg, method=m) for m in QUICK}, "quick-start")
         elif cfg.seeds > 1:
-            study(cfg, {cfg.method if "ast" in cfg.model else cfg.model: cfg}, f"{cfg.data}-{cfg.model}")
+            label = cfg.method if "ast" in cfg.model else cfg.model
+            study(cfg, {label: cfg}, f"{cfg.data}-{label}")
         else:
             run(cfg)
     except (ValueError, OSError) as error:
