@@ -3,7 +3,8 @@
 Papers   AST: Gong, Chung, Glass, "AST: Audio Spectrogram Transformer", arXiv 2104.01778.
          P1:  Cappellazzo et al., "Parameter-Efficient Transfer Learning of Audio Spectrogram
               Transformers", arXiv 2312.03694; its follow-up on mixtures of adapters, 2402.00828.
-Reading  @READING@
+Reading  1. the AST line 46, 2. units line 217, 3. insertion line 399, 4. adapt line 507,
+         5. pretrained weights line 596, 6. adapter files line 746, 7. demo line 810
 Axes     B batch, T frames, F mel bins, N tokens, D width, H heads, E embedding size, C classes,
          r rank, f x t the grid of patches (rows of frequency x columns of time).
 
@@ -168,15 +169,12 @@ class AST(nn.Module):
             return self.pos_embed
         (f0, t0), tokens = self.grid, self.pos_embed[:, :2]
         grid = self.pos_embed[:, 2:].transpose(1, 2).unflatten(2, self.grid)  # (1, D, f0, t0)
-        if t <= t0:
-            start = t0 // 2 - t // 2
-            grid = grid[..., start : start + t]
-        if f <= f0:
-            start = f0 // 2 - f // 2
-            grid = grid[:, :, start : start + f]
+        for axis, stored, wanted in ((2, f0, f), (3, t0, t)):
+            if wanted <= stored:
+                grid = grid.narrow(axis, stored // 2 - wanted // 2, wanted)
         if grid.shape[2:] != (f, t):
             grid = F.interpolate(grid, size=(f, t), mode="bilinear", align_corners=False)
-        return torch.cat([tokens, grid.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([tokens, grid.flatten(2).transpose(1, 2)], dim=1)  # (1, 2 + f*t, D)
 
     def pooled(self, x):
         """All but the last LayerNorm's scale and shift: (B, T, F) -> (B, D).
@@ -189,7 +187,7 @@ class AST(nn.Module):
                 f"AST expects (batch, at least {PATCH} frames, {self.mels} mel bins), "
                 f"got {tuple(x.shape)}"
             )
-        x = self.patch(x.transpose(1, 2).unsqueeze(1))  # (B, T, F) -> (B, 1, F, T) -> (B, D, f, t)
+        x = self.patch(x.transpose(1, 2)[:, None])  # (B, T, F) -> (B, 1, F, T) -> (B, D, f, t)
         f, t = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)  # (B, f*t, D), frequency-major: token = row * t + column
         tokens = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token)]
@@ -208,10 +206,8 @@ class AST(nn.Module):
 
 
 class LinearHead(nn.Linear):
-    """The classifier: embedding (B, E) -> logits (B, C). One Linear, as in P1.
-
-    `labels` is unused; AAM-softmax, the head for speakers, needs it: one call serves both.
-    """
+    """The classifier: embedding (B, E) -> logits (B, C). One Linear, as in P1. `labels` is unused:
+    AAM-softmax, the head for speakers, needs it, and one call serves both."""
 
     def forward(self, embedding, labels=None):
         return super().forward(embedding)
@@ -442,11 +438,9 @@ def place(unit, ast, where, form, at, residual, **options):
     """A unit beside the FFN, the MHSA or both of every block; that sub-layer's LayerNorm trains."""
     for block in ast.blocks:
         for site, norm in SITES[where]:
-            layer, adapter = getattr(block, site), unit(ast.embed_dim, **options)
-            if form == "parallel":
-                setattr(block, site, Parallel(layer, adapter))
-            else:
-                setattr(block, site, Sequential(layer, adapter, at, residual))
+            pair = getattr(block, site), unit(ast.embed_dim, **options)
+            wrapped = Parallel(*pair) if form == "parallel" else Sequential(*pair, at, residual)
+            setattr(block, site, wrapped)
             getattr(block, norm).requires_grad_(True)
 
 
@@ -465,7 +459,8 @@ def low_rank(unit, ast, targets, rank, alpha):
 def scale_shift(ast):
     """SSF behind every Linear and LayerNorm of the blocks (the last LayerNorm trains anyway)."""
     for block in ast.blocks:
-        for parent, names in ((block.attn, "q k v o"), (block.mlp, "fc1 fc2"), (block, "norm1 norm2")):
+        attn, mlp = block.attn, block.mlp
+        for parent, names in ((attn, "q k v o"), (mlp, "fc1 fc2"), (block, "norm1 norm2")):
             for name in names.split():
                 layer = getattr(parent, name)
                 setattr(parent, name, ScaleShift(layer, len(layer.bias)))
@@ -541,9 +536,9 @@ def adapt(ast, method, **options):
     Raises ValueError with a sentence for an unknown method or a bad option.
     """
     insert, defaults = METHODS[_known("method", method, METHODS)]
-    options = check_options(ast, method, options)
-    if ast.adaptation:
-        raise ValueError(f"this AST carries {ast.adaptation['method']!r} already: adapt a plain one")
+    options, earlier = check_options(ast, method, options), ast.adaptation
+    if earlier:
+        raise ValueError(f"this AST carries {earlier['method']!r} already: adapt a plain one")
     ast.adaptation = dict(method=method, options=options, backbone=fingerprint(ast))
     ast.requires_grad_(False)
     ast.norm.requires_grad_(True)
@@ -575,7 +570,8 @@ def check_options(ast, method, options):
     if value.get("kernel", 0) > tokens:
         raise ValueError(f"kernel {value['kernel']} is over the {tokens} tokens of AST-{ast.size}")
     if method == "prefix" and value["tokens"] % 2:
-        raise ValueError(f"prefix splits its tokens in half, keys and values: {value['tokens']} is odd")
+        raise ValueError("prefix splits its tokens in half, keys and values: "
+                         f"{value['tokens']} is odd")
     targets = value.get("targets", "q")
     if not targets or set(targets) - set("qkvo") or len(set(targets)) < len(targets):
         raise ValueError(f"targets {targets!r}: name some of q, k, v, o, each once, such as 'qv'")
@@ -583,17 +579,15 @@ def check_options(ast, method, options):
 
 
 def count(module):
-    """(trainable, frozen, all) parameters of a module; each from its own list."""
-    everything = list(module.parameters())
-    trainable = sum(p.numel() for p in everything if p.requires_grad)
-    frozen = sum(p.numel() for p in everything if not p.requires_grad)
-    return trainable, frozen, sum(p.numel() for p in everything)
+    """(trainable, frozen, all) parameters of a module, each summed by itself: `adapt` compares."""
+    size = lambda wanted: sum(p.numel() for p in module.parameters() if p.requires_grad in wanted)
+    return size([True]), size([False]), size([True, False])
 
 
 def _known(what, name, known, hint=""):
     """`name` if it is among `known`, else a sentence that lists the valid ones."""
     if name not in known:
-        names = ", ".join(str(k) for k in known) or hint
+        names = ", ".join(map(str, known)) or hint
         raise ValueError(f"unknown {what} {name!r}: choose from {names}")
     return name
 
@@ -612,9 +606,9 @@ LAYOUTS = {  # name: (a key that only it has, eps of its LayerNorms)
     "Hugging Face v5": ("layers.0.attention.q_proj.weight", 1e-12),
     "ours": ("blocks.0.attn.q.weight", 1e-6),
 }
-RENAME = [  # (their key, ours), applied in this order
-    (r"^(module\.)?(v\.)?", ""),
-    (r"^audio_spectrogram_transformer\.", ""),
+# What wraps the whole model: DataParallel, the original's class, Hugging Face's classifier.
+PREFIX = r"^(module\.)?(v\.|audio_spectrogram_transformer\.)?"
+RENAME = [  # (their key, ours), applied in this order: later lines see what earlier ones left
     (r"^embeddings\.patch_embeddings\.projection|^patch_embed\.proj", "patch"),
     (r"^embeddings\.distillation_token", "dist_token"),
     (r"^embeddings\.position_embeddings", "pos_embed"),
@@ -641,6 +635,8 @@ def load_pretrained(ast, path):
     LayerNorm's eps from the layout: with near-zero tokens the wrong eps moves outputs by 1e-2.
     Raises ValueError with the missing and unexpected keys, or both shapes where they disagree.
     """
+    if ast.adaptation:  # keys would fit for some methods, and the fingerprint would be another's
+        raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
     state = read_weights(path)
     own = state.pop("settings", {})
     state, layout = to_our_names(state, path)
@@ -650,7 +646,8 @@ def load_pretrained(ast, path):
     ours = ast.state_dict()
     missing, unexpected = sorted(ours.keys() - state), sorted(state.keys() - ours)
     if missing or unexpected:
-        raise ValueError(f"{path} is not an AST-{ast.size}: missing {missing}, unexpected {unexpected}")
+        raise ValueError(f"{path} is not an AST-{ast.size}: missing {missing}, "
+                         f"unexpected {unexpected}")
     for key, value in state.items():
         if value.shape != ours[key].shape:
             raise ValueError(f"{path} is not an AST-{ast.size}: {key} is {tuple(value.shape)} "
@@ -665,8 +662,7 @@ def load_pretrained(ast, path):
 
 def to_our_names(state, path):
     """Any layout's {key: tensor} -> (the same under our names, without heads; the layout)."""
-    state = {re.sub(r"^(module\.)?(v\.)?|^audio_spectrogram_transformer\.", "", key): value
-             for key, value in state.items()}
+    state = {re.sub(PREFIX, "", key): value for key, value in state.items()}
     layout = next((name for name, (key, _) in LAYOUTS.items() if key in state), None)
     if layout is None:
         raise ValueError(f"{path} holds no AST: none of its {len(state)} keys is one of "
@@ -687,12 +683,16 @@ def to_our_names(state, path):
 
 def infer_grid(ast, state, own, path):
     """Give `ast` the checkpoint's stride and position grid; sum an RGB patch embedding to grey."""
+    for key in ("pos_embed", "patch.weight"):
+        if key not in state:
+            raise ValueError(f"{path} is not an AST-{ast.size}: it has no {key}")
     patches = state["pos_embed"].shape[1] - 2
     if "grid" in own:
         ast.grid, ast.stride = tuple(own["grid"]), own["stride"]
     elif patches != ast.grid[0] * ast.grid[1]:  # AudioSet, 1024 frames, other strides
-        grids = {s: ((ast.mels - PATCH) // s + 1, (1024 - PATCH) // s + 1) for s in range(16, 7, -1)}
-        fits = [(s, grid) for s, grid in grids.items() if grid[0] * grid[1] == patches]
+        rows = lambda stride, length: (length - PATCH) // stride + 1
+        grids = [(s, (rows(s, ast.mels), rows(s, 1024))) for s in range(16, 7, -1)]
+        fits = [(s, grid) for s, grid in grids if grid[0] * grid[1] == patches]
         side = int(patches**0.5)
         if not fits and side * side != patches:
             raise ValueError(f"{path}: no known grid has its {patches} patch positions")
@@ -700,7 +700,7 @@ def infer_grid(ast, state, own, path):
     ast.patch.stride = (ast.stride, ast.stride)
     shape = (1, 2 + ast.grid[0] * ast.grid[1], ast.embed_dim)
     ast.pos_embed = nn.Parameter(ast.pos_embed.new_zeros(shape))
-    if state["patch.weight"].shape[1] == 3:
+    if state["patch.weight"].shape[1] == 3:  # (D, 3, 16, 16) -> (D, 1, 16, 16): grey in all three
         state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)
 
 
@@ -715,6 +715,8 @@ def read_weights(path):
     except Exception as error:  # pickle, zip and unicode errors, by what the file holds
         raise ValueError(f"{path} is no checkpoint that loads safely (weights_only=True): it is "
                          "damaged, or holds Python code, which is never run") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of weights")
     for name in ("encoder", "model", "state_dict"):  # our own files; DeiT's
         if isinstance(state.get(name), dict):
             state = state[name] | ({"settings": state["settings"]} if "settings" in state else {})
@@ -723,7 +725,8 @@ def read_weights(path):
 
 def read_safetensors(path):
     """The format: 8 bytes of header length, a JSON header, then the tensors' raw bytes."""
-    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+    kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+             "F64": torch.float64}
     data = Path(path).read_bytes()
     try:
         start = 8 + int.from_bytes(data[:8], "little")
@@ -748,7 +751,7 @@ def fingerprint(ast):
     digest = hashlib.sha256()
     for name, value in sorted(ast.state_dict().items()):
         digest.update(name.encode())
-        if not value.is_meta:
+        if not value.is_meta:  # counting on "meta" has shapes and no weights
             digest.update(value.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
@@ -762,15 +765,16 @@ def adapter_state(ast):
         raise ValueError("this AST is plain: adapt it first, or save its state_dict")
     trained = {name for name, p in ast.named_parameters() if p.requires_grad}
     trained |= {name for name, _ in ast.named_buffers()}
-    weights = {name: v.detach().cpu().clone() for name, v in ast.state_dict().items() if name in trained}
+    weights = {k: v.detach().cpu().clone() for k, v in ast.state_dict().items() if k in trained}
     return dict(ast.adaptation, weights=weights)
 
 
 def load_adapter(ast, state):
-    """A new AST that carries the adapter `state`; the plain `ast` stays as it is.
+    """A new AST that carries the adapter `state`; the outputs of the plain `ast` stay as they are.
 
-    The two share every frozen weight, so ten adapters on one backbone cost ten times kilobytes.
-    Refuses a backbone other than the one the adapter was trained on.
+    The two share every weight that the adapter leaves frozen (and so freeze it in `ast` too): ten
+    adapters on one backbone cost ten times kilobytes. Raises ValueError for another backbone than
+    the one the adapter was trained on, or for tensors that are missing or too many.
     """
     if ast.adaptation:
         raise ValueError(f"load onto a plain AST: this one carries {ast.adaptation['method']!r}")
@@ -779,21 +783,24 @@ def load_adapter(ast, state):
                          f"{fingerprint(ast)}: load the checkpoint it started from")
     shared = {id(p): p for name, p in ast.named_parameters() if name not in state["weights"]}
     twin = adapt(copy.deepcopy(ast, shared), state["method"], **state["options"])
-    missing = {name for name, p in twin.named_parameters() if p.requires_grad} - state["weights"].keys()
+    missing = adapter_state(twin)["weights"].keys() - state["weights"].keys()
     unexpected = twin.load_state_dict(state["weights"], strict=False).unexpected_keys
     if missing or unexpected:
-        raise ValueError(f"damaged adapter: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+        raise ValueError(f"damaged adapter: missing {sorted(missing)}, "
+                         f"unexpected {sorted(unexpected)}")
     return twin
 
 
 def merge(ast):
-    """Fold LoRA or DoRA into the weights, in place: a plain AST with the same outputs, no slower."""
+    """Fold LoRA or DoRA into the weights, in place: a plain AST, same outputs, no slower."""
     if not ast.adaptation or ast.adaptation["method"] not in ("lora", "dora"):
-        raise ValueError("merge folds lora and dora; other methods have no plain AST that equals them")
+        raise ValueError("merge folds lora and dora; other methods have no plain AST that equals "
+                         "them")
     for block in ast.blocks:
         for name in ast.adaptation["options"].get("targets", METHODS["lora"][1]["targets"]):
             unit = getattr(block.attn, name)
-            unit.linear.weight.data = unit.folded().detach()
+            # A new Parameter: the old one may be shared with a backbone and its other adapters.
+            unit.linear.weight = nn.Parameter(unit.folded().detach(), requires_grad=False)
             setattr(block.attn, name, unit.linear)
     ast.adaptation = None
     return ast

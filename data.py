@@ -1,6 +1,7 @@
 """Audio on disk -> packed corpus -> batches -> log-mel features, for every model of this project.
 
-Reading  @READING@
+Reading  1. audio files line 48, 2. packing line 184, 3. features line 444, 4. batches line 504,
+         5. built-in corpora line 650, 6. corpora line 837, 7. check line 924
 Axes     B batch, T frames (25 ms every 10 ms), F mel bins, C classes or speakers.
 
 The first use of a corpus decodes every clip once, to 16 kHz mono int16, into one packed file. From
@@ -28,11 +29,7 @@ import math
 import os
 import struct
 import sys
-import tarfile
 import types
-import urllib.error
-import urllib.request
-import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -72,16 +69,19 @@ def import_torchaudio():
 
 @dataclass
 class WavHeader:
-    rate: int
+    rate: int  # samples a second
     channels: int
     kind: str  # "pcm" or "float"
-    bits: int
+    bits: int  # of one sample
     offset: int  # of the first sample, in bytes
     samples: int  # per channel
 
 
 def wav_header(path):
-    """Read a RIFF header: chunks of (4 letters, little-endian size, body padded to even)."""
+    """Read a RIFF header: chunks of (4 letters, little-endian size, body padded to even).
+
+    Raises ValueError, with the path, for a file that is empty, cut off or neither PCM nor float.
+    """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         riff = file.read(12)
@@ -90,13 +90,13 @@ def wav_header(path):
         if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
             raise ValueError(f"{path}: not a WAV file (it starts with {riff[:12]!r})")
         form = None
-        while True:
+        while True:  # "fmt " need not come first, and recorders put chunks of their own between
             chunk = file.read(8)
             if len(chunk) < 8:
                 raise ValueError(f"{path}: truncated, it ends before its audio data")
             name, length = chunk[:4], int.from_bytes(chunk[4:], "little")
             if name == b"fmt ":
-                form = file.read(length)
+                form = file.read(length + length % 2)
             elif name == b"data":
                 break
             else:
@@ -125,27 +125,30 @@ def read_wav(path, start=0, samples=None):
     """
     head = wav_header(path)
     count = max(0, min(head.samples - start, head.samples if samples is None else samples))
-    width = head.bits // 8
+    width = head.bits // 8  # bytes a sample
     dtype = {"pcm1": "u1", "pcm2": "<i2", "pcm3": "u1", "pcm4": "<i4", "float4": "<f4",
              "float8": "<f8"}[f"{head.kind}{width}"]
-    items = count * head.channels * (3 if (head.kind, width) == ("pcm", 3) else 1)
-    offset = head.offset + start * head.channels * width
-    raw = np.fromfile(path, dtype, items, offset=offset)
+    items = count * head.channels * (3 if width == 3 else 1)  # numpy has no type of three bytes
+    raw = np.fromfile(path, dtype, items, offset=head.offset + start * head.channels * width)
     if head.kind == "float":
         wave = raw.astype(np.float32)
     elif width == 1:
         wave = (raw.astype(np.float32) - 128) / 128  # the one unsigned kind
     elif width == 3:  # three bytes, little-endian: put them on top of an empty lowest byte
         padded = np.zeros((count * head.channels, 4), np.uint8)
-        padded[:, 1:] = raw.reshape(-1, 3)
-        wave = padded.view("<i4")[:, 0].astype(np.float32) / 2**31
+        padded[:, 1:] = raw.reshape(-1, 3)  # (n * channels, 3)
+        wave = padded.view("<i4")[:, 0].astype(np.float32) / 2**31  # (n * channels,)
     else:
         wave = raw.astype(np.float32) / 2 ** (head.bits - 1)
-    return wave.reshape(count, head.channels).T, head.rate
+    return wave.reshape(count, head.channels).T, head.rate  # channels alternate: (n, ch) -> (ch, n)
 
 
 def read_audio(path):
-    """Any audio file -> mono float32 (samples,) at RATE. Raises ValueError with a sentence."""
+    """Any audio file -> mono float32 (samples,) at RATE, the mean of its channels.
+
+    Raises ValueError with a sentence for what cannot be decoded, holds NaN or is too short for one
+    frame of features; OSError for a file that is not there.
+    """
     path = Path(path)
     if path.suffix.lower() == ".wav":
         wave, rate = read_wav(path)
@@ -153,19 +156,28 @@ def read_audio(path):
         try:
             wave, rate = import_torchaudio().load(str(path))
         except ImportError as error:
-            raise ValueError(f"{path}: reading {path.suffix or 'this kind of'} files needs torchcodec and "
-                             "FFmpeg: pip install torchcodec, or convert to WAV") from error
+            raise ValueError(f"{path}: reading {path.suffix or 'this kind of'} files needs "
+                             "torchcodec and FFmpeg: pip install torchcodec, or convert to "
+                             "WAV") from error
         except (RuntimeError, OSError, ValueError) as error:
-            raise ValueError(f"{path}: not readable as audio ({str(error).splitlines()[0]})") from error
+            reason = str(error).partition("\n")[0]  # FFmpeg's errors go on for a page
+            raise ValueError(f"{path}: not readable as audio ({reason})") from error
         wave = wave.numpy()
     wave = wave.mean(0)  # (channels, n) -> (n,)
     if not np.isfinite(wave).all():
         raise ValueError(f"{path}: holds samples that are not finite")
-    if rate != RATE:
+    samples = math.ceil(len(wave) * RATE / rate)  # after resampling, which fails on an empty wave
+    if samples < WINDOW:
+        raise ValueError(f"{path}: {samples} samples at 16 kHz, shorter than one frame ({WINDOW})")
+    if rate != RATE:  # with a low-pass filter: dropping samples would fold high sounds down
         wave = import_torchaudio().functional.resample(torch.from_numpy(wave), rate, RATE).numpy()
-    if len(wave) < WINDOW:
-        raise ValueError(f"{path}: {len(wave)} samples at 16 kHz, shorter than one frame ({WINDOW})")
     return wave
+
+
+def to_int16(wave):
+    """Floats in [-1, 1) -> int16, 32768 steps to 1. Clipped: an overshoot would wrap to its other
+    sign, a loud click, and float files and resampling do overshoot."""
+    return (np.clip(wave, -1, 32767 / 32768) * 32768).round().astype("<i2")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,8 +198,8 @@ class Corpus:
     labels: np.ndarray  # (clips,) index into classes; -1 for a speaker who is not in training
     splits: np.ndarray  # (clips,) "train", "valid" or "test"
     classes: list
-    start: np.ndarray
-    length: np.ndarray
+    start: np.ndarray  # (clips,) int64, in samples or frames
+    length: np.ndarray  # (clips,) int64, 0 for a clip that cannot be used
     store: np.ndarray
     trials: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)  # sentences for the user
@@ -206,36 +218,21 @@ class Corpus:
 def pack(name, rows, read, stamp, cache, skip_bad=False):
     """Decode all clips into `cache`, once; returns (store, start, length, {id: what is wrong}).
 
-    The file's name carries a hash of the clips' names and their stamps (size and time), so a
-    changed corpus is another file. The index is written last: without it nothing is packed.
+    rows (clip, class, split), read clip -> wave, stamp clip -> what changes with it. The file's
+    name carries a hash of names and stamps, so a changed corpus is another file. The index is
+    written last: without it nothing is packed. Raises ValueError for bad clips, unless `skip_bad`.
     """
     key = hashlib.sha256(json.dumps([[row[0], stamp(row[0])] for row in rows]).encode()).hexdigest()
-    cache = Path(cache)
+    cache, key = Path(cache), key[:16]
     cache.mkdir(parents=True, exist_ok=True)
-    pcm, index = cache / f"{name}.{key[:16]}.pcm", cache / f"{name}.{key[:16]}.npz"
-    if not index.exists():
-        lengths, bad = [], {}
-        part = pcm.with_suffix(f".{os.getpid()}.part")
-        with open(part, "wb") as file:
-            for row in tqdm(rows, desc=f"packing {name}", unit="clip", leave=False, disable=None):
-                try:
-                    wave = read(row[0])
-                    file.write((np.clip(wave, -1, 32767 / 32768) * 32768).round().astype("<i2").tobytes())
-                    lengths.append(len(wave))
-                except (ValueError, OSError) as error:
-                    bad[row[0]] = str(error)
-                    lengths.append(0)
-            file.write(b"\0\0" * (sum(lengths) == 0))  # an empty file cannot be mapped
-        os.replace(part, pcm)
-        part = index.with_suffix(f".{os.getpid()}.part.npz")
-        np.savez(part, lengths=np.array(lengths, np.int64), bad=json.dumps(bad))
-        os.replace(part, index)
+    pcm, index = cache / f"{name}.{key}.pcm", cache / f"{name}.{key}.npz"
+    if not index.exists() or any(not attempt(read, clip)[1] for clip in read_index(index)[1]):
+        write_pack(pcm, index, name, [row[0] for row in rows], read)
         for old in cache.glob(f"{name}.*"):  # of this corpus before it changed
-            if key[:16] not in old.name and not old.name.endswith(".part"):
+            if key not in old.name and ".part" not in old.name:
                 with contextlib.suppress(OSError):  # Windows keeps a file that is in use
                     old.unlink()
-    with np.load(index) as saved:
-        lengths, bad = saved["lengths"], json.loads(str(saved["bad"]))
+    lengths, bad = read_index(index)
     if bad and not skip_bad:
         first = "".join(f"\n  {reason}" for reason in list(bad.values())[:5])
         raise ValueError(f"{len(bad)} of {len(rows)} clips of {name} cannot be used:{first}\n"
@@ -243,19 +240,60 @@ def pack(name, rows, read, stamp, cache, skip_bad=False):
     return np.memmap(pcm, "<i2", "r"), np.cumsum(lengths) - lengths, lengths, bad
 
 
-def open_corpus(name, root=None, cache="cache", seed=0, fold=1, few_shot=0, skip_bad=False):
-    """The corpus `name` of CORPORA, packed, with splits and trials. Raises ValueError.
+def attempt(read, clip):
+    """(wave, "") or (empty wave, why not). A stamp does not see a decoder installed or a folder
+    mounted since, so clips that were bad are tried again whenever their corpus is opened."""
+    try:
+        return read(clip), ""
+    except (ValueError, OSError) as error:
+        return np.zeros(0), str(error)
 
+
+def write_pack(pcm, index, name, clips, read):
+    """Decode into a temporary file and rename it, so that a name stands for a whole file."""
+    lengths, bad, part = [], {}, pcm.with_suffix(f".{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            for clip in tqdm(clips, desc=f"packing {name}", unit="clip", leave=False, disable=None):
+                wave, reason = attempt(read, clip)
+                if reason:
+                    bad[clip] = reason
+                file.write(to_int16(wave).tobytes())  # a full disk is no clip's fault: it stops
+                lengths.append(len(wave))
+            file.write(b"\0\0" * (sum(lengths) == 0))  # an empty file cannot be mapped
+        os.replace(part, pcm)
+    finally:
+        part.unlink(missing_ok=True)  # interrupted, it would lie there for good, and be large
+    part = index.with_suffix(f".{os.getpid()}.part.npz")  # savez appends .npz to any other name
+    np.savez(part, lengths=np.array(lengths, np.int64), bad=json.dumps(bad))
+    os.replace(part, index)
+
+
+def read_index(index):
+    """(lengths of the clips in samples, {id: what is wrong})."""
+    with np.load(index) as saved:
+        return saved["lengths"], json.loads(str(saved["bad"]))
+
+
+def open_corpus(name, root=None, cache="cache", seed=0, fold=1, few_shot=0, skip_bad=False):
+    """The corpus `name` of CORPORA, packed, with splits and trials.
+
+    root      its folder; built-in corpora need none
+    cache     folder for packed files: a corpus may lie where nobody can write
+    seed      of all that is drawn: validation clips or speakers, splits of a folder, few_shot
     fold      test fold of a corpus with folds (1-based); validation is the fold before it
     few_shot  keep so many training clips a class, drawn by `seed`; 0 keeps all
+    skip_bad  go on without clips that cannot be read; else they raise
+    Raises ValueError with a sentence: unknown name, no root, wrong tree, bad clips, empty split.
     """
     if name not in CORPORA:
         raise ValueError(f"unknown corpus {name!r}: choose from {', '.join(CORPORA)}")
     source = CORPORA[name]
     if source.tree:
-        root = Path(root or "")
-        if not root.name or not root.is_dir():
-            raise ValueError(f"--data {name} needs --root: no folder at '{root}'.\n{source.tree}")
+        if not root or not Path(root).is_dir():
+            raise ValueError(f"--data {name} needs --root: no folder at '{root or ''}'.\n"
+                             + source.tree)
+        root = Path(root)
     if name == "features":
         corpus = open_features(root)
     else:
@@ -264,22 +302,24 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=1, few_shot=0, skip
             raise ValueError(f"--root {root}: no clips of {name} there.\n{source.tree}")
         read = source.read or (lambda clip: read_audio(root / clip))
         stamp = (lambda clip: VERSION) if source.read else functools.partial(file_stamp, root)
-        # Two roots of one corpus are two packed files.
-        place = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:6] if source.tree else "own"
+        place = "own"  # two roots of one corpus are two packed files
+        if source.tree:
+            place = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:6]
         store, start, length, bad = pack(f"{name}-{place}", rows, read, stamp, cache, skip_bad)
         ids, names, splits = (list(column) for column in zip(*rows))
-        corpus = Corpus(name, ids, names, np.array(splits), [], start, length, store)
+        corpus = Corpus(name, ids, names, np.array(splits), [], start, length, store, bad=bad)
         if bad:
-            corpus.bad = bad
             corpus.splits = np.where(length == 0, "bad", corpus.splits)
             corpus.notes.append(f"{len(bad)} unusable clips are left out (--skip-bad)")
-        lists = {"test": read_trials(root / "trials.txt")} if source.tree and (
-            root / "trials.txt").is_file() else source.trials(rows) if source.trials else {}
-        corpus.trials = lists
+        if source.tree and (root / "trials.txt").is_file():
+            corpus.trials = {"test": read_trials(root / "trials.txt")}
+        elif source.trials:
+            corpus.trials = source.trials(rows)
     return settle(corpus, seed, fold, few_shot)
 
 
 def file_stamp(root, clip):
+    """[bytes, time of change in ns]: hashing the contents would read the whole corpus each time."""
     try:
         stat = os.stat(root / clip)
     except OSError:
@@ -291,10 +331,12 @@ def settle(corpus, seed, fold, few_shot):
     """Turn names into labels, folds into splits, make what the corpus does not bring."""
     names = np.array(corpus.labels)
     if corpus.trials:
-        if "any" in corpus.splits:  # a folder: speakers in trials test, the others train
-            named = {clip for _, *pair in corpus.trials["test"] for clip in pair}
-            tested = {name for clip, name in zip(corpus.ids, names) if clip in named}
-            corpus.splits = np.array(["test" if name in tested else "train" for name in names])
+        drop_bad_trials(corpus)
+        # A folder with trials: its speakers in trials test, with all their clips; others train.
+        named = {clip for _, *pair in corpus.trials.get("test", ()) for clip in pair}
+        tested = {name for clip, name in zip(corpus.ids, names) if clip in named}
+        roles = np.array(["test" if name in tested else "train" for name in names])
+        corpus.splits = np.where(corpus.splits == "any", roles, corpus.splits)
         hold_out_speakers(corpus, names, seed)
     else:
         settle_folds(corpus, fold)
@@ -303,22 +345,31 @@ def settle(corpus, seed, fold, few_shot):
     number = {name: label for label, name in enumerate(corpus.classes)}
     corpus.labels = np.array([number.get(name, -1) for name in names])
     if few_shot:
-        rng = np.random.default_rng(seed)
-        train = [corpus.pick("train")[corpus.labels[corpus.pick("train")] == label]
-                 for label in range(len(corpus.classes))]
-        kept = np.concatenate([rng.permutation(clips)[:few_shot] for clips in train])
-        corpus.splits[np.setdiff1d(corpus.pick("train"), kept)] = "unused"
+        rng, train = np.random.default_rng(seed), corpus.pick("train")
+        kept = [rng.permutation(train[corpus.labels[train] == label])[:few_shot]
+                for label in range(len(corpus.classes))]
+        corpus.splits[np.setdiff1d(train, np.concatenate(kept))] = "unused"
     index = {clip: i for i, clip in enumerate(corpus.ids)}
     for split, trials in corpus.trials.items():
         unknown = sorted({clip for _, *pair in trials for clip in pair if clip not in index})
         if unknown:
-            raise ValueError(f"the {split} trials name {len(unknown)} clips that {corpus.name} lacks, "
-                             f"the first is {unknown[0]}")
+            raise ValueError(f"the {split} trials name {len(unknown)} clips that {corpus.name} "
+                             f"lacks, the first is {unknown[0]}")
         corpus.trials[split] = [(label, index[a], index[b]) for label, a, b in trials]
     for split in ("train", "test"):
         if not len(corpus.pick(split)):
             raise ValueError(f"{corpus.name} has no {split} clips: {dict(Counter(corpus.splits))}")
     return corpus
+
+
+def drop_bad_trials(corpus):
+    """Leave out the trials of clips that cannot be read: they have no embedding. Says so."""
+    for split, trials in corpus.trials.items():
+        good = [trial for trial in trials if not corpus.bad.keys() & set(trial[1:])]
+        if len(good) < len(trials):
+            corpus.notes.append(f"{len(trials) - len(good)} {split} trials of unusable clips are "
+                                "left out: error rates are not comparable with the full list's")
+            corpus.trials[split] = good
 
 
 def settle_folds(corpus, fold):
@@ -330,14 +381,17 @@ def settle_folds(corpus, fold):
         raise ValueError(f"--fold {fold}: {corpus.name} has folds {folds}")
     before = folds[folds.index(fold) - 1]
     role = {str(k): "test" if k == fold else "valid" if k == before else "train" for k in folds}
-    corpus.splits = np.array([role.get(split, split) for split in corpus.splits])
+    corpus.splits = np.array([role.get(split, split) for split in corpus.splits])  # "bad" stays
 
 
 def split_by_seed(corpus, names, seed):
-    """Draw a validation tenth of "train*", and all three splits of what is marked "any"."""
-    rng = np.random.default_rng(seed)
+    """Draw a validation tenth of "train*", and all three splits of what is marked "any".
+
+    Class by class, so that each split has every class, whatever the sizes.
+    """
+    rng, alone = np.random.default_rng(seed), []
+    # Room for "unused": numpy cuts a longer string to the array's width without a word.
     splits = corpus.splits = corpus.splits.astype("<U6")
-    alone = []
     for name in sorted(set(names)):
         clips = rng.permutation(np.flatnonzero((names == name) & (splits == "any")))
         if 0 < len(clips) < 3:
@@ -357,25 +411,33 @@ def split_by_seed(corpus, names, seed):
 
 
 def hold_out_speakers(corpus, names, seed):
-    """Validation for a corpus of trials: a tenth of the training speakers, drawn by `seed`."""
+    """Validation for a corpus of trials: a tenth of the training speakers, drawn by `seed`.
+
+    Speakers, not clips: recognising a known speaker is easier than telling strangers apart.
+    """
+    corpus.splits = corpus.splits.astype("<U6")  # room for "unused"
     if "valid" in corpus.trials:
         return
     rng = np.random.default_rng(seed)
     speakers = sorted(set(names[corpus.splits == "train"]))
     held = set(rng.permutation(speakers)[: max(2, len(speakers) // 10)])
     clips = [i for i in corpus.pick("train") if names[i] in held]
-    corpus.splits = corpus.splits.astype("<U6")
     corpus.splits[clips] = "valid"
     corpus.trials["valid"] = make_trials([(corpus.ids[i], names[i]) for i in clips], rng)
+    if not corpus.trials["valid"]:
+        raise ValueError(f"{corpus.name}: {len(clips)} clips of {len(held)} held-out speakers make "
+                         "no validation trials: it takes two speakers, and two clips of one")
 
 
 def make_trials(clips, rng, each=2000):
     """Up to `each` target and as many non-target trials among (id, speaker) pairs."""
-    pairs = [(a, b) for i, a in enumerate(clips) for b in clips[:i]]
-    same = [(1, a[0], b[0]) for a, b in pairs if a[1] == b[1]]
-    other = [(0, a[0], b[0]) for a, b in pairs if a[1] != b[1]]
-    size = min(each, len(same), len(other))
-    return [group[i] for group in (same, other) for i in rng.permutation(len(group))[:size]]
+    _, speaker = np.unique([name for _, name in clips], return_inverse=True)  # (clips,)
+    i, j = np.tril_indices(len(clips), -1)  # (pairs,) each: every pair once. Arrays, not tuples:
+    same = speaker[i] == speaker[j]  # ten thousand clips make fifty million pairs
+    groups = np.flatnonzero(same), np.flatnonzero(~same)
+    size = min(each, *map(len, groups))  # as many of both, so neither error is measured worse
+    drawn = [group[rng.permutation(len(group))[:size]] for group in groups]
+    return [(int(same[k]), clips[i[k]][0], clips[j[k]][0]) for k in np.concatenate(drawn)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -392,7 +454,7 @@ def mel_triangles(mels, device):
     mel = lambda hertz: 1127 * torch.log(1 + torch.as_tensor(hertz) / 700)
     low, high = 1127 * math.log(1 + 20 / 700), 1127 * math.log(1 + RATE / 2 / 700)
     step, number = (high - low) / (mels + 1), torch.arange(mels)
-    left, centre, right = (low + (number + i) * step for i in range(3))  # (mels,) each
+    left, centre, right = (low + (number + i) * step for i in range(3))  # (mels,) each, overlapping
     bins = mel(torch.arange(FFT // 2 + 1) * (RATE / FFT))[:, None]  # (257, 1)
     rise, fall = (bins - left) / (centre - left), (right - bins) / (right - centre)  # (257, mels)
     return torch.minimum(rise, fall).clamp_min(0).to(device)
@@ -404,38 +466,46 @@ def frames_of(samples):
 
 
 def samples_of(frames):
+    """The fewest samples that give so many frames: the inverse of `frames_of`."""
     return (frames - 1) * HOP + WINDOW
 
 
 def fbank(waves, mels=128):
     """Log-mel features of float waves in [-1, 1]: (B, samples) -> (B, T, F), on their device.
 
-    Equal to torchaudio.compliance.kaldi.fbank(htk_compat=True, window_type="hanning", dither=0).
+    Equal to torchaudio.compliance.kaldi.fbank(htk_compat=True, window_type="hanning", dither=0),
+    natural logarithm of power: what AST's checkpoints were trained on. Raises ValueError below one
+    frame of 25 ms.
     """
-    waves = torch.atleast_2d(waves.float())
+    waves = torch.atleast_2d(waves.float())  # one wave is a batch of one
     if waves.shape[1] < WINDOW:
         raise ValueError(f"fbank expects at least {WINDOW} samples (25 ms), got {waves.shape[1]}")
-    window = torch.hann_window(WINDOW, periodic=False, device=waves.device)
-    triangles = mel_triangles(mels, waves.device)
+    window = torch.hann_window(WINDOW, periodic=False, device=waves.device)  # (400,)
+    triangles = mel_triangles(mels, waves.device)  # (257, F)
     # On a CPU some 400 frames at a time stay in the cache: twice as fast as the whole batch.
     rows = max(1, 400 // frames_of(waves.shape[1])) if waves.device.type == "cpu" else len(waves)
-    return torch.cat([_fbank(part, window, triangles) for part in waves.split(rows)])
+    # Evaluation may sit in bfloat16 autocast, whose three digits would change the features.
+    with torch.autocast(waves.device.type, enabled=False):
+        return torch.cat([_fbank(part, window, triangles) for part in waves.split(rows)])
 
 
 def _fbank(waves, window, triangles):
     frames = waves.unfold(1, WINDOW, HOP)  # (B, T, 400)
-    frames = frames - frames.mean(2, keepdim=True)
+    frames = frames - frames.mean(2, keepdim=True)  # each frame's own offset, as kaldi does
     # Pre-emphasis. The first sample is compared with itself, but the window is zero there.
     frames = F.pad(frames[..., 1:] - 0.97 * frames[..., :-1], (1, 0))
     spectrum = torch.fft.rfft(frames * window, n=FFT)  # (B, T, 257)
     power = spectrum.real.square() + spectrum.imag.square()  # abs() would take a root in vain
+    # The floor is kaldi's: silence is log(1.19e-7) = -15.9, and not minus infinity.
     return (power @ triangles).clamp_min(torch.finfo(torch.float32).eps).log()  # (B, T, F)
 
 
 # --------------------------------------------------------------------------------------------------
 # 4. Batches: slices of the packed file, in an order that only seed and epoch decide
 
-NORMALISE = {"audioset": (-4.2677393, 4.5689974)}  # mean and std of AudioSet's log-mel bins
+# Mean and std of AudioSet's log-mel bins, from AST's code. They belong to its checkpoints and stay
+# the same on every corpus: a corpus' own would shift what the frozen layers have learned to read.
+NORMALISE = {"audioset": (-4.2677393, 4.5689974)}
 
 
 @dataclass
@@ -446,18 +516,16 @@ class Batch:
     lengths: torch.Tensor
     labels: torch.Tensor
     clips: np.ndarray
-    speed: float = 1.0  # x holds so many times the audio of `frames` frames
 
 
 def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=False, workers=0,
-            shard=(0, 1), speeds=(1.0,), steps=None):
+            shard=(0, 1), steps=None):
     """Yield Batches of `frames` frames; shuffled, cropped at random and cut to whole for training.
 
     The draw of batch n depends on (seed, epoch, n) alone, so a resumed run sees the same data,
     with any number of `workers` (threads that prepare batches ahead).
     repeat  a clip shorter than the crop is repeated (speakers) rather than padded (AST)
     shard   (rank, world): every process takes its part of each global batch
-    speeds  each training batch draws one; speed k > 0 makes new speakers, labels shift by k x C
     steps   stop after so many batches; None: after one pass
     """
     order = np.random.default_rng([seed, epoch]).permutation(clips) if train else np.asarray(clips)
@@ -468,12 +536,9 @@ def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=Fal
     rank, world = shard
 
     def make(number):
+        # One generator a batch, not one for all: threads finish in any order.
         rng = np.random.default_rng([seed, epoch, number, rank]) if train else None
-        kind = int(np.random.default_rng([seed, epoch, number]).integers(len(speeds)))
-        batch = load(corpus, groups[number][rank::world], round(frames * speeds[kind]), rng, repeat)
-        batch.labels += kind * len(corpus.classes)
-        batch.speed = speeds[kind]
-        return batch
+        return load(corpus, groups[number][rank::world], frames, rng, repeat)
 
     numbers = range(len(groups) if steps is None else min(steps, len(groups)))
     if not workers:
@@ -491,9 +556,11 @@ def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=Fal
 def load(corpus, clips, frames, rng=None, repeat=False):
     """One Batch of `frames` frames a clip, from a random place with `rng`, else from the start.
 
-    0 frames: labels and clips alone, for a loop that has the embeddings already.
+    0 frames: labels and clips alone, for a loop that has the embeddings already. A shorter clip is
+    followed by zeros, or with `repeat` by itself; `lengths` says where it ends.
     """
     size = frames if corpus.mels or not frames else samples_of(frames)
+    # (B, samples) int16 or (B, T, F) int8: widened on the device, so half or a quarter travels.
     x = np.zeros((len(clips), size, *corpus.store.shape[1:]), corpus.store.dtype)
     lengths = np.minimum(corpus.length[clips], size)
     for row, (clip, length) in enumerate(zip(clips, lengths)):
@@ -505,42 +572,44 @@ def load(corpus, clips, frames, rng=None, repeat=False):
         x[row, : len(segment)] = segment
     if repeat:
         lengths[:] = size
-    return Batch(torch.from_numpy(x), torch.from_numpy(lengths), torch.from_numpy(corpus.labels[clips]),
-                 clips)
+    return Batch(*map(torch.from_numpy, (x, lengths, corpus.labels[clips])), clips)
 
 
 def windows(path, frames):
-    """One audio file as a corpus in memory, each clip a window of `frames` frames."""
-    wave = (read_audio(path) * 32767).round().astype("<i2")
-    start = np.arange(0, max(1, len(wave) - WINDOW), samples_of(frames))
-    length = np.minimum(len(wave) - start, samples_of(frames))
-    zeros = np.zeros(len(start), np.int64)
-    return Corpus(str(path), [f"{path}#{i}" for i in range(len(start))], zeros, zeros.astype(str), [],
-                  start, length, wave)
+    """One audio file as a corpus in memory, each clip a window of `frames` frames.
+
+    Side by side and the last one shorter, but never below one frame: that would be all padding.
+    """
+    wave, size = to_int16(read_audio(path)), samples_of(frames)
+    start = np.arange(0, max(1, len(wave) - WINDOW), size)
+    ids, zeros = [f"{path}#{i}" for i in range(len(start))], np.zeros(len(start), np.int64)
+    length = np.minimum(len(wave) - start, size)
+    return Corpus(str(path), ids, zeros, zeros.astype(str), [], start, length, wave)
 
 
 def features(batch, normalise, mels, device):
     """A Batch -> the encoder's input (B, T, F) on `device`, normalised as the encoder asks.
 
-    "audioset": frames behind a clip's end are zero before normalisation, as in AST.
-    "utterance": each clip's own mean per bin is removed.
+    "audioset": frames behind a clip's end are zero before normalisation, as in AST. That is loud:
+    silence is -15.9, and AudioSet's mean is -4.3. Models tuned with it expect it.
+    "utterance": each clip's own mean per bin is removed, and with it a channel's constant colour.
+    Raises ValueError when a corpus of ready features has other bins than the model.
     """
-    x = batch.x.to(device, non_blocking=True)
+    x = batch.x.to(device, non_blocking=True)  # (B, samples) or (B, T, F)
     if x.ndim == 3:
-        x = x.float() * 0.1  # int8 log-mel (B, T, F)
+        x = x.float() * 0.1  # int8 -> log-mel (B, T, F)
     else:
-        x = x.float() / 32768
-        x = fbank(x, mels)  # (B, T, F)
+        x = fbank(x.float() / 32768, mels)  # (B, samples) -> (B, T, F)
         if normalise == "audioset":
-            ends = batch.lengths.sub(WINDOW).div(HOP, rounding_mode="floor").add(1).to(device)
+            ends = (batch.lengths.to(device) - WINDOW) // HOP + 1  # (B,) frames, as `frames_of`
             past = torch.arange(x.shape[1], device=device) >= ends[:, None]  # (B, T)
-            x = x.masked_fill(past[:, :, None], 0.0)
+            x = x.masked_fill(past[:, :, None], 0.0)  # (B, T, 1): all bins of a frame
     if x.shape[2] != mels:
         raise ValueError(f"the model expects {mels} mel bins, the corpus has {x.shape[2]}")
     if normalise == "audioset":
         mean, std = NORMALISE["audioset"]
         return (x - mean) / (2 * std)
-    return x - x.mean(1, keepdim=True)
+    return x - x.mean(1, keepdim=True)  # (B, 1, F): one mean a bin
 
 
 def spec_augment(x, widest_f, widest_t):
@@ -561,11 +630,11 @@ def spec_augment(x, widest_f, widest_t):
 
 def random_gain(x, most):
     """Make each clip of log-mel x (B, T, F), normalised as AudioSet, up to `most` dB louder or
-    quieter: a sum in the log domain."""
+    quieter: a factor on the wave is a sum in the log domain, so nothing is computed anew."""
     if not most:
         return x
-    nats = most * math.log(10) / 10 / (2 * NORMALISE["audioset"][1])
-    return x + (2 * torch.rand(len(x), 1, 1, device=x.device) - 1) * nats
+    nats = most * math.log(10) / 10 / (2 * NORMALISE["audioset"][1])  # dB -> ln, then normalised
+    return x + (2 * torch.rand(len(x), 1, 1, device=x.device) - 1) * nats  # (B, 1, 1): a clip's own
 
 
 def time_shift(x, most):
@@ -574,7 +643,7 @@ def time_shift(x, most):
         return x
     by = torch.randint(-most, most + 1, (len(x), 1), device=x.device)  # (B, 1)
     frames = (torch.arange(x.shape[1], device=x.device) - by) % x.shape[1]  # (B, T)
-    return x.gather(1, frames[:, :, None].expand_as(x))
+    return x.gather(1, frames[:, :, None].expand_as(x))  # (B, T, 1) -> (B, T, F)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -671,21 +740,27 @@ def cricket(rng):
     return tone(rng.uniform(3500, 5500)) * gate * np.clip(tone(rng.uniform(35, 60)), 0, 1)
 
 
+def ringing(wave, hertz, decay, samples):
+    """Every pulse of `wave` starts a tone of `hertz` that falls by e in 1 / `decay` seconds."""
+    ring = np.arange(samples) / RATE
+    return np.convolve(wave, np.exp(-ring * decay) * np.sin(2 * np.pi * hertz * ring))[:RATE]
+
+
 def engine(rng):
-    wave, ring = clicks(train_of(rng, rng.uniform(22, 40), 0.1)), np.arange(800) / RATE
-    return np.convolve(wave, np.exp(-ring * 90) * np.sin(2 * np.pi * rng.uniform(120, 300) * ring))[:RATE]
+    wave = clicks(train_of(rng, rng.uniform(22, 40), 0.1))
+    return ringing(wave, rng.uniform(120, 300), 90, 800)
 
 
 def rain(rng):
     wave = np.zeros(RATE)
     drops = rng.integers(0, RATE, rng.integers(40, 90))
     wave[drops] = rng.exponential(1, len(drops))
-    ring = np.arange(300) / RATE
-    return np.convolve(wave, np.exp(-ring * 400) * np.sin(2 * np.pi * rng.uniform(1500, 3500) * ring))[:RATE]
+    return ringing(wave, rng.uniform(1500, 3500), 400, 300)
 
 
 def drum(rng, at):
-    return tone(rng.uniform(60, 110) * (1 + 2 * strike(at, 0.03))) * strike(at, rng.uniform(0.08, 0.2))
+    pitch = rng.uniform(60, 110) * (1 + 2 * strike(at, 0.03))
+    return tone(pitch) * strike(at, rng.uniform(0.08, 0.2))
 
 
 def string(rng):
@@ -712,10 +787,16 @@ def note(rng, low, high):
 def knocks(rng, faster):
     """Knocks whose gaps shrink (faster) or grow; the set of gaps is the same."""
     gaps = np.geomspace(rng.uniform(0.16, 0.22), rng.uniform(0.035, 0.05), 8)
-    return clicks(rng.uniform(0.01, 0.1) + np.cumsum(gaps if faster else gaps[::-1])[:-1] * 0.95, 0.008)
+    start, gaps = rng.uniform(0.01, 0.1), gaps if faster else gaps[::-1]
+    return clicks(start + np.cumsum(gaps)[:-1] * 0.95, 0.008)
 
 
-# Target classes, other generators. A name with ">" has a twin of the same parts in another order.
+def ping(rng):
+    return lambda at: bell(rng, at, decay=(0.05, 0.1))
+
+
+# Target classes, other generators: what the source classes teach must be adapted, not recalled. A
+# name with ">" has a twin of the same parts in another order: a model without order guesses there.
 TARGET = {
     "bell": lambda r: bell(r, r.uniform(0, 0.4)),
     "cricket": cricket,
@@ -723,8 +804,8 @@ TARGET = {
     "rain": rain,
     "drum": lambda r: drum(r, r.uniform(0, 0.5)),
     "string": string,
-    "ping>thud": lambda r: two(r, lambda at: bell(r, at, decay=(0.05, 0.1)), lambda at: drum(r, at)),
-    "thud>ping": lambda r: two(r, lambda at: drum(r, at), lambda at: bell(r, at, decay=(0.05, 0.1))),
+    "ping>thud": lambda r: two(r, ping(r), lambda at: drum(r, at)),
+    "thud>ping": lambda r: two(r, lambda at: drum(r, at), ping(r)),
     "high>low": lambda r: two(r, note(r, 2500, 4500), note(r, 300, 600)),
     "low>high": lambda r: two(r, note(r, 300, 600), note(r, 2500, 4500)),
     "slow>fast": lambda r: knocks(r, True),
@@ -735,6 +816,7 @@ COUNTS = {"train": 80, "valid": 20, "test": 40}  # clips a class
 
 
 def sound_rows(name, root):
+    """Clips are named before they are made: the name is the seed of the wave."""
     return [(f"{name}/{kind}/{split}-{n}", kind, split) for kind in SOUNDS[name]
             for split, count in COUNTS.items() for n in range(count)]
 
@@ -742,12 +824,13 @@ def sound_rows(name, root):
 def sound(clip):
     """The wave of one clip of `sounds`: its generator, a random level and background noise."""
     name, kind, _ = clip.split("/")
+    # Seeded by a hash of the name: the same on every machine, in any order, one clip at a time.
     rng = np.random.default_rng(list(hashlib.sha256(clip.encode()).digest()))
     wave = SOUNDS[name][kind](rng)
     noise = band_noise(rng, 20, log_uniform(rng, 500, 8000))
     noise *= wave.std() / noise.std() * 10 ** (-rng.uniform(10, 30) / 20)  # SNR 10 to 30 dB
     wave = wave + noise
-    return wave / np.abs(wave).max() * rng.uniform(0.1, 0.9)
+    return wave / np.abs(wave).max() * rng.uniform(0.1, 0.9)  # so loudness tells no class
 
 
 # --------------------------------------------------------------------------------------------------
@@ -762,7 +845,11 @@ def folder_rows(root):
 
 
 def fsdd_rows(root):
-    """Free Spoken Digit Dataset, `recordings/{digit}_{speaker}_{index}.wav`; index 0-4 tests."""
+    """Free Spoken Digit Dataset, `recordings/{digit}_{speaker}_{index}.wav`; index 0-4 tests.
+
+    That is its authors' split: the same six speakers train and test. "train*" lends a tenth to
+    validation.
+    """
     rows = []
     for path in sorted((root / "recordings").glob("*_*_*.wav")):
         digit, _, index = path.stem.split("_")
@@ -771,29 +858,41 @@ def fsdd_rows(root):
 
 
 def open_features(root):
-    """A corpus of ready log-mel features: features.npy (frames, F) int8, index.csv, trials.txt."""
+    """A corpus of ready log-mel features: features.npy (frames, F) int8, index.csv, trials.txt.
+
+    One int8 step is 0.1 of a natural logarithm, less than half a decibel. index.csv has a row a
+    clip: id, speaker, split, start, frames. Raises ValueError for another shape.
+    """
     for name in ("features.npy", "index.csv"):
         if not (root / name).is_file():
             raise ValueError(f"--root {root}: no {name} there.\n{CORPORA['features'].tree}")
     store = np.load(root / "features.npy", mmap_mode="r")
-    with open(root / "index.csv", newline="") as file:
+    with open(root / "index.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    start, length = (np.array([int(row[key]) for row in rows]) for key in ("start", "frames"))
-    if store.dtype != np.int8 or store.ndim != 2 or (start + length).max() > len(store):
-        raise ValueError(f"{root}: features.npy is {store.dtype} {store.shape}, expected int8 (frames, "
-                         f"mel bins) with at least the {(start + length).max()} frames of index.csv")
+    wanted = ("id", "speaker", "split", "start", "frames")
+    if not rows or set(wanted) - rows[0].keys():
+        raise ValueError(f"{root / 'index.csv'}: expected rows with {', '.join(wanted)}, got "
+                         f"{len(rows)} rows with {', '.join(rows[0]) if rows else 'nothing'}")
+    ids, speakers, splits, start, length = ([row[key] for row in rows] for key in wanted)
+    start, length = np.array(start, np.int64), np.array(length, np.int64)
+    frames = (start + length).max()
+    if store.dtype != np.int8 or store.ndim != 2 or frames > len(store):
+        raise ValueError(f"{root}: features.npy is {store.dtype} {store.shape}, expected int8 "
+                         f"(frames, mel bins) with at least the {frames} frames of index.csv")
     trials = read_trials(root / "trials.txt") if (root / "trials.txt").is_file() else []
-    return Corpus("features", [row["id"] for row in rows], [row["speaker"] for row in rows],
-                  np.array([row["split"] for row in rows]), [], start, length, store,
+    return Corpus("features", ids, speakers, np.array(splits), [], start, length, store,
                   {"test": trials} if trials else {})
 
 
 def read_trials(path):
-    """Lines `label id_a id_b`, label 1 for the same speaker -> [(label, id_a, id_b)]."""
+    """Lines `label id_a id_b`, label 1 for the same speaker -> [(label, id_a, id_b)].
+
+    VoxCeleb's format. Raises ValueError with the number of a line that has another one.
+    """
     trials = []
-    for number, line in enumerate(path.read_text().split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         fields = line.split()
-        if fields and (len(fields) != 3 or fields[0] not in "01"):
+        if fields and (len(fields) != 3 or fields[0] not in ("0", "1")):
             raise ValueError(f"{path}, line {number}: expected `1 id_a id_b`, got {line!r}")
         if fields:
             trials.append((int(fields[0]), fields[1], fields[2]))
@@ -802,6 +901,9 @@ def read_trials(path):
 
 @dataclass
 class Source:
+    """What CORPORA says about one corpus. Split "any": drawn for this clip; "train*": a tenth of
+    these validates; "1", "2", ...: a fold."""
+
     rows: object  # root -> [(clip, class, split)]
     tree: str = ""  # how the root must look; empty: built in
     read: object = None  # clip -> wave, for built-in corpora
@@ -813,7 +915,7 @@ CORPORA = {
     "sounds": Source(functools.partial(sound_rows, "sounds"), read=sound),
     "sounds-source": Source(functools.partial(sound_rows, "sounds-source"), read=sound),
     "folder": Source(folder_rows, "A folder per class or speaker: ROOT/dog/1.wav, ROOT/cat/2.wav"),
-    "fsdd": Source(fsdd_rows, "ROOT/recordings/7_jackson_32.wav, ... (3,000 WAV files)", expect=3000),
+    "fsdd": Source(fsdd_rows, "ROOT/recordings/7_jackson_32.wav, ... (3,000 WAV)", expect=3000),
     "features": Source(None, "ROOT/features.npy (frames, mel bins) int8, index.csv, trials.txt"),
 }
 
@@ -827,30 +929,31 @@ def check(name, root, cache="cache", seed=0):
     corpus = open_corpus(name, root, cache, seed, skip_bad=True)
     faults = list(corpus.bad.values())
     if CORPORA[name].rows and CORPORA[name].tree:
-        faults += check_files(CORPORA[name], Path(root))
-    unit = 100 if corpus.mels else RATE
+        faults += check_files(corpus, CORPORA[name].expect, Path(root))
+    unit = 100 if corpus.mels else RATE  # frames or samples a second
     print(f"{name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or training speakers")
     for split in sorted(set(corpus.splits.tolist())):
         clips = corpus.pick(split)
         seconds = corpus.length[clips] / unit
         counts = Counter(corpus.labels[clips].tolist()).values()
         print(f"  {split:7s} {len(clips):7,} clips  {min(counts)} to {max(counts)} a class  "
-              f"{seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s shortest, median, "
-              f"longest  {seconds.sum() / 3600:.2f} h")
+              f"{seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s shortest, "
+              f"median, longest  {seconds.sum() / 3600:.2f} h")
     for split, trials in corpus.trials.items():
-        print(f"  {split} trials: {len(trials):,}, {sum(label for label, _, _ in trials):,} of one speaker")
-    for line in [f"note: {note}" for note in corpus.notes] + [f"fault: {fault}" for fault in faults]:
+        same = sum(label for label, _, _ in trials)
+        print(f"  {split} trials: {len(trials):,}, {same:,} of one speaker")
+    for line in [f"note: {n}" for n in corpus.notes] + [f"fault: {fault}" for fault in faults]:
         print(f"  {line}")
     print(f"  {len(faults)} faults" if faults else "  no fault found")
     return len(faults)
 
 
-def check_files(source, root):
+def check_files(corpus, expect, root):
     """Print the kinds of WAV; return what decoding does not notice: missing and double clips."""
-    rows, faults, kinds, sizes = source.rows(root), [], Counter(), {}
-    if source.expect and len(rows) != source.expect:
-        faults.append(f"expected {source.expect:,} clips, found {len(rows):,}")
-    for clip, _, split in rows:
+    faults, kinds, sizes = [], Counter(), {}
+    if expect and len(corpus.ids) != expect:
+        faults.append(f"expected {expect:,} clips, found {len(corpus.ids):,}")
+    for clip, split in zip(corpus.ids, corpus.splits):  # the splits as drawn, not as listed
         with contextlib.suppress(ValueError, OSError):  # packing has named these
             sizes.setdefault(os.path.getsize(root / clip), []).append((clip, split))
             if clip.lower().endswith(".wav"):
@@ -862,7 +965,10 @@ def check_files(source, root):
 
 
 def duplicates_across(root, sizes):
-    """Files of the same bytes in different splits; only files of one size are compared."""
+    """Files of the same bytes in different splits, which make a test look better than it is.
+
+    Only files of one size are read and compared: few, where all would be the whole corpus.
+    """
     faults = []
     for group in sizes.values():
         seen = {}
@@ -875,7 +981,7 @@ def duplicates_across(root, sizes):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Check a corpus: counts, durations, faults by name.")
+    parser = argparse.ArgumentParser(description="Check a corpus: counts, durations, faults.")
     parser.add_argument("name", help=", ".join(CORPORA))
     parser.add_argument("root", nargs="?", help="its folder; built-in corpora need none")
     parser.add_argument("--cache", default="cache", help="folder for packed corpora")
@@ -883,7 +989,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         sys.exit(1 if check(args.name, args.root, args.cache, args.seed) else 0)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

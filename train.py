@@ -1,6 +1,8 @@
 """Train, compare, evaluate and use every model of this project: one Config, one loop.
 
-Reading  @READING@
+Reading  1. Config line 51, 2. presets line 151, 3. the model line 192, 4. the loop line 277,
+         5. evaluation line 398, 6. files line 448, 7. runs and tables line 509, 8. use line 648,
+         9. command line line 694
 
     python train.py                     # quick start: a nano AST learns new sounds, offline
     python train.py --compare           # every method on the same data, one table
@@ -81,7 +83,7 @@ class Config:
     gain: float = opt(None, "make training clips up to so many dB louder or quieter")
     seed: int = opt(0, "seed of weights, order, crops and drawn splits")
     seeds: int = opt(1, "repeat with so many seeds and give mean and deviation")
-    fold: str = opt("1", "test fold, 1-based, or all")
+    fold: int = opt(1, "test fold, 1-based, of a corpus with folds")
     few_shot: int = opt(0, "train on so many clips a class, drawn by the seed; 0: all")
     skip_bad: bool = opt(False, "go on without clips that cannot be read")
 
@@ -263,7 +265,7 @@ def own_init(cfg):
     if cfg.model != "ast-nano":
         raise ValueError(f"--model {cfg.model} needs --init CHECKPOINT, or --init none to start "
                          "from random weights")
-    folder = Path(cfg.cache) / "ast-nano"
+    folder = Path(cfg.cache) / f"ast-nano-v{data.VERSION}"  # made anew when the sounds change
     if not (folder / "results.json").exists():
         print("making the nano AST: training on the source classes of `sounds`, once")
         run(with_preset(Config(data="sounds-source", method="full", init="none", out=str(folder),
@@ -283,7 +285,9 @@ def fit(cfg, corpus, model, out, device):
     state = dict(epoch=0, step=0, best=-math.inf, seconds=0.0)
     if (out / "last.pt").exists():
         state = restore(out / "last.pt", model, optimiser)
+    start = time.time()
     cached = frozen_outputs(cfg, corpus, model, device)
+    state["seconds"] += time.time() - start
     forward = torch.compile(model) if cfg.compile else model
     train, valid = corpus.pick("train"), len(corpus.pick("valid"))
     per_epoch = min(cfg.steps or 10**9, max(1, len(train) // cfg.batch_size))
@@ -375,7 +379,8 @@ def frozen_outputs(cfg, corpus, model, device):
     It differs when a training clip is longer than the crop, whose place is then random.
     """
     random = cfg.spec_f or cfg.spec_t or cfg.shift or cfg.gain
-    spare = corpus.length[corpus.pick("train")] > data.samples_of(cfg.frames)
+    limit = cfg.frames if corpus.mels else data.samples_of(cfg.frames)
+    spare = corpus.length[corpus.pick("train")] > limit
     if cfg.model in lightweight_sv.MODELS or cfg.method != "linear" or random or spare.any():
         return None
     outputs = torch.zeros(len(corpus.ids), model.encoder.embed_dim, device=device)
@@ -508,7 +513,7 @@ def run(cfg):
     """Train, select, test once; returns the flat results, which results.json holds too."""
     cfg = with_preset(cfg)
     device = find_device(cfg.device)
-    corpus = data.open_corpus(cfg.data, cfg.root, cfg.cache, cfg.seed, int(cfg.fold), cfg.few_shot,
+    corpus = data.open_corpus(cfg.data, cfg.root, cfg.cache, cfg.seed, cfg.fold, cfg.few_shot,
                               cfg.skip_bad)
     model = build(cfg, corpus).to(device)
     out = run_folder(cfg)
@@ -595,7 +600,9 @@ def variants(cfg):
 
 def study(cfg, variants, title):
     """Run {label: Config}, each with every seed, and print one table: mean and deviation."""
-    folder, table = run_folder(replace(cfg, out=cfg.out or free_name(f"out/{title}"))), {}
+    name = f"out/{title}"
+    name = cfg.out or (name if cfg.resume else free_name(name))
+    folder, table = run_folder(replace(cfg, out=str(name))), {}
     for label, variant in variants.items():
         runs = []
         for seed in range(cfg.seed, cfg.seed + cfg.seeds):
@@ -648,8 +655,8 @@ def evaluate_checkpoint(cfg, typed):
     elsewhere = typed & {"data", "root", "cache", "fold", "bf16", "skip_bad"}
     trained = replace(trained, **{k: getattr(cfg, k) for k in elsewhere})
     corpus = data.open_corpus(trained.data, trained.root, trained.cache, trained.seed,
-                              int(trained.fold), skip_bad=trained.skip_bad)
-    if corpus.classes != saved["classes"]:
+                              trained.fold, skip_bad=trained.skip_bad)
+    if not saved["trials"] and corpus.classes != saved["classes"]:  # speakers may be others
         raise ValueError(f"--evaluate {cfg.evaluate} knows {len(saved['classes'])} classes "
                          f"({', '.join(saved['classes'][:3])}, ...), --data {trained.data} has "
                          f"{len(corpus.classes)} ({', '.join(corpus.classes[:3])}, ...)")
