@@ -1,7 +1,7 @@
 """Audio on disk -> packed corpus -> batches -> log-mel features, for every model of this project.
 
-Reading  1. audio files line 48, 2. packing line 184, 3. features line 444, 4. batches line 504,
-         5. built-in corpora line 650, 6. corpora line 837, 7. check line 924
+Reading  1. audio files line 49, 2. packing line 185, 3. features line 445, 4. batches line 505,
+         5. built-in corpora line 651, 6. corpora line 838, 7. check line 925
 Axes     B batch, T frames (25 ms every 10 ms), F mel bins, C classes or speakers.
 
 The first use of a corpus decodes every clip once, to 16 kHz mono int16, into one packed file. From
@@ -29,6 +29,7 @@ import math
 import os
 import struct
 import sys
+import time
 import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -980,14 +981,37 @@ def duplicates_across(root, sizes):
     return faults
 
 
+def speed(corpus):
+    """Print, for one CPU thread, what 2 s segments and their features cost (kaldi: one by one)."""
+    torch.set_num_threads(1)
+    clips, frames, rng = np.arange(len(corpus.ids)), 198, np.random.default_rng(0)
+    draw = lambda: load(corpus, rng.choice(clips, 64), frames, rng, repeat=True)
+    waves = draw().x.float() / 32768  # (64, samples)
+    kaldi = functools.partial(
+        import_torchaudio().compliance.kaldi.fbank, htk_compat=True, window_type="hanning",
+        use_energy=False, dither=0.0, num_mel_bins=128)
+    for name, work in (("segments of 2 s from the packed file", draw),
+                       ("the same to 128 log-mel bins, batched", lambda: fbank(waves)),
+                       ("with kaldi.fbank, one by one", lambda: [kaldi(w[None]) for w in waves])):
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        print(f"{name}: {64 / sorted(times)[4]:,.0f} a second (median of 9 batches of 64)")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a corpus: counts, durations, faults.")
     parser.add_argument("name", help=", ".join(CORPORA))
     parser.add_argument("root", nargs="?", help="its folder; built-in corpora need none")
     parser.add_argument("--cache", default="cache", help="folder for packed corpora")
     parser.add_argument("--seed", type=int, default=0, help="draws validation and few-shot clips")
+    parser.add_argument("--speed", action="store_true", help="measure loading and features")
     args = parser.parse_args(argv)
     try:
+        if args.speed:
+            return speed(open_corpus(args.name, args.root, args.cache, args.seed))
         sys.exit(1 if check(args.name, args.root, args.cache, args.seed) else 0)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
