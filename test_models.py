@@ -1075,21 +1075,27 @@ def test_a_run_leaves_its_files_and_best_is_not_the_live_model(small, tmp_path):
     assert same(twin.state_dict(), best["encoder"])
 
 
-def test_frozen_outputs_are_cached_for_linear_alone_and_change_nothing(
-        small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["linear", "lora"])
+def test_what_no_epoch_changes_is_computed_once_and_changes_nothing(
+        small, tmp_path, monkeypatch, method):
     folder, settings = small
-    run(settings, tmp_path / "cached", method="linear")
+    run(settings, tmp_path / "cached", method=method, gain=3.0 * (method == "lora"))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "frozen_outputs", lambda *a: None)
-        run(settings, tmp_path / "plain", method="linear")
+        patch.setattr(train, "unchanging", lambda *a: None)
+        run(settings, tmp_path / "plain", method=method, gain=3.0 * (method == "lora"))
     a, b = weights(tmp_path / "cached/last.pt"), weights(tmp_path / "plain/last.pt")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
-    cfg = train.with_preset(train.Config(**settings))
+
+
+def test_frozen_outputs_stand_in_for_linear_alone_and_random_crops_for_nothing(small):
+    folder, settings = small
+    cfg = train.with_preset(train.Config(**settings | dict(method="linear")))
     corpus = data.open_corpus("folder", settings["root"], settings["cache"])
     model = train.build(cfg, corpus)
-    assert train.frozen_outputs(cfg, corpus, model, torch.device("cpu")) is None  # LoRA is inside
-    masked = train.replace(cfg, method="linear", spec_f=4)
-    assert train.frozen_outputs(masked, corpus, model, torch.device("cpu")) is None  # random before
+    for changes, shape in ((dict(), (30, 64)), (dict(method="lora"), (30, 50, 128)),
+                           (dict(spec_f=4), (30, 50, 128)), (dict(frames=20), None)):
+        cached = train.unchanging(train.replace(cfg, **changes), corpus, model, torch.device("cpu"))
+        assert (None if cached is None else cached.shape) == shape, changes
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

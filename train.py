@@ -1,8 +1,8 @@
 """Train, compare, evaluate and use every model of this project: one Config, one loop.
 
 Reading  1. Config line 51, 2. presets line 151, 3. the model line 192, 4. the loop line 277,
-         5. evaluation line 398, 6. files line 448, 7. runs and tables line 509, 8. use line 648,
-         9. command line line 694
+         5. evaluation line 403, 6. files line 454, 7. runs and tables line 515, 8. use line 654,
+         9. command line line 700
 
     python train.py                     # quick start: a nano AST learns new sounds, offline
     python train.py --compare           # every method on the same data, one table
@@ -193,7 +193,7 @@ def with_preset(cfg):
 
 
 class Model(nn.Module):
-    """Encoder and head: (B, T, F) or cached (B, D), labels (B,) -> logits (B, C)."""
+    """Encoder and head: (B, T, F), or pooled (B, D), and labels (B,) -> logits (B, C)."""
 
     def __init__(self, encoder, head):
         super().__init__()
@@ -286,7 +286,7 @@ def fit(cfg, corpus, model, out, device):
     if (out / "last.pt").exists():
         state = restore(out / "last.pt", model, optimiser)
     start = time.time()
-    cached = frozen_outputs(cfg, corpus, model, device)
+    cached = unchanging(cfg, corpus, model, device)
     state["seconds"] += time.time() - start
     forward = torch.compile(model) if cfg.compile else model
     train, valid = corpus.pick("train"), len(corpus.pick("valid"))
@@ -298,7 +298,7 @@ def fit(cfg, corpus, model, out, device):
         bar = tqdm(total=per_epoch, desc=f"epoch {epoch + 1}", leave=False, disable=None)
         for batch, seconds in timed(training_batches(cfg, corpus, train, epoch, cached)):
             x, y = inputs(batch, model, device, cached), batch.labels.to(device)
-            x = augmented(cfg, x)
+            x = augmented(cfg, x)  # (B, T, F)
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(cfg, state["step"], per_epoch * cfg.epochs)
             with autocast(cfg, device):
@@ -330,7 +330,7 @@ def training_batches(cfg, corpus, clips, epoch, cached):
 
 
 def inputs(batch, model, device, cached):
-    """What the model reads: cached (B, D), or features (B, T, F)."""
+    """What the model reads: features (B, T, F), or for a cached `linear` (B, D)."""
     if cached is not None:
         return cached[batch.clips]
     return data.features(batch, model.encoder.normalise, model.encoder.mels, device)
@@ -373,24 +373,29 @@ def autocast(cfg, device):
 
 
 @torch.inference_mode()
-def frozen_outputs(cfg, corpus, model, device):
-    """For `linear` all that is frozen, once: (clips, D). None where every epoch differs.
+def unchanging(cfg, corpus, model, device):
+    """What every epoch would compute anew, once: (clips, D), or (clips, T, F), or None.
 
-    It differs when a training clip is longer than the crop, whose place is then random.
+    For `linear` all that is frozen, unless augmentation comes before it; else the features, while
+    they fit in half a gigabyte. None when a training clip is longer than the crop: its place is
+    then drawn at random each time.
     """
-    random = cfg.spec_f or cfg.spec_t or cfg.shift or cfg.gain
     limit = cfg.frames if corpus.mels else data.samples_of(cfg.frames)
-    spare = corpus.length[corpus.pick("train")] > limit
-    if cfg.model in lightweight_sv.MODELS or cfg.method != "linear" or random or spare.any():
+    encoder = model.encoder.eval()
+    shape = (len(corpus.ids), cfg.frames, encoder.mels)
+    random = cfg.spec_f or cfg.spec_t or cfg.shift or cfg.gain
+    linear = cfg.model.startswith("ast") and cfg.method == "linear" and not random
+    if (corpus.length[corpus.pick("train")] > limit).any() or (
+            not linear and 4 * math.prod(shape) > 2**29):
         return None
-    outputs = torch.zeros(len(corpus.ids), model.encoder.embed_dim, device=device)
-    usable = np.flatnonzero(np.isin(corpus.splits, ("train", "valid", "test")))
-    model.eval()
-    for batch in tqdm(list(data.batches(corpus, usable, 64, cfg.frames, train=False)), leave=False,
-                      desc="frozen outputs", disable=None):
+    outputs = torch.zeros(shape[:1] + (encoder.embed_dim,) if linear else shape, device=device)
+    clips = np.flatnonzero(np.isin(corpus.splits, ("train", "valid", "test")))
+    for batch in tqdm(data.batches(corpus, clips, 64, cfg.frames, train=False,
+                                   repeat=cfg.model in lightweight_sv.MODELS),
+                      total=math.ceil(len(clips) / 64), desc="once", leave=False, disable=None):
+        x = inputs(batch, model, device, None)
         with autocast(cfg, device):
-            x = data.features(batch, model.encoder.normalise, model.encoder.mels, device)
-            outputs[batch.clips] = model.encoder.pooled(x).float()
+            outputs[batch.clips] = encoder.pooled(x).float() if linear else x
     return outputs
 
 
@@ -409,8 +414,9 @@ def evaluate(cfg, corpus, model, split, device, cached=None):
     frames = 0 if cached is not None else cfg.frames
     for batch in data.batches(corpus, clips, 128, frames, train=False,
                               repeat=cfg.model in lightweight_sv.MODELS):
+        x = inputs(batch, model, device, cached)
         with autocast(cfg, device):
-            logits = model(inputs(batch, model, device, cached))  # (B, C)
+            logits = model(x)  # (B, C)
         right = np.append(right, logits.argmax(1).cpu().numpy() == batch.labels.numpy())
     results = dict(accuracy=100 * float(right.mean()), score=100 * float(right.mean()))
     ordered = np.array([">" in corpus.classes[label] for label in corpus.labels[clips]])
