@@ -589,7 +589,7 @@ def introduce(cfg, corpus, model, out, device):
         print(f"  note: {note}")
 
 
-QUICK = ("linear", "conformer", "full")
+QUICK, QUICK_EPOCHS = ("linear", "conformer", "full"), 7  # a minute's version of the preset
 
 
 def variants(cfg):
@@ -710,6 +710,7 @@ def main(argv=None):
         elif cfg.compare or cfg.sweep:
             study(cfg, variants(cfg), f"compare-{cfg.data}")
         elif not typed & {"data", "model", "method", "init"}:
+            cfg = cfg if cfg.epochs else replace(cfg, epochs=QUICK_EPOCHS)
             study(cfg, {m: replace(cfg, method=m) for m in QUICK}, "quick-start")
         elif cfg.seeds > 1:
             label = cfg.method if "ast" in cfg.model else cfg.model
