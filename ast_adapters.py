@@ -16,7 +16,7 @@ some of its sub-layers. To add a method write one unit (section 2 or 3) and one 
     adapt(ast, "lora", rank=8, targets="qv")             # freezes, inserts, unfreezes
     embedding = ast(torch.randn(4, 500, 128))            # (B, T, F) -> (B, E) = (4, 768)
 
-Differs from P1's published code (the numbers are those of the README's section 10):
+Differs from P1's published code (the numbers are those of the README's section 8):
   D1 the position embedding is cropped or interpolated, never silently replaced by zeros;
   D2 the first matrix of a bottleneck starts random, the last one zero (both were zero);
   D3 the Conformer adapter has no LayerNorm: the published one computes it and drops the result;

@@ -26,8 +26,8 @@ C speakers, S subsets, N positions of a map (T in a 1-D host, F x T in a 2-D one
 Reconstruction: the paper's equations are not public to us; its abstract is. It names the
 steps above, the hosts and six operations: convolution, pooling, mean, concatenation,
 normalisation, element-wise summation. `TransformationModule` is ours, made of these six
-and a softmax; the sizes of AMCRN are ours too. Choices were made by measuring on real
-speech, see the README.
+and a softmax; the sizes of AMCRN are ours too. Its form was picked by one to four short
+runs on real speech; that it helps a split host at all is not shown yet (README, section 3).
 
 Does not: read audio or make features (data.py), train (train.py), load anybody's weights,
 score by PLDA.
@@ -63,7 +63,7 @@ class TransformationModule(nn.Module):
     concatenated, and a 1x1 convolution makes one number for each subset of them. gamma is
     zero at the start, so the module begins as the identity; gamma has a gradient at once,
     the gate from the second step on. Convolving the maps as well (each x_s, or m) cost time
-    and did not lower the error where we tried it.
+    and lowered no error in one to three short runs each: a hint, not a result.
     """
 
     def __init__(self, channels, subsets):
