@@ -4,7 +4,7 @@ Papers   AST: Gong, Chung, Glass, "AST: Audio Spectrogram Transformer", arXiv 21
          P1:  Cappellazzo et al., "Parameter-Efficient Transfer Learning of Audio Spectrogram
               Transformers", arXiv 2312.03694; its follow-up on mixtures of adapters, 2402.00828.
 Reading  1. the AST line 46, 2. units line 217, 3. insertion line 399, 4. adapt line 507,
-         5. pretrained weights line 596, 6. adapter files line 746, 7. demo line 810
+         5. pretrained weights line 596, 6. adapter files line 741, 7. demo line 805
 Axes     B batch, T frames, F mel bins, N tokens, D width, H heads, E embedding size, C classes,
          r rank, f x t the grid of patches (rows of frequency x columns of time).
 
@@ -595,11 +595,6 @@ def _known(what, name, known, hint=""):
 # --------------------------------------------------------------------------------------------------
 # 5. Pretrained weights: three layouts of the same AST, told apart by their keys
 
-# Source: README of github.com/YuanGongND/ast. Stride 16 needs less than half the tokens.
-AUDIOSET = {
-    "audioset": "https://www.dropbox.com/s/ca0b1v2nlxzyeb4/audioset_10_10_0.4593.pth?dl=1",
-    "audioset-16": "https://www.dropbox.com/s/mdsa4t1xmcimia6/audioset_16_16_0.4422.pth?dl=1",
-}
 LAYOUTS = {  # name: (a key that only it has, eps of its LayerNorms)
     "original": ("blocks.0.attn.qkv.weight", 1e-6),  # timm's
     "Hugging Face": ("encoder.layer.0.attention.attention.query.weight", 1e-12),

@@ -9,7 +9,6 @@ here. Tests of real recordings look for ../shared/data and skip where it is abse
 import importlib.util
 import json
 import math
-import os
 import re
 import shlex
 import struct
@@ -29,7 +28,7 @@ import ast_adapters
 import data
 import lightweight_sv as sv
 import train
-from ast_adapters import AST, METHODS, LinearHead, adapt, count
+from ast_adapters import AST, METHODS, adapt, count
 
 HERE = Path(__file__).resolve().parent
 REAL = HERE.parent / "shared" / "data"

@@ -1,7 +1,7 @@
 """Train, compare, evaluate and use every model of this project: one Config, one loop.
 
 Reading  1. Config line 51, 2. presets line 151, 3. the model line 192, 4. the loop line 277,
-         5. evaluation line 403, 6. files line 454, 7. runs and tables line 515, 8. use line 654,
+         5. evaluation line 403, 6. files line 454, 7. runs and tables line 516, 8. use line 654,
          9. command line line 700
 
     python train.py                     # quick start: a nano AST learns new sounds, offline
@@ -279,7 +279,7 @@ def own_init(cfg):
 
 def fit(cfg, corpus, model, out, device):
     """Train `model` and leave last.pt and best.pt in `out`; returns seconds spent."""
-    names, params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    params = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(params, cfg.lr, betas=(0.9, 0.98), eps=1e-6,
                                   weight_decay=cfg.weight_decay, fused=device.type != "mps")
     state = dict(epoch=0, step=0, best=-math.inf, seconds=0.0)
@@ -491,9 +491,10 @@ def log(cfg, out, state, loss, score, speed, waiting, rate):
                                    clips_per_second=speed, waiting=waiting)) + "\n")
 
 
-def run_folder(cfg):
+def run_folder(cfg, title=""):
     """The run's folder, made; refuses one that holds another configuration or another run."""
-    name = f"out/{cfg.data}-{cfg.model}" + (f"-{cfg.method}" if "ast" in cfg.model else "")
+    title = title or f"{cfg.data}-{cfg.model}" + (f"-{cfg.method}" if "ast" in cfg.model else "")
+    name = f"out/{title}"
     out = Path(cfg.out or (name if cfg.resume else free_name(name)))
     mine = {k: v for k, v in json.loads(json.dumps(asdict(cfg))).items() if k not in PASSING}
     if (out / "config.json").exists():
@@ -606,9 +607,7 @@ def variants(cfg):
 
 def study(cfg, variants, title):
     """Run {label: Config}, each with every seed, and print one table: mean and deviation."""
-    name = f"out/{title}"
-    name = cfg.out or (name if cfg.resume else free_name(name))
-    folder, table = run_folder(replace(cfg, out=str(name))), {}
+    folder, table = run_folder(cfg, title), {}
     for label, variant in variants.items():
         runs = []
         for seed in range(cfg.seed, cfg.seed + cfg.seeds):
@@ -644,6 +643,7 @@ def print_table(table, folder):
 
 
 def free_name(name):
+    """`name`, or with the first number behind it that no earlier run has taken."""
     number, path = 2, name
     while Path(path).exists():
         path, number = f"{name}-{number}", number + 1
