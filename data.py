@@ -1,8 +1,7 @@
 """Audio on disk -> packed corpus -> batches -> log-mel features, for every model of this project.
 
-Reading  1. audio files line 59, 2. packing line 195, 3. features line 566, 4. batches line 626,
-         5. built-in corpora line 906, 6. corpora line 1202, 7. getting one line 1381,
-         8. check line 1531
+Sections 1 audio files, 2 packing, 3 features, 4 batches, 5 built-in corpora, 6 corpora, 7 getting
+         one, 8 check
 Axes     B batch, T frames (25 ms every 10 ms), F mel bins, C classes or speakers.
 
 The first use of a corpus decodes every clip once, to 16 kHz mono int16, into one packed file. From
@@ -43,7 +42,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -299,18 +298,20 @@ def read_index(index):
         return saved["lengths"], json.loads(str(saved["bad"]))
 
 
-def open_corpus(name, root=None, cache="cache", seed=0, fold=1, few_shot=0, skip_bad=False,
-                valid=True, trials="o"):
+def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, skip_bad=False,
+                valid=True, trials="o", train=True):
     """The corpus `name` of CORPORA, packed, with splits and trials.
 
     root      its folder; built-in corpora need none
     cache     folder for packed files: a corpus may lie where nobody can write
     seed      of all that is drawn: validation clips or speakers, splits of a folder, few_shot
-    fold      test fold of a corpus with folds (1-based); validation is the fold before it
+    fold      test fold of a corpus with folds, 1 or more; None: 1, or no folds; the one before it
+              validates
     few_shot  keep so many training clips a class, drawn by `seed`; 0 keeps all
     skip_bad  go on without clips that cannot be read; else they raise
     valid     False: the validation clips train too, so there is nothing to select on
     trials    which of a corpus' lists of trials: VoxCeleb's o, e or h
+    train     False: only its test clips are used, so the trials may name every speaker
     Raises ValueError with a sentence: unknown name, no root, wrong tree, bad clips, empty split.
     """
     source = find_source(name)
@@ -323,7 +324,7 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=1, few_shot=0, skip
         corpus = open_features(root)
     else:
         corpus = open_clips(name, root, cache, skip_bad, trials)
-    return settle(corpus, seed, fold, few_shot, valid)
+    return settle(corpus, seed, fold, few_shot, valid, train)
 
 
 def find_source(name):
@@ -422,14 +423,16 @@ def file_stamp(root, clip):
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def settle(corpus, seed, fold, few_shot, valid=True):
+def settle(corpus, seed, fold, few_shot, valid=True, train=True):
     """Turn names into labels, folds into splits, make what the corpus does not bring."""
     names = np.array(corpus.labels)
     # Room for "unused": numpy cuts a longer string to the array's width without a word.
-    corpus.splits = corpus.splits.astype("<U6")
+    corpus.splits = corpus.splits.astype("<U10")
     if corpus.trials:
+        if fold is not None:
+            raise ValueError(f"--fold {fold}: {corpus.name} has no folds")
         settle_speakers(corpus, names)
-        if valid:
+        if valid and train:
             hold_out_speakers(corpus, names, seed)
     else:
         settle_folds(corpus, fold)
@@ -446,7 +449,7 @@ def settle(corpus, seed, fold, few_shot, valid=True):
                 for label in range(len(corpus.classes))]
         corpus.splits[np.setdiff1d(train, np.concatenate(kept))] = "unused"
     index_trials(corpus)
-    for split in ("train", "test"):
+    for split in ("train", "test") if train else ("test",):
         if not len(corpus.pick(split)):
             raise ValueError(f"{corpus.name} has no {split} clips: {dict(Counter(corpus.splits))}")
     return corpus
@@ -491,10 +494,12 @@ def drop_bad_trials(corpus):
 def settle_folds(corpus, fold):
     """Fold k tests, fold k-1 validates, the rest trains: P1's rotation for ESC-50."""
     folds = sorted({int(split) for split in corpus.splits if split.isdigit()})
-    if not folds:
+    if not folds and fold is None:
         return
+    fold = fold or 1
     if fold not in folds:
-        raise ValueError(f"--fold {fold}: {corpus.name} has folds {folds}")
+        raise ValueError(f"--fold {fold}: {corpus.name} has "
+                         + (f"folds {folds}" if folds else "no folds"))
     before = folds[folds.index(fold) - 1]
     role = {str(k): "test" if k == fold else "valid" if k == before else "train" for k in folds}
     corpus.splits[:] = [role.get(split, split) for split in corpus.splits]  # "bad" stays
@@ -583,8 +588,9 @@ def mel_triangles(mels, device):
 
 
 def frames_of(samples):
-    """Frames in so many samples: only whole windows count (kaldi's "snip edges")."""
-    return max(0, (samples - WINDOW) // HOP + 1)
+    """Frames in so many samples (a number or an array): only whole windows count, kaldi's "snip
+    edges"."""
+    return np.maximum(0, (samples - WINDOW) // HOP + 1)
 
 
 def samples_of(frames):
@@ -605,7 +611,9 @@ def fbank(waves, mels=128):
     window = torch.hann_window(WINDOW, periodic=False, device=waves.device)  # (400,)
     triangles = mel_triangles(mels, waves.device)  # (257, F)
     # On a CPU some 400 frames at a time stay in the cache: twice as fast as the whole batch.
-    rows = max(1, 400 // frames_of(waves.shape[1])) if waves.device.type == "cpu" else len(waves)
+    rows = len(waves)
+    if waves.device.type == "cpu":
+        rows = max(1, 400 // int(frames_of(waves.shape[1])))
     # Evaluation may sit in bfloat16 autocast, whose three digits would change the features.
     with torch.autocast(waves.device.type, enabled=False):
         return torch.cat([_fbank(part, window, triangles) for part in waves.split(rows)])
@@ -639,13 +647,16 @@ class Batch:
     labels: torch.Tensor
     clips: np.ndarray
 
+    def to(self, device):
+        moved = (t.to(device, non_blocking=True) for t in (self.x, self.lengths, self.labels))
+        return Batch(*moved, self.clips)
 
-def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=False, workers=0,
-            shard=(0, 1), steps=None):
+
+def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=False, shard=(0, 1),
+            steps=None):
     """Yield Batches of `frames` frames; shuffled, cropped at random and cut to whole for training.
 
-    The draw of batch n depends on (seed, epoch, n) alone, so a resumed run sees the same data,
-    with any number of `workers` (threads that prepare batches ahead).
+    The draw of batch n depends on (seed, epoch, n) alone, so a resumed run sees the same data.
     repeat  a clip shorter than the crop is repeated (speakers) rather than padded (AST)
     shard   (rank, world): every process takes its part of each global batch
     steps   stop after so many batches; None: after one pass
@@ -656,32 +667,18 @@ def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=Fal
     if train and len(groups[-1]) < size:
         groups.pop()  # a last batch of one would break BatchNorm; the next epoch shuffles anew
     rank, world = shard
-
-    def make(number):
-        # One generator a batch, not one for all: threads finish in any order.
+    for number, group in enumerate(groups[:steps]):
         rng = np.random.default_rng([seed, epoch, number, rank]) if train else None
-        return load(corpus, groups[number][rank::world], frames, rng, repeat)
-
-    numbers = range(len(groups) if steps is None else min(steps, len(groups)))
-    if not workers:
-        yield from map(make, numbers)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        ahead = [pool.submit(make, number) for number in numbers[: 2 * workers]]
-        for number in numbers:
-            batch = ahead.pop(0).result()
-            if number + 2 * workers < len(numbers):
-                ahead.append(pool.submit(make, number + 2 * workers))
-            yield batch
+        if len(group[rank::world]):
+            yield load_batch(corpus, group[rank::world], frames, rng, repeat)
 
 
-def load(corpus, clips, frames, rng=None, repeat=False):
+def load_batch(corpus, clips, frames, rng=None, repeat=False):
     """One Batch of `frames` frames a clip, from a random place with `rng`, else from the start.
 
-    0 frames: labels and clips alone, for a loop that has the embeddings already. A shorter clip is
-    followed by zeros, or with `repeat` by itself; `lengths` says where it ends.
+    A shorter clip is followed by zeros, or with `repeat` by itself; `lengths` says where it ends.
     """
-    size = frames if corpus.mels or not frames else samples_of(frames)
+    size = frames if corpus.mels else samples_of(frames)
     # (B, samples) int16 or (B, T, F) int8: widened on the device, so half or a quarter travels.
     x = np.zeros((len(clips), size, *corpus.store.shape[1:]), corpus.store.dtype)
     lengths = np.minimum(corpus.length[clips], size)
@@ -697,18 +694,7 @@ def load(corpus, clips, frames, rng=None, repeat=False):
     return Batch(*map(torch.from_numpy, (x, lengths, corpus.labels[clips])), clips)
 
 
-def windows(path, frames):
-    """One audio file as a corpus in memory, each clip a window of `frames` frames.
-
-    Side by side and the last one shorter, but never below one frame: that would be all padding.
-    """
-    wave, size = to_int16(read_audio(path)), samples_of(frames)
-    start = np.arange(0, max(1, len(wave) - WINDOW), size)
-    ids, length = [f"{path}#{i}" for i in range(len(start))], np.minimum(len(wave) - start, size)
-    return unlabelled(str(path), ids, start, length, wave)
-
-
-def whole_files(paths):
+def corpus_of_files(paths):
     """Audio files as a corpus in memory, one clip each."""
     waves = [to_int16(read_audio(path)) for path in paths]
     length = np.array([len(wave) for wave in waves])
@@ -716,28 +702,49 @@ def whole_files(paths):
                       np.concatenate(waves))
 
 
+def cut_windows(corpus, clips, frames):
+    """Return (a corpus whose clips are windows of `frames` frames of these clips, side by side;
+    (windows,) the row in `clips` that each is of).
+
+    The last window of a clip is moved back to be whole, so that all of them weigh the same.
+    """
+    size = frames if corpus.mels else samples_of(frames)
+    count = np.maximum(1, -(-corpus.length[clips] // size))  # rounded up
+    owner = np.repeat(np.arange(len(clips)), count)  # (windows,)
+    number = np.arange(len(owner)) - (np.cumsum(count) - count)[owner]  # 0, 1, ... in its clip
+    clips = clips[owner]
+    length = corpus.length[clips]
+    start = corpus.start[clips] + np.minimum(number * size, np.maximum(0, length - size))
+    windows = replace(corpus, ids=[corpus.ids[i] for i in clips], labels=corpus.labels[clips],
+                      splits=corpus.splits[clips], start=start, length=np.minimum(length, size))
+    return windows, torch.from_numpy(owner)
+
+
 def unlabelled(name, ids, start, length, store):
-    """Clips without classes or splits, as a Corpus: what `load` and `batches` need, no more."""
+    """Clips without classes or splits, as a Corpus: what `load_batch` and `batches` need, no more."""
     zeros = np.zeros(len(ids), np.int64)
     return Corpus(name, ids, zeros, zeros.astype(str), [], start, length, store)
 
 
-def features(batch, normalise, mels, device):
-    """A Batch -> the encoder's input (B, T, F) on `device`, normalised as the encoder asks.
+def features(batch, encoder):
+    """A Batch -> the encoder's input (B, T, F) on its device, normalised as the encoder asks.
+    What is float already was made before: (B, T, F), or frozen outputs (B, 1, D) -> (B, D).
 
     "audioset": frames behind a clip's end are zero before normalisation, as in AST. That is loud:
     silence is -15.9, and AudioSet's mean is -4.3. Models tuned with it expect it.
     "utterance": each clip's own mean per bin is removed, and with it a channel's constant colour.
     Raises ValueError when a corpus of ready features has other bins than the model.
     """
-    x = batch.x.to(device, non_blocking=True)  # (B, samples) or (B, T, F)
+    x, normalise, mels = batch.x, encoder.normalise, encoder.mels  # (B, samples) or (B, T, F)
+    if x.ndim == 3 and x.is_floating_point():
+        return x[:, 0] if x.shape[1] == 1 else x
     if x.ndim == 3:
         x = x.float() * 0.1  # int8 -> log-mel (B, T, F)
     else:
         x = fbank(x.float() / 32768, mels)  # (B, samples) -> (B, T, F)
         if normalise == "audioset":
-            ends = (batch.lengths.to(device) - WINDOW) // HOP + 1  # (B,) frames, as `frames_of`
-            past = torch.arange(x.shape[1], device=device) >= ends[:, None]  # (B, T)
+            ends = (batch.lengths - WINDOW) // HOP + 1  # (B,) frames, as `frames_of`
+            past = torch.arange(x.shape[1], device=x.device) >= ends[:, None]  # (B, T)
             x = x.masked_fill(past[:, :, None], 0.0)  # (B, T, 1): all bins of a frame
     if x.shape[2] != mels:
         raise ValueError(f"the model expects {mels} mel bins, the corpus has {x.shape[2]}")
@@ -763,13 +770,9 @@ def spec_augment(x, widest_f, widest_t):
     return x
 
 
-def random_gain(x, most):
-    """Make each clip of log-mel x (B, T, F), normalised as AudioSet, up to `most` dB louder or
-    quieter: a factor on the wave is a sum in the log domain, so nothing is computed anew."""
-    if not most:
-        return x
-    nats = most * math.log(10) / 10 / (2 * NORMALISE["audioset"][1])  # dB -> ln, then normalised
-    return x + (2 * torch.rand(len(x), 1, 1, device=x.device) - 1) * nats  # (B, 1, 1): a clip's own
+def augment_features(x, shift=0, spec_f=0, spec_t=0):
+    """Training features (B, T, F), shifted in time and masked, as the preset or the user asks."""
+    return spec_augment(time_shift(x, shift), spec_f, spec_t)
 
 
 def time_shift(x, most):
@@ -799,7 +802,7 @@ def perturb_speed(batch, frames, classes):
     """
     resample, samples = import_torchaudio().functional.resample, samples_of(frames)
     x, lengths = batch.x.new_empty(len(batch.x), samples), batch.lengths.clone()
-    drawn = torch.randint(len(SPEEDS), lengths.shape)  # (B,)
+    drawn = torch.randint(len(SPEEDS), lengths.shape, device=x.device)  # (B,)
     for k, (fast, slow) in enumerate(SPEEDS):
         rows = (drawn == k).nonzero()[:, 0]
         if len(rows):  # as if recorded at `fast` and kept at `slow`: fewer samples, higher tones
@@ -861,7 +864,7 @@ def open_sounds(folder, cache="cache", skip_bad=False):
     """Every audio file below a folder of noises or impulse responses, packed like a corpus: MUSAN
     alone is a hundred hours, more than a memory holds."""
     root = Path(folder).resolve()
-    rows = [(clip, "", "") for clip in audio_files(root)]
+    rows = [(clip, "", "") for clip in find_audio(root)]
     if not rows:
         raise ValueError(f"no audio files below {folder!r}: expected a folder of noises or impulse "
                          "responses, or the word generated")
@@ -876,23 +879,38 @@ def draw_sounds(sounds, count, frames, anywhere):
     """(count, samples) of `open_sounds`: from anywhere and repeated, or once from the start."""
     rng = np.random.default_rng(int(torch.randint(2**31, ())))
     clips = rng.integers(len(sounds.ids), size=count)
-    return load(sounds, clips, frames, rng if anywhere else None, repeat=anywhere).x.float()
+    return load_batch(sounds, clips, frames, rng if anywhere else None, repeat=anywhere).x.float()
 
 
-def distort(batch, share, noise, reverb, snr):
+def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", rooms="", share=0.6,
+                  snr=(0, 15)):
+    """Give the waves of a training Batch their speeds, levels (up to `gain` dB), noises and rooms.
+    Without any of these the Batch stays as it is."""
+    if not (speeds or gain or noise or rooms):
+        return batch
+    batch = replace(batch, x=batch.x.float())  # (B, samples), int16's scale
+    if speeds:
+        batch = perturb_speed(batch, frames, classes)
+    if gain:
+        decibels = gain * (2 * torch.rand(len(batch.x), 1, device=batch.x.device) - 1)  # (B, 1)
+        batch = replace(batch, x=batch.x * 10 ** (decibels / 20))
+    return distort(batch, share, noise, rooms, snr) if noise or rooms else batch
+
+
+def distort(batch, share, noise, rooms, snr):
     """A Batch of which a share of the clips got noise or a room, half of it each if both are on.
 
-    noise, reverb: nothing, "generated", or a Corpus of `open_sounds`; snr: lowest, highest (dB).
+    noise, rooms: nothing, "generated", or a Corpus of `open_sounds`; snr: lowest, highest (dB).
     """
     x, lengths = batch.x, batch.lengths.to(batch.x.device)
     changed = torch.randperm(len(x))[: round(share * len(x))].to(x.device)
-    half = len(changed) // (2 if noise else 1) if reverb else 0
+    half = len(changed) // (2 if noise else 1) if rooms else 0
     indoors, noisy = changed[:half], changed[half:]
     y = x.clone()  # x stays whole: babble is made of it
     if len(indoors):
-        rooms = (made_rooms(len(indoors), x.device) if reverb == "generated" else
-                 draw_sounds(reverb, len(indoors), 100, False).to(x.device))  # about a second
-        y[indoors] = reverberate(x[indoors], rooms)
+        responses = (made_rooms(len(indoors), x.device) if rooms == "generated" else
+                     draw_sounds(rooms, len(indoors), 100, False).to(x.device))  # about a second
+        y[indoors] = reverberate(x[indoors], responses)
     if noise and len(noisy):
         sounds = (made_noise(x, noisy) if noise == "generated" else
                   draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device))
@@ -1204,7 +1222,7 @@ def voice(clip):
 
 def folder_rows(root):
     """One folder a class (or speaker); splits are drawn by a seed, "any" says so."""
-    return [(clip, clip.split("/")[0], "any") for clip in audio_files(root) if "/" in clip]
+    return [(clip, clip.split("/")[0], "any") for clip in find_audio(root) if "/" in clip]
 
 
 def fsdd_rows(root):
@@ -1248,7 +1266,7 @@ def speechcommands_rows(root):
     """Version 2: a folder a word; what neither list names trains."""
     split = {clip: part for part in ("validation", "testing") for clip in
              (root / f"{part}_list.txt").read_text(encoding="utf-8").split()}
-    clips = split.keys() | set(audio_files(root))  # with what a list names and is not there
+    clips = split.keys() | set(find_audio(root))  # with what a list names and is not there
     role = {"validation": "valid", "testing": "test", None: "train"}
     return [(clip, clip.split("/")[0], role[split.get(clip)]) for clip in sorted(clips)
             if clip.count("/") == 1 and not clip.startswith("_")]  # _background_noise_ is no word
@@ -1263,12 +1281,12 @@ def fluentspeech_rows(root):
 
 def voxceleb_rows(root):
     """All idXXXXX/VIDEO/NNNNN.wav or .m4a below the root, VoxCeleb1, VoxCeleb2 or both."""
-    paths = ((clip, clip.split("/")[-3:]) for clip in audio_files(root))
+    paths = ((clip, clip.split("/")[-3:]) for clip in find_audio(root))
     return [(clip, parts[0], "any") for clip, parts in paths
             if len(parts) == 3 and parts[0].startswith("id")]
 
 
-def audio_files(root):
+def find_audio(root):
     """Paths of the audio files below a folder, relative to it, sorted; links are followed."""
     found = []
     for folder, _, files in os.walk(root, followlinks=True):  # Path.rglob is five times slower
@@ -1442,7 +1460,7 @@ def fetch(address, part):
         raise ConnectionError(f"the connection ended at {got:,} of {total:,} bytes")
 
 
-def obtain(name, root, cache="cache"):
+def download_corpus(name, root, cache="cache"):
     """--download: the archive of a corpus into an empty or new `root`, or its lists into any.
 
     The archive waits in `cache` and is deleted once it is unpacked. A root that holds something is
@@ -1568,7 +1586,7 @@ def check_files(corpus, root):
                 kinds.setdefault(kind, []).append(clip)
     for kind, clips in sorted(kinds.items(), key=lambda item: -len(item[1])):
         print(f"{len(clips):,} clips of {kind}, the first is {clips[0]}")
-    stray = sorted(set(audio_files(root)) - set(corpus.ids))
+    stray = sorted(set(find_audio(root)) - set(corpus.ids))
     if stray:
         print(f"{len(stray):,} audio files are in no list and not used, the first is {stray[0]}")
     return duplicates_across(corpus)
@@ -1605,7 +1623,7 @@ def speed(corpus):
     """Print, for one CPU thread, what 2 s segments and their features cost (kaldi: one by one)."""
     torch.set_num_threads(1)
     clips, frames, rng = np.arange(len(corpus.ids)), 198, np.random.default_rng(0)
-    draw = lambda: load(corpus, rng.choice(clips, 64), frames, rng, repeat=True)
+    draw = lambda: load_batch(corpus, rng.choice(clips, 64), frames, rng, repeat=True)
     waves = draw().x.float() / 32768  # (64, samples)
     kaldi = functools.partial(
         import_torchaudio().compliance.kaldi.fbank, htk_compat=True, window_type="hanning",
@@ -1633,7 +1651,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.download:
-            obtain(args.name, args.root, args.cache)
+            download_corpus(args.name, args.root, args.cache)
         if args.speed:
             return speed(open_corpus(args.name, args.root, args.cache, args.seed))
         faults = check(args.name, args.root, args.cache, args.seed, args.trials)
