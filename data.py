@@ -35,7 +35,7 @@ import tarfile
 import types
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -72,14 +72,10 @@ def import_torchaudio():
     return torchaudio
 
 
-@dataclass
-class WavHeader:
-    rate: int  # samples a second
-    channels: int
-    kind: str  # "pcm" or "float"
-    bits: int  # of one sample
-    offset: int  # of the first sample, in bytes
-    samples: int  # per channel
+# samples a second; "pcm" or "float"; bits of one sample; bytes before the first; samples a channel
+WavHeader = namedtuple("WavHeader", "rate channels kind bits offset samples")
+WAV_TYPES = {("pcm", 8): "u1", ("pcm", 16): "<i2", ("pcm", 24): "u1", ("pcm", 32): "<i4",
+             ("float", 32): "<f4", ("float", 64): "<f8"}  # numpy has no type of three bytes
 
 
 def wav_header(path):
@@ -114,10 +110,6 @@ def wav_header(path):
     if offset + length > size:
         raise ValueError(f"{path}: truncated, {length} bytes announced, {size - offset} there")
     return WavHeader(rate, channels, kind, bits, offset, length // (channels * bits // 8))
-
-
-WAV_TYPES = {("pcm", 8): "u1", ("pcm", 16): "<i2", ("pcm", 24): "u1", ("pcm", 32): "<i4",
-             ("float", 32): "<f4", ("float", 64): "<f8"}  # numpy has no type of three bytes
 
 
 def read_wav(path, start=0, samples=None):
@@ -765,35 +757,18 @@ def distort(batch, share, noise, rooms, snr):
                   draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device))
         low, high = snr
         ratios = low + (high - low) * torch.rand(len(noisy), device=x.device)  # (noisy,) dB
+        add_noise = import_torchaudio().functional.add_noise
         y[noisy] = add_noise(x[noisy], sounds, ratios, batch.lengths[noisy])
     return replace(batch, x=y)
 
 
-def fast_length(n):
-    """The smallest 2^a 3^b 5^c from n on: an FFT with a large prime factor is many times slower."""
-    odd = [3**b * 5**c for b in range(12) for c in range(8)]
-    return min(k << max(0, math.ceil(math.log2(n / k))) for k in odd)
-
-
 def reverberate(x, responses):
-    """Put waves (B, n) each in a room: convolve them with impulse responses (B, m).
-
-    The direct path, a response's highest peak, stays where the wave was; the energy is kept.
-    torchaudio's fftconvolve is three times slower, for it does not choose the length.
-    """
-    size = fast_length(x.shape[1] + responses.shape[1] - 1)  # shorter, the end would wrap around
-    wet = torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(responses, size), size)
+    """Put waves (B, n) each in a room: convolve them with impulse responses (B, m). The direct
+    path, a response's highest peak, stays where the wave was; the energy is kept."""
+    wet = import_torchaudio().functional.fftconvolve(x, responses)  # (B, n + m - 1)
     direct = responses.abs().argmax(1, keepdim=True)  # (B, 1)
-    wet = wet.gather(1, direct + torch.arange(x.shape[1], device=x.device))  # (B, size) -> (B, n)
+    wet = wet.gather(1, direct + torch.arange(x.shape[1], device=x.device))  # (B, n)
     return wet * x.norm(dim=1, keepdim=True) / wet.norm(dim=1, keepdim=True).clamp_min(1e-6)
-
-
-def add_noise(x, noise, snr, lengths):
-    """Add noise (B, n) to waves (B, n) so that the mean power of a wave within its `lengths` (what
-    follows is padding) is `snr` dB above the noise's; both (B,)."""
-    power = x.square().sum(1) / lengths  # (B,)
-    gain = (power / noise.square().mean(1).clamp_min(1e-6) / 10 ** (snr / 10)).sqrt()
-    return x + gain[:, None] * noise
 
 
 def made_rooms(count, device):
@@ -812,10 +787,10 @@ def made_noise(x, rows):
     """(rows, n) noise for some clips of x (B, n): by a coin's toss babble, up to four other clips
     of the batch at once, or a hiss whose power falls by 0 to 6 dB an octave."""
     babble = sum(x[(rows + k) % len(x)] for k in range(1, min(5, len(x))))  # (rows, n)
-    spectrum = torch.fft.rfft(torch.randn(len(rows), fast_length(x.shape[1]), device=x.device))
+    spectrum = torch.fft.rfft(torch.randn(len(rows), x.shape[1], device=x.device))
     slope, coin = torch.rand(2, len(rows), 1, device=x.device)  # (rows, 1) each
     bins = torch.arange(1, spectrum.shape[1] + 1, device=x.device)  # from 1: 0 has no power of -a
-    hiss = torch.fft.irfft(spectrum * bins**-slope)[:, : x.shape[1]]  # (rows, n)
+    hiss = torch.fft.irfft(spectrum * bins**-slope, x.shape[1])  # (rows, n)
     return torch.where(coin < 0.5, babble, hiss)
 
 
@@ -835,8 +810,7 @@ TIME = np.arange(RATE) / RATE  # one second
 
 def band_noise(rng, low, high, n=RATE):
     """White noise between two frequencies (Hz), by zeroing the rest of its spectrum."""
-    spectrum = np.fft.rfft(rng.standard_normal(n))
-    hertz = np.fft.rfftfreq(n, 1 / RATE)
+    spectrum, hertz = np.fft.rfft(rng.standard_normal(n)), np.fft.rfftfreq(n, 1 / RATE)
     return np.fft.irfft(spectrum * ((hertz > low) & (hertz < high)), n)
 
 
@@ -854,7 +828,7 @@ def strike(at, decay):
     return np.where(TIME >= at, np.exp(-np.maximum(TIME - at, 0) / decay), 0)
 
 
-def train_of(rng, rate, jitter=0.0):
+def pulse_times(rng, rate, jitter=0.0):
     """Instants (s) of a pulse train of `rate` a second."""
     gaps = (1 + jitter * rng.standard_normal(int(rate) + 2)) / rate
     times = rng.uniform(0, 1 / rate) + np.cumsum(np.abs(gaps))
@@ -863,10 +837,9 @@ def train_of(rng, rate, jitter=0.0):
 
 def clicks(times, length=0.004):
     """One short burst at each instant."""
-    wave = np.zeros(RATE)
+    wave, n = np.zeros(RATE), int(length * RATE)
     wave[(np.asarray(times) * RATE).astype(int)] = 1
-    kernel = np.sin(np.arange(int(length * RATE)) * 1.3) * np.hanning(int(length * RATE))
-    return np.convolve(wave, kernel)[:RATE]
+    return np.convolve(wave, np.sin(np.arange(n) * 1.3) * np.hanning(n))[:RATE]
 
 
 def gate(rng, half):
@@ -880,10 +853,6 @@ def burst(rng, half):
     return band_noise(rng, low, low * rng.uniform(1.5, 3)) * gate(rng, half)
 
 
-def beep(rng, half):
-    return tone(log_uniform(rng, 200, 6000)) * gate(rng, half)
-
-
 # Source classes: steady or slowly changing textures, to pre-train on.
 SOURCE = {
     "sweep-up": lambda r: tone(log_uniform(r, 200, 1200) * r.uniform(2, 5) ** TIME),
@@ -894,41 +863,34 @@ SOURCE = {
     "tremolo-fast": lambda r: band_noise(r, 300, 5000) * (1 + tone(r.uniform(12, 20))),
     "vibrato": lambda r: tone(log_uniform(r, 500, 3000) * 2 ** (0.3 * tone(r.uniform(2, 4)))),
     "buzz": lambda r: np.sign(tone(r.uniform(60, 120))),
-    "clicks-slow": lambda r: clicks(train_of(r, r.uniform(4, 7))),
-    "clicks-fast": lambda r: clicks(train_of(r, r.uniform(18, 30))),
+    "clicks-slow": lambda r: clicks(pulse_times(r, r.uniform(4, 7))),
+    "clicks-fast": lambda r: clicks(pulse_times(r, r.uniform(18, 30))),
     "swell": lambda r: band_noise(r, 200, 4000) * TIME ** r.uniform(1, 3),
     "fade": lambda r: band_noise(r, 200, 4000) * (1 - TIME) ** r.uniform(1, 3),
     "burst-early": lambda r: burst(r, 0.0),
     "burst-late": lambda r: burst(r, 0.5),
-    "beep-early": lambda r: beep(r, 0.0),
-    "beep-late": lambda r: beep(r, 0.5),
+    "beep-early": lambda r: tone(log_uniform(r, 200, 6000)) * gate(r, 0.0),
+    "beep-late": lambda r: tone(log_uniform(r, 200, 6000)) * gate(r, 0.5),
 }
 
 
-def bell(rng, at, low=500, high=2000, decay=(0.1, 0.3)):
+def bell(rng, at, decay=(0.1, 0.3)):
     """Inharmonic partials that die away."""
-    pitch = log_uniform(rng, low, high)
-    partials = [tone(pitch * ratio) * strike(at, rng.uniform(*decay) / ratio**0.5)
-                for ratio in (1, 2.76, 5.4) if pitch * ratio < 7500]
-    return sum(partials)
+    pitch = log_uniform(rng, 500, 2000)
+    return sum(tone(pitch * ratio) * strike(at, rng.uniform(*decay) / ratio**0.5)
+               for ratio in (1, 2.76, 5.4) if pitch * ratio < 7500)
 
 
 def cricket(rng):
-    gate = np.zeros(RATE)
-    for start in train_of(rng, rng.uniform(2, 4)):
-        gate += (TIME > start) & (TIME < start + 0.12)
-    return tone(rng.uniform(3500, 5500)) * gate * np.clip(tone(rng.uniform(35, 60)), 0, 1)
+    chirps = sum(((TIME > start) & (TIME < start + 0.12)).astype(float)
+                 for start in pulse_times(rng, rng.uniform(2, 4)))
+    return tone(rng.uniform(3500, 5500)) * chirps * np.clip(tone(rng.uniform(35, 60)), 0, 1)
 
 
 def ringing(wave, hertz, decay, samples):
     """Every pulse of `wave` starts a tone of `hertz` that falls by e in 1 / `decay` seconds."""
     ring = np.arange(samples) / RATE
     return np.convolve(wave, np.exp(-ring * decay) * np.sin(2 * np.pi * hertz * ring))[:RATE]
-
-
-def engine(rng):
-    wave = clicks(train_of(rng, rng.uniform(22, 40), 0.1))
-    return ringing(wave, rng.uniform(120, 300), 90, 800)
 
 
 def rain(rng):
@@ -946,10 +908,9 @@ def drum(rng, at):
 def string(rng):
     """A plucked string: noise in a loop that loses its highs at every turn (Karplus-Strong)."""
     period = int(RATE / log_uniform(rng, 110, 440))
-    loop, turns = rng.uniform(-1, 1, period), []
-    for _ in range(RATE // period + 1):
-        turns.append(loop)
-        loop = 0.498 * (loop + np.roll(loop, 1))
+    turns = [rng.uniform(-1, 1, period)]
+    while len(turns) * period < RATE:
+        turns.append(0.498 * (turns[-1] + np.roll(turns[-1], 1)))
     return np.concatenate(turns)[:RATE]
 
 
@@ -971,21 +932,18 @@ def knocks(rng, faster):
     return clicks(start + np.cumsum(gaps)[:-1] * 0.95, 0.008)
 
 
-def ping(rng):
-    return lambda at: bell(rng, at, decay=(0.05, 0.1))
-
-
 # Target classes, other generators: what the source classes teach must be adapted, not recalled. A
 # name with ">" has a twin of the same parts in another order: a model without order guesses there.
 TARGET = {
     "bell": lambda r: bell(r, r.uniform(0, 0.4)),
     "cricket": cricket,
-    "engine": engine,
+    "engine": lambda r: ringing(clicks(pulse_times(r, r.uniform(22, 40), 0.1)), r.uniform(120, 300),
+                                90, 800),
     "rain": rain,
     "drum": lambda r: drum(r, r.uniform(0, 0.5)),
     "string": string,
-    "ping>thud": lambda r: two(r, ping(r), lambda at: drum(r, at)),
-    "thud>ping": lambda r: two(r, lambda at: drum(r, at), ping(r)),
+    "ping>thud": lambda r: two(r, lambda at: bell(r, at, (0.05, 0.1)), lambda at: drum(r, at)),
+    "thud>ping": lambda r: two(r, lambda at: drum(r, at), lambda at: bell(r, at, (0.05, 0.1))),
     "high>low": lambda r: two(r, note(r, 2500, 4500), note(r, 300, 600)),
     "low>high": lambda r: two(r, note(r, 300, 600), note(r, 2500, 4500)),
     "slow>fast": lambda r: knocks(r, True),
@@ -1116,10 +1074,9 @@ def voice(clip):
     hum = spectra(rng.standard_normal((steps + 1) * STEP)) * colour(rng)
     heard += hum * np.abs(heard).std() / np.abs(hum).std() / 10 ** (rng.uniform(15, 35) / 20)
     frames = np.fft.irfft(heard) * FADE  # (steps, 2 STEP)
-    wave = np.zeros((steps + 1, STEP))
-    wave[:-1] += frames[:, :STEP]
-    wave[1:] += frames[:, STEP:]
-    return wave.ravel() / np.abs(wave).max() * rng.uniform(0.5, 0.9)
+    wave = np.concatenate([frames[:, :STEP].ravel(), np.zeros(STEP)])
+    wave[STEP:] += frames[:, STEP:].ravel()  # the halves overlap
+    return wave / np.abs(wave).max() * rng.uniform(0.5, 0.9)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1444,14 +1401,13 @@ def check(name, root, cache="cache", seed=0, trials="o"):
 
 def describe_files(corpus, root):
     """Print the kinds of WAV, and the audio files that no list names."""
-    kinds = {}
-    for clip in (clip for clip in corpus.ids if clip.lower().endswith(".wav")):
-        with contextlib.suppress(ValueError, OSError):  # packing has named these
+    kinds = Counter()
+    for clip in corpus.ids:
+        with contextlib.suppress(ValueError, OSError):  # no WAV, or packing has named it
             head = wav_header(root / clip)
-            kind = f"{head.rate} Hz, {head.channels} channel, {head.bits}-bit {head.kind}"
-            kinds.setdefault(kind, []).append(clip)
-    for kind, clips in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        print(f"{len(clips):,} clips of {kind}, the first is {clips[0]}")
+            kinds[f"{head.rate} Hz, {head.channels} channel, {head.bits}-bit {head.kind}"] += 1
+    for kind, count in kinds.most_common():
+        print(f"{count:,} clips of {kind}")
     stray = sorted(set(find_audio(root)) - set(corpus.ids))
     if stray:
         print(f"{len(stray):,} audio files are in no list and not used, the first is {stray[0]}")
