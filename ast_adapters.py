@@ -3,8 +3,7 @@
 Papers   AST: Gong, Chung, Glass, "AST: Audio Spectrogram Transformer", arXiv 2104.01778.
          P1:  Cappellazzo et al., "Parameter-Efficient Transfer Learning of Audio Spectrogram
               Transformers", arXiv 2312.03694; its follow-up on mixtures of adapters, 2402.00828.
-Reading  1. the AST line 46, 2. units line 218, 3. insertion line 402, 4. adapt line 510,
-         5. pretrained weights line 600, 6. adapter files line 764, 7. demo line 828
+Sections 1 the AST, 2 units, 3 insertion, 4 adapt, 5 pretrained weights, 6 adapter files, 7 demo
 Axes     B batch, T frames, F mel bins, N tokens, D width, H heads, E embedding size, C classes,
          r rank, f x t the grid of patches (rows of frequency x columns of time).
 
@@ -745,19 +744,22 @@ def read_safetensors(path):
     """The format: 8 bytes of header length, a JSON header, then the tensors' raw bytes."""
     kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
              "F64": torch.float64}
-    data = Path(path).read_bytes()
+    raw, state = Path(path).read_bytes(), {}
     try:
-        start = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:start])
+        start = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:start])
         header.pop("__metadata__", None)
-        state = {}
         for key, entry in header.items():
             first, last = (start + offset for offset in entry["data_offsets"])
-            raw = torch.frombuffer(bytearray(data[first:last]), dtype=kinds[entry["dtype"]])
-            state[key] = raw.reshape(entry["shape"]).float()
-        return state
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error!r}") from error
+            if not start <= first <= last <= len(raw):
+                raise ValueError(f"{key} lies outside the file")
+            tensor = torch.frombuffer(bytearray(raw[first:last]), dtype=kinds[entry["dtype"]])
+            state[key] = tensor.reshape(entry["shape"]).float()
+        if start > len(raw):
+            raise ValueError("its header is longer than the file")
+    except Exception as error:  # by what stands in the header
+        raise ValueError(f"{path} is damaged, no readable safetensors file: {error!r}") from error
+    return state
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,17 +9,10 @@ then 1/S as wide and about 1/S as costly. At S = 1 the host is the plain publish
 Paper: "Lightweight Speaker Verification Using Transformation Module with Feature
 Partition and Fusion", arXiv 2312.03324.
 
-Reading order
-  1. lightening      line 52   fusion, and the wrapper that makes any block S narrow ones
-  2. pooling         line 162  frames to one vector
-  3. ResNet34        line 198  2-D convolutions over frequency and time
-  4. ECAPA-TDNN      line 256  1-D convolutions over time, many scales in one block
-  5. AMCRN           line 373  multi-scale convolutions, then an LSTM
-  6. training head   line 440  AAM-softmax
-  7. scoring         line 475  EER, minDCF, thresholds, adaptive s-norm
-  8. cost            line 582  parameters, multiply-accumulates, latency
-  9. demo            line 651  the table that `python lightweight_sv.py` prints, and
-                               `python lightweight_sv.py scores.txt [trials.txt]`
+Sections: 1 lightening (fusion, and the wrapper that makes any block S narrow ones), 2 pooling,
+3 ResNet34, 4 ECAPA-TDNN, 5 AMCRN, 6 training head (AAM-softmax), 7 scoring (EER, minDCF,
+thresholds, adaptive s-norm), 8 cost, 9 demo: the table that `python lightweight_sv.py` prints, and
+`python lightweight_sv.py scores.txt [trials.txt]`.
 
 Axis letters: B batch, T frames, F mel bins, D width (channels), E embedding size,
 C speakers, S subsets, N positions of a map (T in a 1-D host, F x T in a 2-D one).

@@ -277,11 +277,12 @@ def test_a_full_disk_is_no_bad_clip_and_leaves_nothing_behind(opened, tmp_path, 
 @pytest.mark.parametrize("speakers, trials, sentence", [
     (6, "1 class0/0.wav class0/1.wav\n", "test trials of folder are all of one kind"),
     (4, "0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "2 speakers besides those"),
-    (6, "\n", "trials.txt: no trials"), (6, "1 a\n", "line 1: expected `1 id_a id_b`")])
+    (6, "\n", "trials.txt: no trials"), (6, "1 a\n", "line 1: expected `1 id_a id_b`"),
+    (6, "\ufeff1 class0/0.wav class0/1.wav\n", "are all of one kind")])  # Excel's first bytes
 def test_trials_that_measure_nothing_are_refused_before_training(
         tmp_path, speakers, trials, sentence):
     folder_corpus(tmp_path / "root", classes=speakers, clips=3)
-    (tmp_path / "root/trials.txt").write_text(trials)
+    (tmp_path / "root/trials.txt").write_text(trials, encoding="utf-8")
     with pytest.raises(ValueError, match=sentence):
         data.open_corpus("folder", tmp_path / "root", tmp_path / "cache")
 
@@ -999,13 +1000,29 @@ def test_bad_checkpoints_are_refused_with_a_sentence(tmp_path):
     for name, sentence in (
             ("code.pt", "never run"), ("other.pt", "holds no AST"), ("text.pt", "damaged"),
             ("tensor.pt", "holds a Tensor, not a dict"), ("part.pt", "it has no pos_embed"),
-            ("text.safetensors", "no readable safetensors"), ("none.pt", "no checkpoint at"),
+            ("text.safetensors", "is damaged"), ("none.pt", "no checkpoint at"),
             ("tiny.pth", "is not an AST-nano")):
         with pytest.raises(ValueError, match=sentence):
             ast_adapters.load_pretrained(AST("nano"), tmp_path / name)
     with pytest.raises(ValueError, match="load into a plain AST: this one carries 'linear'"):
         ast_adapters.load_pretrained(adapt(AST("nano"), "linear"), tmp_path / "tiny.pth")
     assert not (tmp_path / "owned").exists()
+
+
+GOOD = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+
+
+@pytest.mark.parametrize("header, length", [
+    ([], None), ({"a": 3}, None), ({"a": GOOD["a"] | {"data_offsets": "04"}}, None),
+    ({"a": GOOD["a"] | {"shape": "x"}}, None), (GOOD, 2**60), ({}, 2**60),
+    ({"a": GOOD["a"] | {"data_offsets": [-4, 0]}}, None),
+    ({"a": GOOD["a"] | {"data_offsets": [0, 400]}}, None)])
+def test_a_damaged_safetensors_file_is_named(tmp_path, header, length):
+    text = json.dumps(header).encode()
+    size = (length or len(text)).to_bytes(8, "little")
+    (tmp_path / "a.safetensors").write_bytes(size + text + b"\0" * 4)
+    with pytest.raises(ValueError, match="a.safetensors is damaged"):
+        ast_adapters.read_weights(tmp_path / "a.safetensors")
 
 
 # --------------------------------------------------------------------------------------------------
