@@ -1343,8 +1343,8 @@ def unpack(archive, folder):
             os.replace(path, folder / path.name)
     except (gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
         archive.unlink()
-        raise ValueError(f"{archive} is damaged ({error}) and was deleted: the same command gets it "
-                         "again") from error
+        raise ValueError(f"{archive} is damaged ({error}) and was deleted: the same command gets "
+                         "it again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -453,8 +453,8 @@ def load_checkpoint(path, device):
         saved["epoch"], saved["threshold"]
     except Exception as error:  # what a wrong file raises depends on what it holds
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(f"{path} is no best.pt of this program: it is damaged, of another program, "
-                         f"or holds code, which is never run ({reason})") from error
+        raise ValueError(f"{path} is no best.pt of this program: it is damaged, of another one, or "
+                         f"holds code, which is never run ({reason})") from error
     return cfg, model.to(device).eval(), saved
 
 
@@ -512,7 +512,7 @@ def checkpoint(cfg, corpus, model, epoch, valid):
 
 
 def save_last(out, model, optimiser, state):
-    """Write the log, then last.pt: killed in between, the epoch is done again, with the same end."""
+    """Write the log, then last.pt: killed in between, the epoch is done again, to the same end."""
     save(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
     save(out / "last.pt", dict(state, model=model.state_dict(), optimiser=optimiser.state_dict()))
 
@@ -813,8 +813,9 @@ def print_table(table, folder):
     keys = {key for results in table.values() for key in results[0]}  # models may differ in these
     columns = [column for column in COLUMNS if column[1] in keys]
     rows = [["", *(header for header, _, _ in columns)]]
-    rows += [[label, *(cell([r[key] for r in results if key in r], form) for _, key, form in columns)]
-             for label, results in table.items()]
+    for label, results in table.items():
+        values = ([r[key] for r in results if key in r] for _, key, _ in columns)
+        rows.append([label, *(cell(v, form) for v, (_, _, form) in zip(values, columns))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(text.rjust(w) for text, w in zip(row, widths)) + " |"
              for row in rows]
@@ -845,7 +846,8 @@ def evaluate_checkpoint(cfg, typed):
                          f"{trained.fold or 1} --trials {trained.trials}: others' test clips "
                          "trained it")
     elsewhere = {f.name for f in fields(Config) if "evaluate" in f.metadata.get("modes", ())}
-    tested = replace(trained, few_shot=0, **{k: getattr(cfg, k) for k in elsewhere & typed})
+    tested = replace(trained, **{"few_shot": 0, "fold": None if "data" in typed else trained.fold}
+                     | {name: getattr(cfg, name) for name in elsewhere & typed})
     corpus = open_corpus(tested, train="data" not in typed)
     if not (saved["trials"] and corpus.trials) and corpus.classes != saved["classes"]:
         raise ValueError(f"--evaluate {cfg.evaluate} knows {len(saved['classes'])} classes "
@@ -862,7 +864,7 @@ def evaluate_checkpoint(cfg, typed):
         try:
             home = open_corpus(trained) if "data" in typed else corpus
         except ValueError as error:
-            raise ValueError(f"--as-norm needs the corpus that trained the model: {error}") from error
+            raise ValueError(f"--as-norm needs what trained the model: {error}") from error
         strangers = cohort(trained, home, model, device)
         print(f"  s-norm: {min(300, len(strangers))} of {len(strangers)} means of training "
               f"speakers of {trained.data}, ddof 0")
