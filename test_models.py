@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import struct
 import subprocess
 import sys
@@ -1144,16 +1143,6 @@ def test_a_method_compiles(method, monkeypatch):
     torch._dynamo.reset()
     compiled = torch.compile(ast, backend="aot_eager", fullgraph=True)
     assert_close(compiled(x), ast(x))
-
-
-@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile's default needs a C++ compiler")
-def test_one_method_compiles_with_the_default_backend(monkeypatch):
-    monkeypatch.setitem(ast_adapters.SIZES, "nano", (16, 1, 2, (12, 9)))
-    ast, x = adapt(AST("nano"), "conformer").eval(), torch.randn(2, 40, 128)
-    nn.init.normal_(ast.blocks[0].mlp.adapter.up.weight)
-    torch._dynamo.reset()
-    with torch.no_grad():  # half a minute with the backward pass, which aot_eager has covered
-        assert_close(torch.compile(ast, fullgraph=True)(x), ast(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method, options", [
