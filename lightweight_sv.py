@@ -525,13 +525,11 @@ def min_dcf(scores, labels, p_target):
     return float(cost.min() / min(p_target, 1 - p_target))
 
 
-def threshold_at(scores, labels, false_alarm=None):
-    """The score to decide at: where the two error rates are closest, or, with `false_alarm`,
-    the lowest one whose P_fa is at most that. Fit it on other trials than those reported."""
+def threshold_at(scores, labels):
+    """The score to decide at, where the two error rates are closest. Fit it on other trials than
+    those reported."""
     thresholds, p_miss, p_fa = error_curve(scores, labels)
-    if false_alarm is None:
-        return float(thresholds[np.abs(p_miss - p_fa).argmin()])
-    return float(thresholds[(p_fa <= false_alarm).argmax()])
+    return float(thresholds[np.abs(p_miss - p_fa).argmin()])
 
 
 def error_rates_at(scores, labels, threshold):
