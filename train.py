@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=2 train.py ...            # the same loop in several processes
 
 Sections  1 settings, 2 the loop, 3 evaluation, 4 the model, 5 files of a run, 6 a run, 7 tables of
-          runs, 8 using a checkpoint, 9 machines, 10 the command line
+          runs, 8 using a checkpoint, 9 the profile, 10 machines, 11 the command line
 Axes      B batch, T frames, F mel bins, D width, E embedding, C classes or speakers
 
 Every setting is a field of Config, hence a flag. A setting that is left out comes from the preset
@@ -26,6 +26,7 @@ Does not: split one model over several GPUs, search hyper-parameters, or log to 
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import inspect
@@ -42,6 +43,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 # Threads that wait for each other spin, and so take the cores from other programs: beside one, a
 # nano step took 400 ms instead of 25. Let them spin shortly, then sleep (GNU; Intel and LLVM).
@@ -53,6 +55,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ast_adapters
@@ -72,9 +75,9 @@ progress = partial(tqdm, leave=False, disable=True if RANK else None)
 MODELS = [f"ast-{size}" for size in ast_adapters.SIZES] + list(lightweight_sv.MODELS)
 DEVICES, FOLDS = ("auto", "cpu", "cuda", "mps"), ("all", *map(str, range(1, 11)))
 METHOD_OPTIONS = sorted({name for _, options in METHODS.values() for name in options})
-MODES = ("compare", "sweep", "evaluate", "predict", "verify", "embed")  # else: one training
-TRAINING = ("train", "compare", "sweep")  # who reads a setting: these, or
-TEST, ANY = (*TRAINING, "evaluate"), ("train", *MODES)
+MODES = ("compare", "sweep", "profile", "evaluate", "predict", "verify", "embed")  # or: train
+RUNS = ("train", "compare", "sweep")  # who reads a setting: these,
+TRAINING, TEST, ANY = (*RUNS, "profile"), (*RUNS, "profile", "evaluate"), ("train", *MODES)  # or
 
 
 def opt(default, **rules):
@@ -100,9 +103,10 @@ class Config:
     init: str = ""  # checkpoint to start from; audioset, audioset-16: downloaded; none: random
     compare: bool = False  # run every method and print one table
     sweep: str = ""  # FIELD=v1,v2,...: one run a value, one table
-    seeds: int = opt(1, least=1, passing=True)  # repeat with so many seeds: mean and deviation
-    out: str = opt("", modes=(*TRAINING, "embed"), passing=True)  # folder; empty: out/ and a name
-    resume: bool = opt(False, passing=True)  # go on where the run in --out stopped
+    profile: bool = False  # print where the time of a training step goes; nothing is written
+    seeds: int = opt(1, least=1, modes=RUNS, passing=True)  # repeat with so many seeds: mean and deviation
+    out: str = opt("", modes=(*RUNS, "embed"), passing=True)  # folder; empty: out/ and a name
+    resume: bool = opt(False, modes=RUNS, passing=True)  # go on where the run in --out stopped
     # Data
     data: str = opt("sounds", choices=data.CORPORA, modes=TEST)  # the corpus
     root: str = opt("", modes=TEST, passing=True)  # folder of the corpus
@@ -156,7 +160,7 @@ class Config:
     margin_rise: float = opt(0.0, least=0, most=1)  # share of the steps in which it rises from 0
     # Machine
     device: str = opt("auto", choices=DEVICES, modes=ANY, passing=True)  # where to compute
-    bf16: bool = opt(None, modes=ANY)  # autocast to bfloat16, where it is safe
+    bf16: bool = opt(None, modes=ANY)  # autocast to bfloat16; left out: where it is fast
     compile: bool = opt(False, passing=True)  # torch.compile: slow first step, faster epochs
     # Use of a checkpoint
     evaluate: str = ""  # test this best.pt
@@ -579,7 +583,23 @@ def with_preset(cfg):
 
 def run(cfg):
     """Train, select, test once; return the flat results, which results.json holds too."""
+    cfg, corpus, augment_waves, model, device = prepare(cfg)
+    out = run_folder(cfg, f"{cfg.data}-{cfg.model}" + f"-{cfg.method}" * (not cfg.speaker))
+    if (out / "results.json").exists():
+        print(f"{out} is finished already")
+        return json.loads((out / "results.json").read_text(encoding="utf-8"))
+    print_plan(cfg, corpus, model, out, device)
+    seconds = fit(cfg, corpus, model, augment_waves, out, device)
+    results = test_once(cfg, corpus, out, device) | dict(seconds=round(seconds, 2))
+    save(out / "results.json", json.dumps(results, indent=1))
+    return results
+
+
+def prepare(cfg):
+    """Return what `fit` takes: settings with their preset, corpus, augmentation, model, device."""
     cfg, device = with_preset(cfg), find_device(cfg.device)
+    if cfg.bf16 is None:  # a nano AST's products are too small to gain by it
+        cfg = replace(cfg, bf16=cfg.model != "ast-nano" and has_bf16(device, fast=True))
     if RANK:
         dist.barrier()  # the first process packs what is new; the others find it packed
     corpus = open_corpus(cfg)
@@ -591,16 +611,7 @@ def run(cfg):
     augment_waves = partial(data.augment_waves, classes=len(corpus.classes), frames=cfg.frames,
                             speeds=cfg.speed_perturb, gain=cfg.gain, noise=noise, rooms=rooms,
                             share=cfg.distorted, snr=(min(cfg.snr), max(cfg.snr)))
-    model = build_model(cfg, corpus).to(device)
-    out = run_folder(cfg, f"{cfg.data}-{cfg.model}" + f"-{cfg.method}" * (not cfg.speaker))
-    if (out / "results.json").exists():
-        print(f"{out} is finished already")
-        return json.loads((out / "results.json").read_text(encoding="utf-8"))
-    print_plan(cfg, corpus, model, out, device)
-    seconds = fit(cfg, corpus, model, augment_waves, out, device)
-    results = test_once(cfg, corpus, out, device) | dict(seconds=round(seconds, 2))
-    save(out / "results.json", json.dumps(results, indent=1))
-    return results
+    return cfg, corpus, augment_waves, build_model(cfg, corpus).to(device), device
 
 
 def open_corpus(cfg, train=True):
@@ -633,7 +644,8 @@ def print_plan(cfg, corpus, model, out, device):
     train, valid, test = (len(corpus.pick(split)) for split in ("train", "valid", "test"))
     print(f"\n{out}: {cfg.model}" + f", {cfg.method}" * (not cfg.speaker)
           + f" on {cfg.data}, seed {cfg.seed}, {device}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads, {WORLD} processes\n"
+          f"{torch.get_num_threads()} threads, {WORLD} processes, "
+          f"{'bfloat16 where it is safe' if cfg.bf16 else 'float32'}\n"
           f"  {train} clips train, {valid} validate, {test} test, {len(corpus.classes)} classes; "
           f"trains {trainable:,} of {total:,} parameters ({trainable / total:.2%}) and the head")
     preset = ("epochs", "batch_size", "frames", "lr", "warmup", "weight_decay")
@@ -856,7 +868,79 @@ def verify(unit, threshold):
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Machines: the device, and the processes that torchrun starts
+# 9. The profile: where the time of a training step goes
+
+
+def profile(cfg):
+    """--profile: print the milliseconds of each part of a step of the real loop, and the floor:
+    its multiply-accumulates over the rate of this machine's own product of two matrices.
+
+    Each part waits for the device, so a GPU's parts do not overlap as they do in training.
+    """
+    cfg, corpus, augment_waves, model, device = prepare(replace(cfg, out=""))
+    per_epoch = min(13, max(1, len(corpus.pick("train")) // cfg.batch_size))
+    cfg = replace(cfg, steps=per_epoch, epochs=math.ceil(13 / per_epoch))  # three warm up
+    here, spent = sys.modules[__name__], {}
+
+    def clock(part, work):
+        def timed(*args, **kwargs):
+            if None in spent:  # inside another part, such as the features of an evaluation
+                return work(*args, **kwargs)
+            start, spent[None] = time.perf_counter(), part
+            result = work(*args, **kwargs)
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            del spent[None]
+            spent.setdefault(part, []).append(1000 * (time.perf_counter() - start))
+            return result
+        return timed
+
+    with contextlib.ExitStack() as stack:
+        for part, place, name in (
+                ("waiting for data", data, "load_batch"), ("features", data, "features"),
+                ("augmentation", data, "augment_features"), ("backward", torch.Tensor, "backward"),
+                ("optimiser", torch.optim.AdamW, "step"), ("evaluation", here, "evaluate"),
+                ("once", here, "cache_inputs")):
+            stack.enter_context(mock.patch.object(place, name, clock(part, getattr(place, name))))
+        parallel = lambda *rest, make=parallel_model: clock("forward", make(*rest))
+        stack.enter_context(mock.patch.object(here, "parallel_model", parallel))
+        stack.enter_context(mock.patch.object(here, "save", lambda path, value: None))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        fit(cfg, corpus, model, clock("augmentation", augment_waves), Path(os.devnull), device)
+    print_profile(cfg, corpus, model, device, spent)
+
+
+def print_profile(cfg, corpus, model, device, spent):
+    """Print the table of `profile` from {part: milliseconds of its calls}."""
+    steps = len(spent["backward"])
+    once, evaluation = sum(spent.pop("once")), np.mean(spent.pop("evaluation"))
+    parts = {part: sum(calls[3 * len(calls) // steps:]) / (steps - 3)  # some are called twice
+             for part, calls in spent.items()}
+    batch = data.load_batch(corpus, corpus.pick("train")[: cfg.batch_size], cfg.frames,
+                            repeat=cfg.speaker).to(device)
+    with FlopCounterMode(display=False) as counter, autocast(cfg, device):
+        model.train()(data.features(batch, model.encoder), batch.labels).sum().backward()
+    macs, dtype = counter.get_total_flops() / 2, torch.bfloat16 if cfg.bf16 else torch.float32
+    square, taken = torch.randn(2048, 2048, device=device, dtype=dtype), []
+    for _ in range(7):
+        start = time.perf_counter()
+        (square @ square)[0, 0].item()  # waits for the device
+        taken.append(time.perf_counter() - start)
+    rate, whole = 2048**3 / np.median(taken), sum(parts.values())
+    parts |= {"whole step": whole, "floor of its products": 1000 * macs / rate}
+    print(f"\n{'part of a step':22s}{'ms':>10s}{'share':>9s}")
+    for part, ms in parts.items():
+        print(f"{part:22s}{ms:10.2f}{ms / whole:9.1%}")
+    print(f"{len(batch.labels) / whole * 1000:.1f} clips a second; {macs / 1e9:.3g} GMAC a step, "
+          f"{rate / 1e9:.4g} GMAC a second in {dtype}; once {once:.0f} ms, evaluation "
+          f"{evaluation:.0f} ms\nmemory: {training_memory(cfg, corpus, model, device):.1f} MB "
+          "for the backward pass, gradients and moments" + (
+              f"; peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MB"
+              if device.type == "cuda" else ""))
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Machines: the device, and the processes that torchrun starts
 
 
 def find_device(name):
@@ -872,11 +956,12 @@ def find_device(name):
     return torch.device(name)
 
 
-def has_bf16(device):
-    """Whether bfloat16 is computed here: on every CPU, on GPUs that have it; untried on Macs'."""
+def has_bf16(device, fast=False):
+    """Whether bfloat16 is computed here, untried on Macs' GPUs; `fast`: not emulated on a CPU."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu"
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and (not fast or any(able.get(k) for k in ("avx512_bf16", "amx_bf16")))
 
 
 def parallel_model(cfg, model, device):
@@ -917,7 +1002,7 @@ def sum_over_ranks(total):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. The command line
+# 11. The command line
 
 
 def flag_of(name):
@@ -1020,6 +1105,8 @@ def main(argv=None):
             evaluate_checkpoint(cfg, typed)
         elif cfg.checkpoint:
             use_checkpoint(cfg)
+        elif cfg.profile:
+            profile(cfg)
         else:
             study(cfg, typed)
     except (ValueError, OSError) as error:
