@@ -8,14 +8,14 @@ Axes     B batch, T frames, F mel bins, N tokens, D width, H heads, E embedding 
          r rank, f x t the grid of patches (rows of frequency x columns of time).
 
 A method is surgery on a plain AST: the Transformer block stays the textbook one and `adapt` wraps
-some of its sub-layers. To add a method write one unit (section 2 or 3) and one line in METHODS.
+some of its layers. To add a method write one unit (section 2) and one line in METHODS.
 
     ast = AST("base")                                    # any log-mel of 128 bins, any length
     print(load_pretrained(ast, "audioset_10_10_0.4593.pth"))
     adapt(ast, "lora", rank=8, targets="qv")             # freezes, inserts, unfreezes
     embedding = ast(torch.randn(4, 500, 128))            # (B, T, F) -> (B, E) = (4, 768)
 
-Differs from P1's published code (whose defects the README's section 8 lists):
+Differs from P1's published code (its defects: README, section 8):
   D1 the position embedding is cropped or interpolated, never silently replaced by zeros;
   D2 the first matrix of a bottleneck starts random, the last one zero (both were zero);
   D3 the Conformer adapter has no LayerNorm: the published one computes it and drops the result;
@@ -24,9 +24,8 @@ Differs from P1's published code (whose defects the README's section 8 lists):
   D6 a mixture's output is added once; Soft-MoA combines with a softmax over the slots;
   D7 "before" means f(u + a(u)), "after" f(u) + a(f(u)), and parallel is neither;
   D8 prompts stand beside CLS and DIST and replace nothing.
-Kept from P1: the Conformer adapter convolves over the flattened sequence, so it reaches from the
-end of one frequency row into the start of the next, and over CLS and DIST.
-
+As in P1, the Conformer adapter convolves over the flattened sequence: it reaches from the end of
+one row of frequency into the start of the next, and over CLS and DIST.
 Does not: pre-train on AudioSet, pad (data.py does), or combine two methods in one AST.
 """
 
@@ -41,6 +40,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # --------------------------------------------------------------------------------------------------
 # 1. The AST: a Vision Transformer over 16 x 16 patches of a log-mel spectrogram
@@ -52,6 +52,19 @@ SIZES = {  # width D, depth, heads H, grid (f, t) on which the position embeddin
     "base": (768, 12, 12, (12, 101)),
 }
 PATCH = 16
+
+
+def attend(q, k, v):
+    """Attention of each head, softmax(q k^T / sqrt(d)) v: (B, H, N, d = D/H) -> the same shape."""
+    scores = q.shape[2] * k.shape[2]  # of one head: N x N; prefixes make k and v longer than q
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or scores > 2**21:
+        return F.scaled_dot_product_attention(q, k, v)
+    # In bf16 on a CPU the formula is two to three times as fast as torch's kernel, if only a few
+    # heads are taken at a time: their scores stay in the cache. It keeps all scores for the
+    # backward pass, so inputs of more than 1,448 tokens go to the kernel, which keeps none.
+    q_k_v = (x.flatten(0, 1).split(2**21 // scores) for x in (q * q.shape[3] ** -0.5, k, v))
+    heads = [(q @ k.mT).softmax(2) @ v for q, k, v in zip(*q_k_v)]  # each (some of B*H, N, d)
+    return torch.cat(heads).view(q.shape)
 
 
 class Attention(nn.Module):
@@ -66,9 +79,7 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, N, D) -> (B, H, N, D/H)
                    for y in (self.q(x), self.k(x), self.v(x)))
-        # with prefixes k and v are longer than q: nothing here minds
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
-        return self.o(x.transpose(1, 2).flatten(2))  # (B, N, D)
+        return self.o(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class MLP(nn.Module):
@@ -107,11 +118,13 @@ class AST(nn.Module):
     stride     distance between patches; 10 in the paper, checkpoints with 12, 14, 16 exist
     pool       "mean" over all tokens (P1) or "cls", the mean of CLS and DIST (AST)
     pos_embed  "crop": the checkpoint's positions, cropped or interpolated to each input;
-               "zero": what P1's code trained with, no positions at all (an experiment)
+               "zero": no positions at all, as P1's code trained (an experiment)
     eps        of the LayerNorms; `load_pretrained` sets the one that belongs to the checkpoint
     """
 
     normalise = "audioset"  # data.py: (log-mel - mean) / (2 std), fixed mean and std
+    checkpointing = False  # True: compute blocks again in the backward pass, keep them nowhere
+    # (The Conformer adapter's BatchNorm then counts each batch twice: momentum 0.19, not 0.1.)
 
     def __init__(self, size="base", mels=128, grid=None, stride=10, pool="mean", pos_embed="crop",
                  eps=1e-6):
@@ -135,8 +148,7 @@ class AST(nn.Module):
 
     def reset_parameters(self):
         """Vision Transformer's start: weights normal 0.02, biases zero; torch's for the patches.
-        But positions normal 0.3: 0.02 drowns beside the patches, and a short training never learns
-        the order of events."""
+        Only the positions are larger, normal 0.3: with 0.02 a short training hardly sees order."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -158,27 +170,19 @@ class AST(nn.Module):
                     grid=list(self.grid), pos_embed=self.pos_embed_kind, eps=self.norm.eps)
 
     def positions(self, f, t):
-        """Position embedding (1, 2 + f*t, D) for an f x t grid, as the original AST makes it.
-
-        Shorter than the stored grid: the middle is cropped out. Longer: bilinear interpolation.
-        """
-        if (f, t) == self.grid:
-            return self.pos_embed
-        (f0, t0), tokens = self.grid, self.pos_embed[:, :2]
+        """Position embedding (1, 2 + f*t, D) for an f x t grid, as the original AST makes it: the
+        middle of the stored grid if that is larger, bilinear interpolation if it is smaller."""
+        top, left = (max(0, stored // 2 - n // 2) for stored, n in zip(self.grid, (f, t)))
         grid = self.pos_embed[:, 2:].transpose(1, 2).unflatten(2, self.grid)  # (1, D, f0, t0)
-        for axis, stored, wanted in ((2, f0, f), (3, t0, t)):
-            if wanted <= stored:
-                grid = grid.narrow(axis, stored // 2 - wanted // 2, wanted)
+        grid = grid[:, :, top : top + f, left : left + t]
         if grid.shape[2:] != (f, t):
             grid = F.interpolate(grid, size=(f, t), mode="bilinear", align_corners=False)
-        return torch.cat([tokens, grid.flatten(2).transpose(1, 2)], dim=1)  # (1, 2 + f*t, D)
+        grid = grid.flatten(2).transpose(1, 2)  # (1, f*t, D)
+        return torch.cat([self.pos_embed[:, :2], grid], dim=1)  # (1, 2 + f*t, D)
 
     def pooled(self, x):
-        """All but the last LayerNorm's scale and shift: (B, T, F) -> (B, D).
-
-        They commute with the mean over tokens, so `forward` applies them after it: one product
-        of (B, D) instead of (B, N, D), and `linear` can cache everything up to here.
-        """
+        """Everything but the last LayerNorm's scale and shift: (B, T, F) -> (B, D). These commute
+        with the mean over tokens and come after it; `linear` can cache everything up to here."""
         if x.ndim != 3 or x.shape[2] != self.mels or x.shape[1] < PATCH:
             raise ValueError(f"AST expects (batch, at least {PATCH} frames, {self.mels} mel bins), "
                              f"got {tuple(x.shape)}")
@@ -188,7 +192,8 @@ class AST(nn.Module):
         tokens = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token)]
         x = torch.cat([*tokens, x], dim=1) + self.positions(f, t)  # (B, N = 2 + f*t, D)
         for block in self.blocks:
-            x = block(x)
+            again = self.checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         x = F.layer_norm(x, (self.embed_dim,), eps=self.norm.eps)  # (B, N, D)
         return x.mean(1) if self.pool == "mean" else x[:, :2].mean(1)  # (B, D)
 
@@ -201,8 +206,8 @@ class AST(nn.Module):
 
 
 class LinearHead(nn.Linear):
-    """The classifier: embedding (B, E) -> logits (B, C). One Linear, as in P1. `labels` is unused:
-    AAM-softmax, the head for speakers, needs it, and one call serves both."""
+    """The classifier, one Linear as in P1: embedding (B, E) -> logits (B, C). It ignores `labels`,
+    which the head for speakers needs, so that one call serves both."""
 
     def forward(self, embedding, labels=None):
         return super().forward(embedding)
@@ -211,13 +216,11 @@ class LinearHead(nn.Linear):
 # --------------------------------------------------------------------------------------------------
 # 2. Units: each is one idea in one small module; the added path is zero at the start
 
-# Zero start: in a product B A x one factor is zero (the last, so the output is exactly zero) and
-# the other random, so the zero one has a gradient at the first step and the rest from the second.
-# Prompts and prefixes add tokens, and so have no zero start.
-
 
 def zero(layer):
-    """Set a layer's weight and bias to zero and return it."""
+    """Set the last layer B of an added path B(A(x)) to zero and return it. So the path starts at
+    zero exactly; A is random, so B learns from the first step and A from the second. (Prompts and
+    prefixes add tokens instead and have no zero start.)"""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -236,12 +239,9 @@ class Bottleneck(nn.Module):
 
 
 class Conformer(nn.Module):
-    """P1's Conformer adapter: the convolution module of a Conformer block, made narrow.
-
-    Pointwise D -> 2r, GLU, depthwise convolution over the sequence, BatchNorm, SiLU, pointwise
-    r -> D. It sees order in time by itself: in a row of frequency, neighbours in the sequence are
-    neighbours in time.
-    """
+    """P1's Conformer adapter, a narrow convolution module of a Conformer block: pointwise D -> 2r,
+    GLU, depthwise over the sequence, BatchNorm, SiLU, pointwise r -> D. It sees order in time by
+    itself: within a row of frequency, neighbours in the sequence are neighbours in time."""
 
     def __init__(self, width, rank, kernel):
         super().__init__()
@@ -257,10 +257,6 @@ class Conformer(nn.Module):
         return self.up(x.transpose(1, 2))  # (B, N, D)
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
 class Convpass(nn.Module):
     """Convpass (Jie and Deng, 2207.07039): 1x1, 3x3 over the f x t grid, 1x1, QuickGELU between."""
 
@@ -272,6 +268,7 @@ class Convpass(nn.Module):
         self.up = zero(nn.Linear(rank, width))
 
     def forward(self, x):
+        quick_gelu = lambda x: x * torch.sigmoid(1.702 * x)
         x = quick_gelu(self.down(x)).transpose(1, 2)  # (B, N, D) -> (B, r, N)
         tokens, grid = x[..., :2], x[..., 2:].unflatten(2, (self.rows, -1))  # (B, r, 2), (B,r,f,t)
         # CLS and DIST have no neighbours: each is a 1 x 1 picture, which meets the middle tap only.
@@ -294,11 +291,9 @@ class DenseMoA(nn.Module):
 
 
 class SoftMoA(nn.Module):
-    """Soft mixture of adapters (2402.00828; Soft MoE, 2308.00951).
-
-    Each expert reads `slots` mixtures of all tokens (dispatch: softmax over tokens) and each token
-    takes a mixture of all the slots' outputs (combine: softmax over slots).
-    """
+    """Soft mixture of adapters (2402.00828; Soft MoE, 2308.00951). Each expert reads `slots`
+    mixtures of all tokens (dispatch: softmax over tokens), and each token takes a mixture of all
+    slots' outputs (combine: softmax over slots)."""
 
     def __init__(self, width, rank, experts, slots):
         super().__init__()
@@ -348,13 +343,12 @@ class DoRA(LoRA):
 
 
 class ScaleShift(nn.Module):
-    """y -> s y + b behind a layer: SSF (Lian et al., 2210.08823); without the shift, IA3
-    (Liu et al., 2205.05638). s = 1 and b = 0 at the start."""
+    """y -> s y + b behind a layer, s = 1 and b = 0 at the start: SSF (Lian et al., 2210.08823);
+    without the shift b, IA3 (Liu et al., 2205.05638)."""
 
-    def __init__(self, layer, width, shift=True):
+    def __init__(self, layer, width, shift):
         super().__init__()
-        self.layer = layer
-        self.scale = nn.Parameter(torch.ones(width))
+        self.layer, self.scale = layer, nn.Parameter(torch.ones(width))
         self.shift = nn.Parameter(torch.zeros(width)) if shift else None
 
     def forward(self, x):
@@ -376,9 +370,7 @@ class Prefixed(nn.Module):
 
 class Prompted(nn.Module):
     """A block that reads p learned tokens behind CLS and DIST (VPT, Jia et al., 2203.12119).
-
-    `replace`: the tokens there are the previous block's prompts and give way (deep prompts).
-    """
+    With `replace` they take the place of the previous block's prompts."""
 
     def __init__(self, block, tokens, width, replace):
         super().__init__()
@@ -396,79 +388,58 @@ class Prompted(nn.Module):
 # 3. Insertion: where the units go, and which of the AST's own LayerNorms train with them
 
 
-class Parallel(nn.Module):
-    """f(u) + a(u): the adapter reads what its sub-layer reads."""
+class Placed(nn.Module):
+    """A sub-layer f with an adapter a, as P1 ablates it.
 
-    def __init__(self, layer, adapter):
+    parallel            f(u) + a(u): the adapter reads what its sub-layer reads
+    sequential, after   f(u) + a(f(u)), without residual a(f(u))
+    sequential, before  f(u + a(u)), without residual f(a(u))
+    Without residual the zero start silences the sub-layer: this is not the frozen model any more.
+    """
+
+    def __init__(self, layer, adapter, form, at, residual):
         super().__init__()
         self.layer, self.adapter = layer, adapter
+        self.form, self.at, self.residual = form, at, residual
 
     def forward(self, u):
-        return self.layer(u) + self.adapter(u)
+        if self.form == "parallel":
+            return self.layer(u) + self.adapter(u)
+        x = u if self.at == "before" else self.layer(u)
+        x = x + self.adapter(x) if self.residual else self.adapter(x)
+        return self.layer(x) if self.at == "before" else x
 
 
-class Sequential(nn.Module):
-    """`at` after: f(u) + a(f(u)); before: f(u + a(u)). Without `residual` a(f(u)) and f(a(u)),
-    which P1 ablates too: then the zero start silences the sub-layer, and that is not the frozen
-    model any more."""
-
-    def __init__(self, layer, adapter, at, residual):
-        super().__init__()
-        self.layer, self.adapter, self.at, self.residual = layer, adapter, at, residual
-
-    def bend(self, x):
-        return x + self.adapter(x) if self.residual else self.adapter(x)
-
-    def forward(self, u):
-        return self.layer(self.bend(u)) if self.at == "before" else self.bend(self.layer(u))
-
-
-# One unit a block is Pfeiffer's placement, one beside each sub-layer is Houlsby's.
-SITES = {"ffn": [("mlp", "norm2")], "mhsa": [("attn", "norm1")],
-         "both": [("attn", "norm1"), ("mlp", "norm2")]}
+# One adapter a block is Pfeiffer's placement, one at each sub-layer is Houlsby's.
+SITES = {"ffn": ["mlp"], "mhsa": ["attn"], "both": ["attn", "mlp"]}
 
 
 def place(unit, ast, where, form, at, residual, **options):
-    """A unit beside the FFN, the MHSA or both of every block; that sub-layer's LayerNorm trains."""
+    """An adapter at the FFN, the MHSA or both of every block; that sub-layer's LayerNorm trains."""
+    sites = SITES[where]
+    wrap(ast, sites, lambda f: Placed(f, unit(ast.embed_dim, **options), form, at, residual))
     for block in ast.blocks:
-        for site, norm in SITES[where]:
-            pair = getattr(block, site), unit(ast.embed_dim, **options)
-            wrapped = Parallel(*pair) if form == "parallel" else Sequential(*pair, at, residual)
-            setattr(block, site, wrapped)
-            getattr(block, norm).requires_grad_(True)
+        block.norm1.requires_grad_("attn" in sites)
+        block.norm2.requires_grad_("mlp" in sites)
+
+
+def wrap(ast, names, unit, *args):
+    """In every block, replace each named layer by unit(layer, *args)."""
+    for block in ast.blocks:
+        for name in names:
+            block.set_submodule(name, unit(block.get_submodule(name), *args))
 
 
 def low_rank(unit, ast, targets, rank, alpha):
     """LoRA or DoRA on some of the attention's four Linears; alpha defaults to rank (scale 1)."""
-    for block in ast.blocks:
-        for name in targets:
-            linear = getattr(block.attn, name)
-            setattr(block.attn, name, unit(linear, rank, rank if alpha is None else alpha))
+    wrap(ast, [f"attn.{name}" for name in targets], unit, rank, rank if alpha is None else alpha)
 
 
-def scale_shift(ast):
-    """SSF behind every Linear and LayerNorm of the blocks (the last LayerNorm trains anyway)."""
-    for block in ast.blocks:
-        attn, mlp = block.attn, block.mlp
-        for parent, names in ((attn, "q k v o"), (mlp, "fc1 fc2"), (block, "norm1 norm2")):
-            for name in names.split():
-                layer = getattr(parent, name)
-                setattr(parent, name, ScaleShift(layer, len(layer.bias)))
-
-
-def ia3(ast):
-    """IA3: scales on keys, values and the FFN's hidden layer."""
-    for block in ast.blocks:
-        block.attn.k = ScaleShift(block.attn.k, ast.embed_dim, shift=False)
-        block.attn.v = ScaleShift(block.attn.v, ast.embed_dim, shift=False)
-        block.mlp.act = ScaleShift(block.mlp.act, 4 * ast.embed_dim, shift=False)
-
-
-def prefix(ast, tokens):
-    """Half of the tokens go to the keys, half to the values, in every block."""
-    for block in ast.blocks:
-        block.attn.k = Prefixed(block.attn.k, tokens // 2)
-        block.attn.v = Prefixed(block.attn.v, tokens // 2)
+def scale(ast, names, shift):
+    """SSF (with a shift) or IA3 behind these layers; the FFN is four times wider inside."""
+    for name in names:
+        width = ast.embed_dim * (4 if name in ("mlp.fc1", "mlp.act") else 1)
+        wrap(ast, [name], ScaleShift, width, shift)
 
 
 def prompts(ast, tokens, deep):
@@ -479,10 +450,8 @@ def prompts(ast, tokens, deep):
 
 def biases(ast):
     """BitFit (Zaken et al., 2106.10199): biases of Linear and LayerNorm, not of the patches."""
-    ast.norm.weight.requires_grad_(False)
-    for module in ast.modules():
-        if isinstance(module, (nn.Linear, nn.LayerNorm)):
-            module.bias.requires_grad_(True)
+    for name, parameter in ast.named_parameters():
+        parameter.requires_grad_(name.endswith("bias") and name != "patch.bias")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,7 +464,8 @@ METHODS = {  # name: (insertion, its options with the defaults of P1's Table 1)
     "bitfit": (biases, {}),
     "prompt-shallow": (partial(prompts, deep=False), dict(tokens=300)),
     "prompt-deep": (partial(prompts, deep=True), dict(tokens=25)),
-    "prefix": (prefix, dict(tokens=24)),
+    "prefix": (lambda ast, tokens: wrap(ast, ["attn.k", "attn.v"], Prefixed, tokens // 2),
+               dict(tokens=24)),  # half of the tokens for the keys, half for the values
     "lora": (partial(low_rank, LoRA), dict(rank=6, alpha=None, targets="qv")),
     "adapter": (partial(place, Bottleneck), dict(rank=12, **_PLACE)),
     "conformer": (partial(place, Conformer), dict(rank=8, kernel=31, **_PLACE)),
@@ -504,8 +474,9 @@ METHODS = {  # name: (insertion, its options with the defaults of P1's Table 1)
     "dense-moa": (partial(place, DenseMoA), dict(rank=6, experts=7, **_PLACE)),
     "soft-moa": (partial(place, SoftMoA), dict(rank=6, experts=7, slots=1, **_PLACE)),
     "dora": (partial(low_rank, DoRA), dict(rank=6, alpha=None, targets="qv")),  # beyond P1
-    "ssf": (scale_shift, {}),
-    "ia3": (ia3, {}),
+    "ssf": (partial(scale, names=["attn.q", "attn.k", "attn.v", "attn.o", "mlp.fc1", "mlp.fc2",
+                                  "norm1", "norm2"], shift=True), {}),
+    "ia3": (partial(scale, names=["attn.k", "attn.v", "mlp.act"], shift=False), {}),
 }
 
 
@@ -516,94 +487,76 @@ def adapt(ast, method, **options):
     (parallel, sequential), `at` (before, after) and `residual` (both for sequential only),
     `kernel`, `tokens` (for prefix the total of keys and values), `alpha`, `targets`, `experts`,
     `slots`. Besides what it inserts every method trains the last LayerNorm (BitFit: its bias).
-    Raises ValueError with a sentence for an unknown method or a bad option.
     """
-    insert, defaults = METHODS[_known("method", method, METHODS)]
-    options, earlier = check_options(ast, method, options), ast.adaptation
-    if earlier:
-        raise ValueError(f"this AST carries {earlier['method']!r} already: adapt a plain one")
+    if ast.adaptation:
+        raise ValueError(f"adapt a plain AST: this one carries {ast.adaptation['method']!r}")
+    check_options(ast, method, options)
+    insert, defaults = METHODS[method]
     ast.adaptation = dict(method=method, options=options, backbone=fingerprint(ast))
     ast.requires_grad_(False)
     ast.norm.requires_grad_(True)
     insert(ast, **defaults | options)
-    trainable, frozen, total = count(ast)
-    assert trainable + frozen == total, f"{trainable} + {frozen} != {total} parameters"
     return ast
 
 
 def check_options(ast, method, options):
-    """Raise a sentence for what does not fit `method` or this AST; return the options."""
-    defaults, most = METHODS[method][1], dict(rank=ast.embed_dim, kernel=2 + math.prod(ast.grid))
+    """Raise a sentence for an unknown method, and for options that do not fit it or this AST."""
+    defaults = METHODS[_known("method", method, METHODS)][1]
+    most = dict(rank=ast.embed_dim, kernel=2 + math.prod(ast.grid))
     known = dict(where=SITES, form=("parallel", "sequential"), at=("before", "after"),
                  residual=(True, False))
-    for name in options:
+    for name, value in options.items():
         _known(f"option of {method!r}", name, defaults)
-    for name, value in (defaults | options).items():
         if name in known:
             _known(name, value, known[name])
         elif isinstance(value, int) and not 1 <= value <= most.get(name, value):
             raise ValueError(f"{name} {value}: expected at least 1"
                              + f" and at most {most[name]} on AST-{ast.size}" * (name in most))
-    if (defaults | options).get("form") == "parallel" and {"at", "residual"} & set(options):
-        raise ValueError("`at` and `residual` are for form='sequential': a parallel adapter reads "
-                         "what its sub-layer reads and is added to what it gives")
-    if method == "prefix" and options.get("tokens", 0) % 2:
-        raise ValueError("prefix splits its tokens in half, keys and values: "
-                         f"{options['tokens']} is odd")
-    targets = options.get("targets", "q")
+    values = dict(targets="q", tokens=2) | defaults | options
+    if values.get("form") == "parallel" and {"at", "residual"} & set(options):
+        raise ValueError("`at` and `residual` are for form='sequential': parallel has no order")
+    if method == "prefix" and values["tokens"] % 2:
+        raise ValueError(f"tokens {values['tokens']} is odd: half are keys, half are values")
+    targets = values["targets"]
     if not targets or set(targets) - set("qkvo") or len(set(targets)) < len(targets):
         raise ValueError(f"targets {targets!r}: name some of q, k, v, o, each once, such as 'qv'")
-    return options
 
 
 def count(module):
-    """(trainable, frozen, all) parameters of a module, each summed by itself: `adapt` compares."""
-    size = lambda wanted: sum(p.numel() for p in module.parameters() if p.requires_grad in wanted)
-    return size([True]), size([False]), size([True, False])
+    """Return the numbers of trainable, of frozen and of all parameters of a module."""
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in module.parameters())
+    return trainable, total - trainable, total
 
 
 def _known(what, name, known):
-    """`name` if it is among `known`, else a sentence that lists the valid ones."""
+    """Return `name` if it is among `known`, else raise a sentence that lists the valid ones."""
     if name not in known:
-        names = ", ".join(map(str, known))
-        raise ValueError(f"unknown {what} {name!r}: "
-                         + (f"choose from {names}" if names else "it has none"))
+        hint = "choose from " + ", ".join(map(str, known)) if known else "it has none"
+        raise ValueError(f"unknown {what} {name!r}: {hint}")
     return name
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Pretrained weights: three layouts of the same AST, told apart by their keys
+# 5. Pretrained weights: four layouts of the same AST, told apart by their keys
 
 # AudioSet checkpoints of AST's authors, as their README links them (github.com/YuanGongND/ast).
-# They publish no checksums, so the second place is empty: who knows one writes it there.
-# Stride 16: 514 tokens instead of 1,214 for 10 s, and 0.442 mAP instead of 0.459: for laptops.
-AUDIOSET = {  # name: (address, sha256)
+# Stride 16 is for laptops: 514 tokens instead of 1,214 for 10 s, 0.442 mAP instead of 0.459.
+AUDIOSET = {  # name: (address, sha256); no checksum is published: if you know one, put it here
     "audioset": ("https://www.dropbox.com/s/ca0b1v2nlxzyeb4/audioset_10_10_0.4593.pth?dl=1", ""),
     "audioset-16": ("https://www.dropbox.com/s/mdsa4t1xmcimia6/audioset_16_16_0.4422.pth?dl=1", ""),
 }
-LAYOUTS = {  # name: (a key that only it has, eps of its LayerNorms)
-    "original": ("blocks.0.attn.qkv.weight", 1e-6),  # timm's
-    "Hugging Face": ("encoder.layer.0.attention.attention.query.weight", 1e-12),
-    "Hugging Face v5": ("layers.0.attention.q_proj.weight", 1e-12),
-    "ours": ("blocks.0.attn.q.weight", 1e-6),
-}
-# What wraps the whole model: DataParallel, the original's class, Hugging Face's classifier.
-PREFIX = r"^(module\.)?(v\.|audio_spectrogram_transformer\.)?"
 RENAME = [  # (their key, ours), applied in this order: later lines see what earlier ones left
+    # DataParallel, the original's class and Hugging Face's classifier wrap the whole model.
+    (r"^(module\.)?(v\.|audio_spectrogram_transformer\.)?", ""),
     (r"^embeddings\.patch_embeddings\.projection|^patch_embed\.proj", "patch"),
     (r"^embeddings\.distillation_token", "dist_token"),
-    (r"^embeddings\.position_embeddings", "pos_embed"),
-    (r"^embeddings\.", ""),
+    (r"^embeddings\.position_embeddings", "pos_embed"), (r"^embeddings\.", ""),
     (r"^(encoder\.layer|layers)\.", "blocks."),
-    (r"layernorm_before", "norm1"),
-    (r"layernorm_after", "norm2"),
-    (r"^layernorm\.", "norm."),
-    (r"attention\.attention\.(q)uery|attention\.attention\.(k)ey|attention\.attention\.(v)alue",
-     r"attn.\1\2\3"),
-    (r"attention\.([qkvo])_proj", r"attn.\1"),
-    (r"attention\.output\.dense|attn\.proj", "attn.o"),
-    (r"intermediate\.dense", "mlp.fc1"),
-    (r"output\.dense", "mlp.fc2"),
+    (r"layernorm_before", "norm1"), (r"layernorm_after", "norm2"), (r"^layernorm\.", "norm."),
+    (r"attention\.attention\.([qkv])(uery|ey|alue)|attention\.([qkv])_proj", r"attn.\1\3"),
+    (r"attention\.output\.dense|attention\.o_proj|attn\.proj", "attn.o"),
+    (r"intermediate\.dense", "mlp.fc1"), (r"output\.dense", "mlp.fc2"),
 ]
 HEADS = r"^(mlp_head|head|head_dist|classifier)\."  # AudioSet's and ImageNet's: not ours
 
@@ -612,85 +565,70 @@ def load_pretrained(ast, path):
     """Load a checkpoint of the same size into a plain AST and return a sentence about it.
 
     Takes the original `.pth`, Hugging Face's `.bin` or `.safetensors` (old and new key names), a
-    DeiT from ImageNet and our own files. Sets stride and grid from the position embedding and
-    LayerNorm's eps from the layout: with near-zero tokens the wrong eps moves outputs by 1e-2.
-    Raises ValueError with the missing and unexpected keys, or both shapes where they disagree.
+    DeiT from ImageNet and our own files. The position embedding gives grid and stride, the layout
+    LayerNorm's eps: with near-zero tokens the wrong eps moves outputs by 1e-2.
     """
-    if ast.adaptation:  # keys would fit for some methods, and the fingerprint would be another's
+    if ast.adaptation:  # the keys would fit for some methods
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
     state = read_weights(path)
-    own = state.pop("settings", {})
-    state, layout = to_our_names(state, path)
-    grid, stride = infer_grid(ast, state, own, path)
-    if state["patch.weight"].shape[1] == 3:  # (D, 3, 16, 16) -> (D, 1, 16, 16): grey in all three
-        state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)
+    own, keys = state.pop("settings", {}), " ".join(state)
+    layout = "original" if "qkv" in keys else "Hugging Face" if "layernorm" in keys else "our"
+    state = to_our_names(state)
+    for key in {"pos_embed", "patch.weight"} - state.keys():
+        raise ValueError(f"{path} is not an AST-{ast.size}: it has no {key}")
+    ast.grid, ast.stride = infer_grid(ast, state["pos_embed"].shape[1] - 2, own, path)
+    ast.patch.stride = (ast.stride, ast.stride)
+    ast.pos_embed = nn.Parameter(torch.empty(1, 2 + math.prod(ast.grid), ast.embed_dim))
     if ast.pos_embed_kind == "zero":
         state["pos_embed"] = torch.zeros_like(state["pos_embed"])
-    ast.grid, ast.stride, ast.patch.stride = grid, stride, (stride, stride)
-    ast.pos_embed = nn.Parameter(torch.empty(1, 2 + math.prod(grid), ast.embed_dim))
+    if state["patch.weight"].shape[1] == 3:  # (D, 3, 16, 16) -> (D, 1, 16, 16): grey in all three
+        state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)
     try:
         ast.load_state_dict(state)
     except RuntimeError as error:  # it lists missing and unexpected keys, and shapes that differ
         raise ValueError(f"{path} is not an AST-{ast.size}: {error}") from error
     for module in ast.modules():
         if isinstance(module, nn.LayerNorm):
-            module.eps = own.get("eps", LAYOUTS[layout][1])
+            module.eps = own.get("eps", 1e-12 if layout == "Hugging Face" else 1e-6)
     return (f"{Path(path).name}: {layout} layout, {len(state)} tensors, positions "
             f"{ast.grid[0]} x {ast.grid[1]}, stride {ast.stride}, eps {ast.norm.eps:g}")
 
 
-def to_our_names(state, path):
-    """Any layout's {key: tensor} -> (the same under our names, without heads; the layout)."""
-    state = {re.sub(PREFIX, "", key): value for key, value in state.items()}
-    layout = next((name for name, (key, _) in LAYOUTS.items() if key in state), None)
-    if layout is None:
-        raise ValueError(f"{path} holds no plain AST: none of its {len(state)} keys is one of "
-                         + ", ".join(key for key, _ in LAYOUTS.values()))
+def to_our_names(state):
+    """{key: tensor} of any layout -> the same under our names, without heads."""
     renamed = {}
     for key, value in state.items():
-        if re.match(HEADS, key):
-            continue
         for pattern, ours in RENAME:
             key = re.sub(pattern, ours, key)
         if ".qkv." in key:  # one matrix with the rows of q, then k, then v
-            for name, part in zip("qkv", value.chunk(3)):
-                renamed[key.replace("qkv", name)] = part
-        else:
+            renamed |= {key.replace("qkv", name): x for name, x in zip("qkv", value.chunk(3))}
+        elif not re.match(HEADS, key):
             renamed[key] = value
-    return renamed, layout
+    return renamed
 
 
-def infer_grid(ast, state, own, path):
-    """The checkpoint's position grid and stride: ((f, t), stride)."""
-    for key in {"pos_embed", "patch.weight"} - state.keys():
-        raise ValueError(f"{path} is not an AST-{ast.size}: it has no {key}")
-    if "grid" in own:
-        return tuple(own["grid"]), own["stride"]
-    patches = state["pos_embed"].shape[1] - 2
-    rows = lambda stride, length: (length - PATCH) // stride + 1
+def infer_grid(ast, patches, own, path):
+    """Return the position grid and the stride of a checkpoint of so many patches: ((f, t), s)."""
+    known = [(own.get("grid", ast.grid), own.get("stride", ast.stride))]
     for stride in range(16, 7, -1):  # AudioSet, 1024 frames: each stride has another number
-        grid = rows(stride, ast.mels), rows(stride, 1024)
-        if grid[0] * grid[1] == patches:
-            return grid, stride
-    if patches == ast.grid[0] * ast.grid[1]:
-        return ast.grid, ast.stride
-    side = int(patches**0.5)
-    if side * side != patches:
-        raise ValueError(f"{path}: no known grid has its {patches} patch positions")
-    return (side, side), ast.stride  # ImageNet's
+        known.append((((ast.mels - PATCH) // stride + 1, (1024 - PATCH) // stride + 1), stride))
+    known.append(((math.isqrt(patches), math.isqrt(patches)), ast.stride))  # ImageNet is square
+    for grid, stride in known:
+        if math.prod(grid) == patches:
+            return tuple(grid), stride
+    raise ValueError(f"{path}: no known grid has its {patches} patch positions")
 
 
 def read_weights(path):
     """{key: tensor} of a `.safetensors` file or a torch file, without running code from it."""
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")
-    if str(path).endswith(".safetensors"):
-        return read_safetensors(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and unicode errors, by what the file holds
-        raise ValueError(f"{path} is no checkpoint that loads safely (weights_only=True): it is "
-                         "damaged, or holds Python code, which is never run") from error
+        state = (read_safetensors(path) if str(path).endswith(".safetensors")
+                 else torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # many kinds, by what the file holds
+        raise ValueError(f"{path} is no checkpoint that loads safely: it is damaged, or holds "
+                         "Python code, which is never run") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of weights")
     for name in ("encoder", "model", "state_dict"):  # our own files; DeiT's
@@ -701,23 +639,17 @@ def read_weights(path):
 
 def read_safetensors(path):
     """The format: 8 bytes of header length, a JSON header, then the tensors' raw bytes."""
-    kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-             "F64": torch.float64}
-    raw, state = Path(path).read_bytes(), {}
-    try:
-        start = 8 + int.from_bytes(raw[:8], "little")
-        header = json.loads(raw[8:start])
-        header.pop("__metadata__", None)
-        for key, entry in header.items():
-            first, last = (start + offset for offset in entry["data_offsets"])
-            if not start <= first <= last <= len(raw):
-                raise ValueError(f"{key} lies outside the file")
-            tensor = torch.frombuffer(bytearray(raw[first:last]), dtype=kinds[entry["dtype"]])
-            state[key] = tensor.reshape(entry["shape"]).float()
-        if start > len(raw):
-            raise ValueError("its header is longer than the file")
-    except Exception as error:  # by what stands in the header
-        raise ValueError(f"{path} is damaged, no readable safetensors file: {error!r}") from error
+    kinds = dict(F16=torch.float16, BF16=torch.bfloat16, F32=torch.float32, F64=torch.float64)
+    raw, state = bytearray(Path(path).read_bytes()), {}
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+        first, last = (start + offset for offset in entry["data_offsets"])
+        if not start <= first <= last <= len(raw):
+            raise ValueError(f"{key} lies outside the file")
+        tensor = torch.frombuffer(raw[first:last], dtype=kinds[entry["dtype"]])
+        state[key] = tensor.reshape(entry["shape"]).float()
     return state
 
 
@@ -736,10 +668,8 @@ def fingerprint(ast):
 
 
 def adapter_state(ast):
-    """Method, options, backbone's fingerprint and what was trained, BatchNorm's buffers included.
-
-    A dict of plain values and tensors: kilobytes, and torch.load(weights_only=True) reads it.
-    """
+    """Return method, options, backbone's fingerprint and what was trained, with BatchNorm's
+    buffers: kilobytes of plain values and tensors, for torch.load(weights_only=True)."""
     if not ast.adaptation:
         raise ValueError("this AST is plain: adapt it first, or save its state_dict")
     trained = {name for name, p in ast.named_parameters() if p.requires_grad}
@@ -749,19 +679,15 @@ def adapter_state(ast):
 
 
 def load_adapter(ast, state):
-    """A new AST that carries the adapter `state`; the outputs of the plain `ast` stay as they are.
-
-    The two share every weight that the adapter leaves frozen (and so freeze it in `ast` too): ten
-    adapters on one backbone cost ten times kilobytes. Raises ValueError for another backbone than
-    the one the adapter was trained on, or for tensors that are missing or too many.
-    """
-    if ast.adaptation:
-        raise ValueError(f"load onto a plain AST: this one carries {ast.adaptation['method']!r}")
-    if state["method"] != "full" and state["backbone"] != fingerprint(ast):
-        raise ValueError(f"this adapter was trained on backbone {state['backbone']}, not on "
-                         f"{fingerprint(ast)}: load the checkpoint it started from")
+    """Return a new AST that carries the adapter `state`; the plain `ast` gives what it gave before.
+    Both share the weights that the adapter leaves frozen (now frozen in `ast` too): ten adapters
+    on one backbone cost ten times kilobytes. An adapter of another backbone is refused."""
     shared = {id(p): p for name, p in ast.named_parameters() if name not in state["weights"]}
     twin = adapt(copy.deepcopy(ast, shared), state["method"], **state["options"])
+    backbone = twin.adaptation["backbone"]
+    if state["method"] != "full" and state["backbone"] != backbone:
+        raise ValueError(f"this adapter was trained on backbone {state['backbone']}, not on "
+                         f"{backbone}: load the checkpoint it started from")
     different = adapter_state(twin)["weights"].keys() ^ state["weights"].keys()
     if different:
         raise ValueError(f"damaged adapter: missing or unexpected {sorted(different)}")
@@ -772,8 +698,7 @@ def load_adapter(ast, state):
 def merge(ast):
     """Fold LoRA or DoRA into the weights, in place: a plain AST, same outputs, no slower."""
     if not ast.adaptation or ast.adaptation["method"] not in ("lora", "dora"):
-        raise ValueError("merge folds lora and dora; other methods have no plain AST that equals "
-                         "them")
+        raise ValueError("merge folds lora and dora: for other methods no plain AST is equal")
     for block in ast.blocks:
         for name in ast.adaptation["options"].get("targets", METHODS["lora"][1]["targets"]):
             unit = getattr(block.attn, name)
@@ -791,8 +716,8 @@ def merge(ast):
 def main():
     with torch.device("meta"):  # shapes without memory: counting needs no weights
         total = count(AST("base"))[2]
-        print(f"AST-base: {total:,} parameters; (B, T, F) = (2, 500, 128) -> "
-              f"{tuple(AST('base')(torch.empty(2, 500, 128)).shape)}\n")
+        shape = tuple(AST("base")(torch.empty(2, 500, 128)).shape)
+        print(f"AST-base: {total:,} parameters; (B, T, F) = (2, 500, 128) -> {shape}\n")
         print(f"{'method':15s} {'trainable':>11s} {'share':>7s}   options (defaults)")
         for method, (_, options) in METHODS.items():
             trainable = count(adapt(AST("base"), method))[0]

@@ -7,6 +7,7 @@ here. Tests of real recordings look for ../shared/data and skip where it is abse
 """
 
 import contextlib
+import copy
 import doctest
 import hashlib
 import http.server
@@ -840,69 +841,33 @@ def test_features_corpus_holds_out_speakers_for_validation():
 # 2. The AST
 
 
-def hugging_faces(layers):
-    """Hugging Face's AST-base, or so many layers of it, with random weights, tokens, positions."""
-    transformers = pytest.importorskip("transformers")
+@hugging_face
+@pytest.mark.parametrize("layers, file, frames, columns, start", [
+    (12, "memory.pt", 1024, 101, 0), (2, "memory.pt", 1024, 101, 0),  # version 5's names
+    (2, "model.safetensors", 1024, 101, 0),  # the names on disk
+    (2, "model.safetensors", 500, 49, 26), (2, "model.safetensors", 100, 9, 46)])
+@torch.inference_mode()
+def test_outputs_equal_hugging_faces(
+        tmp_path, monkeypatch, layers, file, frames, columns, start):
+    """With random weights, tokens and positions; shorter clips: theirs are cropped here by hand."""
+    import transformers
+
     torch.manual_seed(0)
     model = transformers.ASTModel(transformers.ASTConfig(num_hidden_layers=layers)).eval()
     for name, p in model.named_parameters():
         p.data.add_(torch.randn_like(p) * (0.02 if "embeddings" in name else 0.05 * (p.ndim == 1)))
-    return model
-
-
-@hugging_face
-@torch.inference_mode()
-def test_ast_base_equals_hugging_faces(tmp_path):
-    model, ast = hugging_faces(12), AST("base", pool="cls").eval()
-    torch.save(model.state_dict(), tmp_path / "memory.pt")
-    ast_adapters.load_pretrained(ast, tmp_path / "memory.pt")
-    x = torch.randn(1, 1024, 128)
-    assert_close(ast(x), model(x).pooler_output, atol=1e-4, rtol=0)
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """Two layers of it, and two files of them."""
-    model, folder = hugging_faces(2), tmp_path_factory.mktemp("hf")
-    model.save_pretrained(folder)  # the names on disk, as .safetensors
-    torch.save(model.state_dict(), folder / "memory.pt")  # version 5's names in memory
-    return model, folder
-
-
-@pytest.fixture
-def two_layers(monkeypatch):
-    monkeypatch.setitem(ast_adapters.SIZES, "base", (768, 2, 12, (12, 101)))
-
-
-@hugging_face
-@pytest.mark.parametrize("file", ["model.safetensors", "memory.pt"])
-@torch.inference_mode()
-def test_both_layouts_of_hugging_face_load(reference, two_layers, file):
-    model, folder = reference
-    ast = AST("base", pool="cls").eval()
-    said = ast_adapters.load_pretrained(ast, folder / file)
+    if file == "memory.pt":
+        torch.save(model.state_dict(), tmp_path / file)
+    else:
+        model.save_pretrained(tmp_path)
+    positions = model.embeddings.position_embeddings  # (1, 1214, D)
+    grid = positions[:, 2:].unflatten(1, (12, 101))[:, :, start : start + columns].flatten(1, 2)
+    positions.data = torch.cat([positions[:, :2], grid], 1)
+    monkeypatch.setitem(ast_adapters.SIZES, "base", (768, layers, 12, (12, 101)))
+    ast, x = AST("base", pool="cls").eval(), torch.randn(1, frames, 128)
+    said = ast_adapters.load_pretrained(ast, tmp_path / file)
     assert "Hugging Face" in said and "eps 1e-12" in said
-    x = torch.randn(1, 1024, 128)
     assert_close(ast(x), model(x).pooler_output, atol=1e-4, rtol=0)
-
-
-@hugging_face
-@pytest.mark.parametrize("frames, columns, start", [(500, 49, 26), (100, 9, 46)])
-@torch.inference_mode()
-def test_shorter_inputs_read_the_cropped_positions(reference, two_layers, frames, columns, start):
-    import transformers
-
-    model, folder = reference
-    config = transformers.ASTConfig(max_length=frames, num_hidden_layers=2)
-    short = transformers.ASTModel(config).eval()
-    state = dict(model.state_dict())
-    old = state["embeddings.position_embeddings"]  # (1, 1214, D); crop by hand
-    grid = old[:, 2:].reshape(1, 12, 101, 768)[:, :, start : start + columns].reshape(1, -1, 768)
-    state["embeddings.position_embeddings"] = torch.cat([old[:, :2], grid], 1)
-    short.load_state_dict(state)
-    ast, x = AST("base", pool="cls").eval(), torch.randn(2, frames, 128)
-    ast_adapters.load_pretrained(ast, folder / "model.safetensors")
-    assert_close(ast(x), short(x).pooler_output, atol=1e-4, rtol=0)
 
 
 def original_layout(ast):
@@ -919,39 +884,25 @@ def original_layout(ast):
     return state | {key: torch.zeros(5) for key in heads}
 
 
+@pytest.mark.parametrize("stride, grid, colours", [
+    (16, (8, 64), 1), (14, (9, 73), 1), (12, (10, 85), 1), (10, (12, 101), 1), (10, (12, 9), 1),
+    (10, (14, 14), 3)])  # the last: ImageNet's square pictures
 @torch.inference_mode()
-def test_the_original_layout_loads_with_its_own_eps(tmp_path):
-    torch.manual_seed(0)
-    theirs, ours, x = AST("nano"), AST("nano", eps=1e-12), torch.randn(2, 100, 128)
-    torch.save(original_layout(theirs), tmp_path / "a.pth")
-    said = ast_adapters.load_pretrained(ours, tmp_path / "a.pth")
-    assert "original layout" in said and ours.norm.eps == ours.blocks[0].norm1.eps == 1e-6
-    assert_close(ours(x), theirs(x), atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("stride, grid", [(16, (8, 64)), (14, (9, 73)), (12, (10, 85)),
-                                          (10, (12, 101))])
-def test_stride_is_read_from_the_position_embedding(tmp_path, stride, grid):
-    ast, other = AST("tiny", stride=stride, grid=grid), AST("tiny")
-    torch.save(original_layout(ast), tmp_path / "a.pth")
-    ast_adapters.load_pretrained(other, tmp_path / "a.pth")
-    assert other.patch.stride == (stride, stride) and other.grid == grid
+def test_the_original_layout_loads_with_its_stride_grid_and_eps(tmp_path, stride, grid, colours):
+    theirs, ours = AST("nano", stride=stride, grid=grid), AST("nano", eps=1e-12)
+    state, grey = original_layout(theirs), theirs.patch.weight
+    state["module.v.patch_embed.proj.weight"] = grey.repeat(1, colours, 1, 1) / colours
+    torch.save(state, tmp_path / "a.pth")
+    assert "original layout" in ast_adapters.load_pretrained(ours, tmp_path / "a.pth")
+    assert ours.patch.stride == (stride, stride) and ours.grid == grid
+    assert ours.norm.eps == ours.blocks[0].norm1.eps == 1e-6
     x = torch.randn(1, 1024, 128)
-    assert_close(other(x), ast(x))
-
-
-@pytest.mark.parametrize("size, total", [("tiny", 5_621_568), ("small", 21_859_968),
-                                         ("base", 86_187_264)])
-def test_sizes_have_the_published_counts(size, total):
-    with torch.device("meta"):
-        assert count(AST(size))[2] == total
+    assert_close(ours(x), theirs(x), atol=1e-6, rtol=0)
 
 
 def test_positions_are_cropped_in_the_middle_or_interpolated():
-    ast = AST("tiny")
-    index = torch.arange(12 * 101.0)
-    with torch.no_grad():
-        ast.pos_embed[0, 2:] = index[:, None]  # position = its index
+    ast, index = AST("tiny"), torch.arange(12 * 101.0)
+    ast.pos_embed.data[0, 2:] = index[:, None]  # position = its index
     for columns, start in ((9, 46), (12, 44), (39, 31), (49, 26), (50, 25), (101, 0)):
         rows = ast.positions(12, columns)[0, 2:, 0].reshape(12, columns)
         assert torch.equal(rows, index.reshape(12, 101)[:, start : start + columns])
@@ -960,21 +911,29 @@ def test_positions_are_cropped_in_the_middle_or_interpolated():
     assert longer[0, 1] == 0.25 and longer[0, 2] == 0.75  # halves of a step, pixel centres kept
 
 
-@pytest.mark.parametrize("frames", [16, 57, 100, 400])
-def test_one_ast_takes_any_length(frames):
-    assert AST("nano")(torch.randn(2, frames, 128)).shape == (2, 64)
-    with pytest.raises(ValueError, match=r"at least 16 frames, 128 mel bins\), got \(2, 100, 64\)"):
-        AST("nano")(torch.randn(2, 100, 64))
-
-
 def test_attention_is_torchs_own():
-    torch.manual_seed(0)
     ours, theirs = ast_adapters.Attention(64, 4), nn.MultiheadAttention(64, 4, batch_first=True)
     x, qkv = torch.randn(2, 9, 64), (ours.q, ours.k, ours.v)
     theirs.in_proj_weight.data = torch.cat([linear.weight for linear in qkv]).detach()
     theirs.in_proj_bias.data = torch.cat([linear.bias for linear in qkv]).detach()
     theirs.out_proj.load_state_dict(ours.o.state_dict())
     assert_close(ours(x), theirs(x, x, x)[0])
+
+
+@pytest.mark.parametrize("queries, keys", [(9, 9), (9, 14), (700, 700), (1500, 1500)])
+def test_attention_written_out_in_bfloat16_is_torchs(queries, keys):
+    """Outputs and gradients: with prefixes, in slices of heads, too long to be written out."""
+    torch.manual_seed(0)
+    wide = [torch.randn(2, 3, n, 32, dtype=torch.float64) for n in (queries, keys, keys, queries)]
+    results = []
+    for attend, dtype in ((ast_adapters.attend, torch.bfloat16),
+                          (F.scaled_dot_product_attention, torch.float64)):
+        *inputs, weight = (x.bfloat16().to(dtype).requires_grad_() for x in wide)
+        out = attend(*inputs)
+        results.append([out, *torch.autograd.grad(out, inputs, weight)])
+    for ours, exact in zip(*results):
+        assert ours.dtype == torch.bfloat16 and ours.shape == exact.shape
+        assert (ours - exact).norm() < 0.01 * exact.norm()
 
 
 class Payload:
@@ -987,42 +946,38 @@ class Payload:
         return (open, (self.path, "w"))
 
 
+def safetensors(header, length=None):
+    """The bytes of a file with this header and four more."""
+    text = json.dumps(header).encode()
+    return (length or len(text)).to_bytes(8, "little") + text + bytes(4)
+
+
 def test_bad_checkpoints_are_refused_with_a_sentence(tmp_path):
-    torch.save(Payload(tmp_path / "owned"), tmp_path / "code.pt")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    torch.save(torch.zeros(1), tmp_path / "tensor.pt")
-    part = AST("nano").state_dict()
-    del part["pos_embed"]
-    torch.save(part, tmp_path / "part.pt")
-    (tmp_path / "text.pt").write_text("no checkpoint")
-    (tmp_path / "text.safetensors").write_text("no checkpoint either")
-    torch.save(original_layout(AST("tiny")), tmp_path / "tiny.pth")
-    for name, sentence in (
-            ("code.pt", "never run"), ("other.pt", "holds no plain AST"), ("text.pt", "damaged"),
-            ("tensor.pt", "holds a Tensor, not a dict"), ("part.pt", "it has no pos_embed"),
-            ("text.safetensors", "is damaged"), ("none.pt", "no checkpoint at"),
-            ("tiny.pth", "is not an AST-nano")):
-        with pytest.raises(ValueError, match=sentence):
+    good = dict(dtype="F32", shape=[1], data_offsets=[0, 4])
+    wrong = [dict(data_offsets="04"), dict(data_offsets=[-4, 0]), dict(data_offsets=[0, 400]),
+             dict(shape="x")]
+    headers = [[], {"a": 3}, *({"a": good | entry} for entry in wrong)]
+    damaged = [b"no checkpoint", safetensors({}, 2**60), safetensors({"a": good}, 2**60),
+               *map(safetensors, headers)]
+    part = {k: v for k, v in AST("nano").state_dict().items() if k != "pos_embed"}
+    for name, content, sentence in [
+            ("code.pt", Payload(tmp_path / "owned"), "never run"),
+            ("other.pt", {"a": torch.zeros(1)}, "is not an AST-nano: it has no"),
+            ("part.pt", part, "it has no pos_embed"), ("text.pt", b"no checkpoint", "damaged"),
+            ("tiny.pth", original_layout(AST("tiny")), "is not an AST-nano"),
+            ("tensor.pt", torch.zeros(1), "holds a Tensor, not a dict"),
+            *((f"{i}.safetensors", content, "damaged") for i, content in enumerate(damaged))]:
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} .*{sentence}"):
             ast_adapters.load_pretrained(AST("nano"), tmp_path / name)
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        ast_adapters.load_pretrained(AST("nano"), tmp_path / "none.pt")
     with pytest.raises(ValueError, match="load into a plain AST: this one carries 'linear'"):
         ast_adapters.load_pretrained(adapt(AST("nano"), "linear"), tmp_path / "tiny.pth")
     assert not (tmp_path / "owned").exists()
-
-
-GOOD = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-
-
-@pytest.mark.parametrize("header, length", [
-    ([], None), ({"a": 3}, None), ({"a": GOOD["a"] | {"data_offsets": "04"}}, None),
-    ({"a": GOOD["a"] | {"shape": "x"}}, None), (GOOD, 2**60), ({}, 2**60),
-    ({"a": GOOD["a"] | {"data_offsets": [-4, 0]}}, None),
-    ({"a": GOOD["a"] | {"data_offsets": [0, 400]}}, None)])
-def test_a_damaged_safetensors_file_is_named(tmp_path, header, length):
-    text = json.dumps(header).encode()
-    size = (length or len(text)).to_bytes(8, "little")
-    (tmp_path / "a.safetensors").write_bytes(size + text + b"\0" * 4)
-    with pytest.raises(ValueError, match="a.safetensors is damaged"):
-        ast_adapters.read_weights(tmp_path / "a.safetensors")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1041,10 +996,12 @@ COUNTS = [  # P1 and its code, on AST-base, without the head (Conformer without 
     ("dense-moa", {}, 923_724), ("soft-moa", {}, 923_640)]
 
 
-@pytest.mark.parametrize("method, options, trainable", COUNTS)
-def test_trainable_parameters_are_the_published_counts(method, options, trainable):
+def test_counts_of_parameters_are_the_published_ones():
     with torch.device("meta"):
-        assert count(adapt(AST("base"), method, **options))[0] == trainable
+        totals = [count(AST(size))[2] for size in ("tiny", "small", "base")]
+        assert totals == [5_621_568, 21_859_968, 86_187_264]
+        for method, options, trainable in COUNTS:
+            assert count(adapt(AST("base"), method, **options))[0] == trainable, (method, options)
 
 
 CASES = [(method, {}) for method in METHODS] + [
@@ -1054,13 +1011,8 @@ CASES = [(method, {}) for method in METHODS] + [
     ("soft-moa", dict(slots=3, where="mhsa")), ("dense-moa", dict(experts=2, where="both")),
     *((method, dict(form="sequential", at=at, where=where)) for method in ("adapter", "conformer")
       for at in ("before", "after") for where in ("ffn", "mhsa"))]
-SMALLER = {"prompt-shallow": dict(tokens=7), "prompt-deep": dict(tokens=5),
-           "prefix": dict(tokens=6)}
-SOME = [(method, {}) for method in METHODS] + [
-    ("conformer", dict(where="both", kernel=8)), ("adapter", dict(form="sequential", at="before"))]
 IDS = ["-".join([m, *(f"{k}={v}" for k, v in o.items())]) for m, o in CASES]
-
-
+all_methods = pytest.mark.parametrize("method, options", CASES, ids=IDS)
 # Counted in the paper and of no effect: a bias on the keys shifts all scores of a query alike, and
 # the softmax does not see it; BatchNorm removes the bias of the convolution before it.
 BLIND = re.compile(r"attn\.k\.(linear\.|layer\.)?(bias|shift)|depthwise\.bias")
@@ -1069,81 +1021,79 @@ BLIND = re.compile(r"attn\.k\.(linear\.|layer\.)?(bias|shift)|depthwise\.bias")
 def pair(method, options, **ast_options):
     """A plain nano AST and its adapted twin with the same weights."""
     torch.manual_seed(0)
-    plain, twin = AST("nano", **ast_options), AST("nano", **ast_options)
-    twin.load_state_dict(plain.state_dict())
-    return plain, adapt(twin, method, **SMALLER.get(method, {}) | options)
+    plain = AST("nano", **ast_options)
+    return plain, adapt(copy.deepcopy(plain), method, **options)
 
 
 def steps(ast, x, number=2):
     """A few optimiser steps that pull the embedding somewhere; returns names without a gradient."""
-    silent = set()
+    torch.manual_seed(1)
     optimiser = torch.optim.SGD([p for p in ast.parameters() if p.requires_grad], lr=0.05)
     target = torch.randn(len(x), ast.embed_dim)
     for _ in range(number):
         optimiser.zero_grad()
         (ast(x) * target).sum().backward()
-        silent = {n for n, p in ast.named_parameters()
-                  if p.requires_grad and (p.grad is None or not p.grad.any())}
         optimiser.step()
-    return silent
+    return {n for n, p in ast.named_parameters()
+            if p.requires_grad and (p.grad is None or not p.grad.any())}
 
 
-@pytest.mark.parametrize("method, options", CASES, ids=IDS)
-def test_a_method_starts_as_the_frozen_model_and_only_its_own_moves(method, options):
+@all_methods
+def test_a_method_starts_as_the_frozen_model_moves_its_own_and_lives_in_its_file(
+        method, options, tmp_path):
     plain, ast = pair(method, options)
-    x = torch.randn(3, 100, 128)
+    x, before = torch.randn(3, 100, 128), copy.deepcopy(ast.state_dict())
     with torch.no_grad():
-        same = torch.allclose(plain.eval()(x), ast.eval()(x), atol=1e-6)
+        frozen = plain.eval()(x)
+        same = torch.allclose(frozen, ast.eval()(x), atol=1e-6)
     assert same != (method in ("prompt-shallow", "prompt-deep", "prefix"))  # those add tokens
-    before = {k: v.clone() for k, v in ast.state_dict().items()}
     trained = {n for n, p in ast.named_parameters() if p.requires_grad}
+    own_buffers = {n for n, _ in ast.named_buffers()}
     silent = steps(ast.train(), x)
     moved = {k for k, v in ast.state_dict().items() if not torch.equal(v, before[k])}
-    own_buffers = {n for n, _ in ast.named_buffers()}
     assert moved <= trained | own_buffers
+    assert all("adapter" in name for name in own_buffers)  # BatchNorm of the Conformer adapter
     dead = silent | (trained - moved)
     assert all(BLIND.search(name) for name in dead), dead
-    assert all("adapter" in name for name in own_buffers)  # BatchNorm of the Conformer adapter
-    trainable, frozen, total = count(ast)
-    assert trainable + frozen == total
 
-
-@pytest.mark.parametrize("method, options", SOME, ids=[f"{m}{len(o)}" for m, o in SOME])
-def test_an_adapter_file_restores_the_model_and_spares_the_backbone(method, options, tmp_path):
-    plain, ast = pair(method, options)
-    x = torch.randn(3, 100, 128)
-    steps(ast.train(), x)
     torch.save(ast_adapters.adapter_state(ast), tmp_path / "adapter.pt")
     state = torch.load(tmp_path / "adapter.pt", weights_only=True)
-    with torch.no_grad():
-        frozen, expected = plain.eval()(x), ast.eval()(x)
-        twin = ast_adapters.load_adapter(plain, state).eval()
-        assert_close(twin(x), expected, atol=0, rtol=0)
-        assert_close(plain(x), frozen, atol=0, rtol=0)
+    twin = ast_adapters.load_adapter(plain, state).eval()
+    assert torch.equal(twin(x), ast.eval()(x)) and torch.equal(plain(x), frozen)
     if method != "full":
-        assert sum(v.numel() for v in state["weights"].values()) < 0.35 * count(plain)[2]
+        assert sum(v.numel() for v in state["weights"].values()) < 2e5  # of 3e5
         plain.blocks[0].mlp.fc1.bias.data += 1
         with pytest.raises(ValueError, match="was trained on backbone"):
             ast_adapters.load_adapter(plain, state)
 
 
-@pytest.mark.parametrize("method, options", SOME, ids=[f"{m}{len(o)}" for m, o in SOME])
-def test_a_method_takes_any_length_and_bfloat16(method, options):
-    _, ast = pair(method, options)
-    for frames in (30, 100, 250):
-        with torch.autocast("cpu", torch.bfloat16):
-            embedding = ast(torch.randn(2, frames, 128))
-        assert embedding.shape == (2, 64) and torch.isfinite(embedding).all()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_compiles(method, monkeypatch):
+@all_methods
+def test_a_method_takes_any_length_bfloat16_and_torch_compile(method, options, monkeypatch):
     blocks = 2 if method == "prompt-deep" else 1  # compiling is slow; this one has two kinds
     monkeypatch.setitem(ast_adapters.SIZES, "nano", (16, blocks, 2, (12, 9)))
-    ast, x = adapt(AST("nano"), method, **SMALLER.get(method, {})).eval(), torch.randn(2, 40, 128)
-    torch._dynamo.reset()
-    compiled = torch.compile(ast, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(x), ast(x))
+    ast = pair(method, options)[1].eval()
+    for frames in (16, 57, 100, 250):
+        x = torch.randn(2, frames, 128)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_close(ast(x).float(), ast.float()(x), atol=0.1, rtol=0)
+    if not options:
+        torch._dynamo.reset()
+        compiled = torch.compile(ast, backend="aot_eager", fullgraph=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=method == "prefix"):
+            assert_close(compiled(x), ast(x))
+
+
+@pytest.mark.parametrize("method", ["lora", "conformer"])
+def test_checkpointing_changes_no_gradient(method):
+    """But the Conformer adapter's BatchNorm moves as with momentum 1 - (1 - 0.1) ** 2 = 0.19."""
+    ast, x = pair(method, {})[1].train(), torch.randn(3, 100, 128)
+    twin = copy.deepcopy(ast)
+    twin.checkpointing = True
+    steps(ast, x, number=1), steps(twin, x, number=1)
+    for p, again in zip(ast.parameters(), twin.parameters()):
+        assert p.grad is again.grad is None or torch.equal(p.grad, again.grad)
+    for (name, once), twice in zip(ast.named_buffers(), twin.buffers()):
+        assert "running_mean" not in name or torch.allclose(twice, 1.9 * once)
 
 
 @pytest.mark.parametrize("method, options", [
@@ -1152,15 +1102,14 @@ def test_merge_leaves_a_plain_ast_with_equal_outputs(method, options):
     plain, ast = pair(method, options)
     x = torch.randn(3, 100, 128)
     steps(ast, x)
-    with torch.no_grad():
-        expected, state = ast(x), ast_adapters.adapter_state(ast)
-        merged = ast_adapters.merge(ast)
-        assert merged.state_dict().keys() == plain.state_dict().keys() and merged.adaptation is None
-        assert_close(merged(x), expected, atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(merged(x), frozen := plain(x), atol=1e-3)
-        # A merged twin leaves the backbone it shared its weights with alone.
-        assert_close(ast_adapters.merge(ast_adapters.load_adapter(plain, state))(x), merged(x))
-        assert torch.equal(plain(x), frozen)
+    frozen, expected, state = plain(x), ast(x), ast_adapters.adapter_state(ast)
+    merged = ast_adapters.merge(ast)
+    assert merged.state_dict().keys() == plain.state_dict().keys() and not merged.adaptation
+    assert_close(merged(x), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected, frozen, atol=1e-3)
+    # A merged twin leaves the backbone it shared its weights with alone.
+    assert_close(ast_adapters.merge(ast_adapters.load_adapter(plain, state))(x), merged(x))
+    assert torch.equal(plain(x), frozen)
     with pytest.raises(ValueError, match="merge folds lora and dora"):
         ast_adapters.merge(adapt(plain, "adapter"))
 
@@ -1179,53 +1128,42 @@ def test_without_positions_only_the_conformer_adapter_sees_order(method):
             assert torch.allclose(ast.eval()(x), ast(swapped), atol=1e-4) == blind
 
 
-def test_lora_scale_rank_and_dora_by_hand():
-    linear = nn.Linear(5, 4)
-    unit = ast_adapters.LoRA(linear, rank=2, alpha=6)
-    nn.init.normal_(unit.B)
-    x = torch.randn(3, 5)
-    assert_close(unit(x), x @ (linear.weight + 3 * unit.B @ unit.A).T + linear.bias)
-    dora = ast_adapters.DoRA(linear, rank=2, alpha=2)
-    nn.init.normal_(dora.B)
-    with torch.no_grad():
-        dora.m *= 2
+def test_lora_and_dora_by_hand():
+    linear, x = nn.Linear(5, 4), torch.randn(3, 5)
+    lora, dora = ast_adapters.LoRA(linear, 2, alpha=6), ast_adapters.DoRA(linear, 2, alpha=2)
+    nn.init.normal_(lora.B), nn.init.normal_(dora.B), dora.m.data.mul_(2)
+    assert_close(lora(x), x @ (linear.weight + 3 * lora.B @ lora.A).T + linear.bias)
     weight = (dora(torch.eye(5)) - linear.bias).T  # (4, 5): each row has length m
     assert_close(weight.norm(dim=1), dora.m[:, 0])
 
 
 def test_conformer_adapter_by_hand():
     """Against torch's layers in the paper's order, an even kernel padded less on the left."""
-    torch.manual_seed(0)
     unit, x = ast_adapters.Conformer(8, rank=3, kernel=4).eval(), torch.randn(2, 7, 8)
     nn.init.normal_(unit.up.weight)
-    y = F.glu(unit.down(x), 2)  # (2, 7, 3)
-    padded = torch.cat([torch.zeros(2, 1, 3), y, torch.zeros(2, 2, 3)], 1)
-    taps = unit.depthwise.weight[:, 0]  # (3, 4)
-    y = torch.stack([(padded[:, t : t + 4] * taps.T).sum(1) for t in range(7)], 1)  # (2, 7, 3)
-    y = y + unit.depthwise.bias
-    y = F.silu(y / math.sqrt(1 + unit.norm.eps))  # a fresh BatchNorm: mean 0, variance 1
-    assert_close(unit(x), unit.up(y))
+    y = F.pad(F.glu(unit.down(x), 2), (0, 0, 1, 2))  # (2, 7, 3) -> (2, 1 + 7 + 2, 3)
+    taps = unit.depthwise.weight[:, 0].T  # (4, 3)
+    y = torch.stack([(y[:, t : t + 4] * taps).sum(1) for t in range(7)], 1)  # (2, 7, 3)
+    y = (y + unit.depthwise.bias) / math.sqrt(1 + unit.norm.eps)  # a fresh BatchNorm
+    assert_close(unit(x), unit.up(F.silu(y)))
 
 
 def test_convpass_convolves_the_grid_and_leaves_the_two_tokens_alone():
-    unit = ast_adapters.Convpass(8, rank=3, rows=4)
+    unit, x = ast_adapters.Convpass(8, rank=3, rows=4), torch.randn(1, 2 + 4 * 5, 8)
     nn.init.normal_(unit.up.weight)
-    x = torch.randn(1, 2 + 4 * 5, 8)
     changed = x.clone()
     changed[:, 2 + 1 * 5 + 2] += 1  # row 1, column 2
     differs = (unit(x) != unit(changed)).any(2)[0]
-    assert not differs[:2].any()
     near = torch.zeros(4, 5, dtype=torch.bool)
     near[0:3, 1:4] = True
-    assert torch.equal(differs[2:].reshape(4, 5), near)
+    assert not differs[:2].any() and torch.equal(differs[2:].reshape(4, 5), near)
 
 
 def test_mixtures_by_hand():
     dense, x = ast_adapters.DenseMoA(8, 2, experts=3), torch.randn(2, 5, 8)
     soft = ast_adapters.SoftMoA(8, 2, experts=3, slots=2)
-    for unit in (dense, soft):
-        for expert in unit.experts:
-            nn.init.normal_(expert.up.weight)
+    for expert in (*dense.experts, *soft.experts):
+        nn.init.normal_(expert.up.weight)
     share = F.softmax(dense.router(x), 2)
     expected = torch.stack([expert(x) for expert in dense.experts], 3) @ share[..., None]
     assert_close(dense(x), expected[..., 0])
@@ -1238,10 +1176,11 @@ def test_mixtures_by_hand():
 
 def test_placement_by_hand():
     f, a, u = nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(2, 4)
-    assert_close(ast_adapters.Parallel(f, a)(u), f(u) + a(u))
-    for at, residual, expected in (("after", True, f(u) + a(f(u))), ("after", False, a(f(u))),
-                                   ("before", True, f(u + a(u))), ("before", False, f(a(u)))):
-        assert_close(ast_adapters.Sequential(f, a, at, residual)(u), expected)
+    for *options, expected in (
+            ("parallel", "after", True, f(u) + a(u)),
+            ("sequential", "after", True, f(u) + a(f(u))), ("sequential", "after", False, a(f(u))),
+            ("sequential", "before", True, f(u + a(u))), ("sequential", "before", False, f(a(u)))):
+        assert_close(ast_adapters.Placed(f, a, *options)(u), expected)
 
 
 BAD_OPTIONS = [
@@ -1255,10 +1194,12 @@ BAD_OPTIONS = [
     ("conformer", dict(kernel=111), "at most 110"), ("prefix", dict(tokens=7), "7 is odd")]
 
 
-@pytest.mark.parametrize("method, options, sentence", BAD_OPTIONS)
-def test_bad_options_are_answered_with_a_sentence(method, options, sentence):
-    with pytest.raises(ValueError, match=re.escape(sentence)):
-        adapt(AST("nano"), method, **options)
+def test_bad_options_and_inputs_are_answered_with_a_sentence():
+    for method, options, sentence in BAD_OPTIONS:
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            adapt(AST("nano"), method, **options)
+    with pytest.raises(ValueError, match=r"at least 16 frames, 128 mel bins\), got \(2, 100, 64\)"):
+        AST("nano")(torch.randn(2, 100, 64))
 
 
 # --------------------------------------------------------------------------------------------------
