@@ -1223,7 +1223,8 @@ def find_gaps(source, corpus, which, trials):
     good = Counter(corpus.splits[corpus.length > 0])
     good["all"] = good.total()
     expect = source.expect and source.expect | {"all": sum(source.expect.values())}
-    gaps = [f"{split.rstrip('*')}: expected {count:,} clips, found {good[split]:,}"
+    gaps = [f"{'fold ' * split.isdigit()}{split.rstrip('*')}: expected {count:,} clips, found "
+            f"{good[split]:,}"
             for split, count in expect.items() if count != good[split]]
     if source.lists and trials != source.lists[which][1]:
         file, count = source.lists[which]
