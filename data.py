@@ -5,8 +5,8 @@ Sections 1 audio files, 2 the packed corpus, 3 splits, 4 batches, 5 features, 6 
 Axes     B batch, T frames (25 ms every 10 ms), F mel bins, C classes or speakers.
 
 The first use of a corpus decodes every clip once, to 16 kHz mono int16, into one packed file. From
-then on a training segment is a slice of a memory map: no decoding, no worker processes, the same
-speed for WAV, FLAC and M4A. Features are computed a batch at a time on the device that trains.
+then on a training segment is a slice of a memory map: no decoding, no worker processes. Features
+are computed a batch at a time on the device that trains.
 
     corpus = open_corpus("fsdd", "recordings-of/fsdd")
     for batch in batches(corpus, corpus.pick("train"), 32, frames=100, seed=0):
@@ -14,7 +14,6 @@ speed for WAV, FLAC and M4A. Features are computed a batch at a time on the devi
 
 To add a corpus write one function that lists its clips as (path, class, split) and one line in
 CORPORA (section 8). `python data.py NAME ROOT` checks a corpus before anyone trains on it.
-
 Does not: stream from the network, keep more than 16 bits or another rate, or balance classes.
 """
 
@@ -53,11 +52,8 @@ AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
 
 
 def import_torchaudio():
-    """Return torchaudio, also beside a torch it was not built for.
-
-    Its compiled extension refuses another CUDA version or a CPU-only torch. Nothing here needs it,
-    so when the import fails an empty extension takes its place.
-    """
+    """Return torchaudio, also beside a torch it was not built for: another CUDA version, or none.
+    Its compiled extension refuses that; nothing here needs it, so an empty one takes its place."""
     try:
         import torchaudio.compliance.kaldi
     except (OSError, RuntimeError, ImportError):
@@ -197,8 +193,7 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, s
                 valid=True, trials="o", train=True):
     """Return the corpus `name` of CORPORA, packed, with splits and trials.
 
-    root      its folder; built-in corpora need none
-    cache     folder for packed files: a corpus may lie where nobody can write
+    cache     folder for packed files: a corpus' own `root` may be where nobody can write
     seed      of all that is drawn: validation clips or speakers, splits of a folder, few_shot
     fold      test fold of a corpus with folds, from 1 on; None: the first, or no folds
     few_shot  keep so many training clips a class, drawn by `seed`; 0 keeps all
@@ -248,12 +243,10 @@ def open_clips(name, root, cache, skip_bad, which):
 
 
 def pack(name, root, rows, read, cache, skip_bad):
-    """Decode the clips of (clip, class, split) into one file, once; return them as a Corpus.
-
-    The file's name carries a hash of the clips' names, sizes and times, so a changed corpus is
-    another file. Without `skip_bad` bad clips raise ValueError, and the next call packs anew: a
-    decoder may have been installed since.
-    """
+    """Decode the clips of (clip, class, split) into one file, once; return them as a Corpus. The
+    file's name carries a hash of their names, sizes and times: a changed corpus is another file.
+    Without `skip_bad` bad clips raise ValueError, and the next call packs anew: a decoder may have
+    been installed since."""
     digest = hashlib.sha256()
     for clip, _, _ in rows:  # a million: one by one, not as one text
         stamp = VERSION
@@ -299,7 +292,8 @@ def write_pack(path, clips, read, threads):
             waves = pool.imap(read_or_reason, clips, 16) if threads else map(read_or_reason, clips)
             for clip, (wave, reason) in zip(clips, tqdm(waves, f"packing {name}", len(clips),
                                                         leave=False, disable=None)):
-                bad |= {clip: reason} if reason else {}
+                if reason:
+                    bad[clip] = reason
                 lengths.append(len(wave))
                 file.write(to_int16(wave).tobytes())  # a full disk is no clip's fault: it stops
             index = json.dumps([lengths, bad]).encode()
@@ -394,11 +388,9 @@ def index_trials(corpus):
 
 
 def split_by_speaker(corpus, names, rng, draw):
-    """Of clips marked "any": speakers in the trials test, with all their clips; others train.
-
-    With `draw` a tenth of the training speakers validates, unless the corpus brings others:
-    speakers, not clips, for recognising a known speaker is easier than telling strangers apart.
-    """
+    """Of clips marked "any": speakers in the trials test, with all their clips; others train. With
+    `draw` a tenth of the training speakers validates, unless the corpus brings others: speakers,
+    not clips, for recognising a known speaker is easier than telling strangers apart."""
     tested = {names[i] for _, *pair in corpus.trials.get("test", ()) for i in pair}
     free = corpus.splits == "any"
     corpus.splits[free] = ["test" if name in tested else "train" for name in names[free]]
@@ -433,18 +425,16 @@ def make_trials(clips, rng, each=2000):
 
 
 def split_by_class(corpus, names, rng, fold):
-    """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation.
-
-    Draw a validation tenth of "train*", and all three splits of what is marked "any", class by
-    class, so that each split has every class, whatever the sizes.
-    """
+    """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation. Draw a
+    validation tenth of "train*", and all three splits of "any", class by class, so that each split
+    has every class."""
     splits, small = corpus.splits, []
     folds = sorted({int(split) for split in splits if split.isdigit()})
     if folds and fold not in folds:
         raise ValueError(f"--fold {fold}: {corpus.name} has folds {folds}")
     for k in folds:
-        role = "test" if k == fold else "valid" if k == folds[folds.index(fold) - 1] else "train"
-        splits[splits == str(k)] = role
+        before = folds[folds.index(fold) - 1]
+        splits[splits == str(k)] = "test" if k == fold else "valid" if k == before else "train"
     for name in sorted(set(names)):
         clips = rng.permutation(np.flatnonzero((names == name) & (splits == "any")))
         valid, test = [max(1, len(clips) // part) if len(clips) > 2 else 0 for part in (10, 5)]
@@ -483,9 +473,8 @@ def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=Fal
     """Yield Batches of `frames` frames; shuffled, cropped at random and cut to whole for training.
 
     The draw of batch n depends on (seed, epoch, n) alone, so a resumed run sees the same data.
-    repeat  a clip shorter than the crop is repeated (speakers) rather than padded (AST)
-    shard   (rank, world): every process takes its part of each batch
-    steps   stop after so many batches; None: after one pass
+    Short clips are padded (AST) or with `repeat` repeated (speakers). shard = (rank, world): every
+    process takes its part of each batch. `steps` ends it after so many batches.
     """
     order = np.random.default_rng([seed, epoch]).permutation(clips) if train else np.asarray(clips)
     size = min(size, len(order)) if train else size  # fewer clips than a batch: one small batch
@@ -500,10 +489,8 @@ def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=Fal
 
 
 def load_batch(corpus, clips, frames, rng=None, repeat=False):
-    """Return one Batch of `frames` frames a clip, from a random place with `rng`, else its start.
-
-    A shorter clip is followed by zeros, or with `repeat` by itself; `lengths` says where it ends.
-    """
+    """Return one Batch of `frames` frames a clip, from a random place with `rng`, else its start. A
+    shorter clip is followed by zeros, or with `repeat` by itself; `lengths` says where it ends."""
     size = frames if corpus.mels else samples_of(frames)
     # (B, samples) int16 or (B, T, F) int8: widened on the device, so half or a quarter travels.
     x = np.zeros((len(clips), size, *corpus.store.shape[1:]), corpus.store.dtype)
@@ -563,11 +550,9 @@ def mel_triangles(mels, device):
 
 
 def fbank(waves, mels=128):
-    """Log-mel features of float waves in [-1, 1]: (B, samples) -> (B, T, F), on their device.
-
-    Equal to torchaudio.compliance.kaldi.fbank(htk_compat=True, window_type="hanning", dither=0),
-    natural logarithm of power: what AST's checkpoints were trained on.
-    """
+    """Log-mel features of float waves in [-1, 1]: (B, samples) -> (B, T, F), on their device. Equal
+    to torchaudio.compliance.kaldi.fbank(htk_compat=True, window_type="hanning", dither=0): natural
+    logarithm of power, what AST's checkpoints were trained on."""
     waves = torch.atleast_2d(waves.float())  # one wave is a batch of one
     if waves.shape[1] < WINDOW:
         raise ValueError(f"fbank expects at least {WINDOW} samples (25 ms), got {waves.shape[1]}")
@@ -597,7 +582,6 @@ def features(batch, encoder):
     silence is -15.9, and AudioSet's mean is -4.3. Models tuned with it expect it.
     "utterance": each clip's own mean per bin is removed, and with it a channel's constant colour.
     Floats of three axes were made before: inputs (B, T, F), or frozen outputs (B, 1, D) -> (B, D).
-    Raises ValueError when a corpus of ready features has other bins than the model.
     """
     x = batch.x  # (B, samples) or (B, T, F)
     if x.ndim == 3 and x.is_floating_point():
@@ -683,7 +667,7 @@ def perturb_speed(batch, frames, classes):
 
 def add_noise_and_rooms(x, lengths, noise, rooms, share, snr):
     """Give a share of the waves x (B, n) noise or a room (see `augment_waves`)."""
-    y, size = x.clone(), frames_of(x.shape[1])  # x stays whole: babble is made of it
+    y = x.clone()  # x stays whole: babble is made of it
     chosen = torch.randperm(len(x))[: round(share * len(x))].to(x.device)
     half = len(chosen) // (2 if noise else 1) if rooms else 0
     indoors, noisy = chosen[:half], chosen[half:]
@@ -693,8 +677,8 @@ def add_noise_and_rooms(x, lengths, noise, rooms, share, snr):
         y[indoors] = reverberate(x[indoors], responses)
     if noise and len(noisy):
         sounds = (make_noise(x, noisy) if noise == "generated" else
-                  draw_sounds(noise, len(noisy), size, True).to(x.device))
-        ratios = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,) dB
+                  draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device))
+        ratios = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,)
         mix = import_torchaudio().functional.add_noise
         y[noisy] = mix(x[noisy], sounds, ratios, lengths[noisy])
     return y
@@ -1174,9 +1158,7 @@ def download(address, path, sha256=""):
 
 def download_corpus(name, root, cache="cache"):
     """--download: bring the archive of a corpus into an empty or new `root`, or its lists into any.
-
-    A root that holds something is left as it is, so the command can be repeated.
-    """
+    A root that holds something is left as it is, so the command can be repeated."""
     source = CORPORA[name]
     if not source.address:
         raise ValueError(f"--download: {name} has none. {how_to_get(source)}")
@@ -1223,8 +1205,8 @@ def find_gaps(source, corpus, which, trials):
     good = Counter(corpus.splits[corpus.length > 0])
     good["all"] = good.total()
     expect = source.expect and source.expect | {"all": sum(source.expect.values())}
-    gaps = [f"{'fold ' * split.isdigit()}{split.rstrip('*')}: expected {count:,} clips, found "
-            f"{good[split]:,}"
+    label = lambda split: "fold " * split.isdigit() + split.rstrip("*")
+    gaps = [f"{label(split)}: expected {count:,} clips, found {good[split]:,}"
             for split, count in expect.items() if count != good[split]]
     if source.lists and trials != source.lists[which][1]:
         file, count = source.lists[which]
