@@ -1208,10 +1208,8 @@ def find_gaps(source, corpus, which, trials):
     label = lambda split: "fold " * split.isdigit() + split.rstrip("*")
     gaps = [f"{label(split)}: expected {count:,} clips, found {good[split]:,}"
             for split, count in expect.items() if count != good[split]]
-    if source.lists and trials != source.lists[which][1]:
-        file, count = source.lists[which]
-        gaps.append(f"{file}: expected {count:,} trials, found {trials:,}")
-    return gaps
+    file, count = source.lists.get(which, ("", trials))
+    return gaps + [f"{file}: expected {count:,} trials, found {trials:,}"] * (count != trials)
 
 
 def find_doubles(corpus):
@@ -1272,7 +1270,7 @@ def check(name, root, cache="cache", seed=0, trials="o"):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a corpus: counts, durations, faults.")
     parser.add_argument("name", choices=CORPORA, metavar="NAME", help=", ".join(CORPORA))
-    parser.add_argument("root", metavar="ROOT", nargs="?", help="its folder; built-in corpora need none")
+    parser.add_argument("root", metavar="ROOT", nargs="?", help="its folder; none if built in")
     parser.add_argument("--cache", default="cache", help="folder for packed corpora")
     parser.add_argument("--seed", type=int, default=0, help="draws validation and few-shot clips")
     parser.add_argument("--trials", default="o", help="VoxCeleb's list of trials: o, e or h")
