@@ -188,6 +188,13 @@ class Corpus:
         """Return the indices of the clips of a split."""
         return np.flatnonzero(self.splits == split)
 
+    def fingerprint(self):
+        """Hash what training sees: names, splits, labels, lengths and some ten thousand samples.
+        All of the sound would take minutes."""
+        columns = [self.ids, *(c.tolist() for c in (self.splits, self.length, self.labels))]
+        samples = self.store[:: math.ceil(len(self.store) / 10_000)].tobytes()
+        return hashlib.sha256(json.dumps(columns).encode() + samples).hexdigest()
+
 
 def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, skip_bad=False,
                 valid=True, trials="o", train=True):
@@ -322,7 +329,11 @@ def read_pack(path):
 
 
 def corpus_of_files(paths):
-    """Return audio files as a corpus in memory, one clip each, without classes."""
+    """Return audio files, and those below folders, as a corpus in memory, without classes."""
+    paths = [file for path in map(Path, paths) for file in
+             ([path / name for name in find_audio(path)] if path.is_dir() else [path])]
+    if not paths:
+        raise ValueError("expected audio files, or folders that hold some; found none")
     waves, zeros = [to_int16(read_audio(path)) for path in paths], np.zeros(len(paths), np.int64)
     length = np.array([len(wave) for wave in waves])
     return Corpus("files", list(map(str, paths)), zeros, zeros.astype(str), [],
@@ -331,7 +342,9 @@ def corpus_of_files(paths):
 
 def open_sounds(folder, cache="cache", skip_bad=False):
     """Return the audio files below a folder of noises or impulse responses, packed: MUSAN alone is
-    a hundred hours, more than a memory holds."""
+    a hundred hours, more than a memory holds. Nothing and "generated" stay."""
+    if folder in ("", "generated"):
+        return folder
     rows = [(clip, "", "") for clip in find_audio(folder)]
     if not rows:
         raise ValueError(f"no audio files below {folder!r}: expected a folder of them, or the word "
@@ -994,6 +1007,7 @@ class Source:
     expect: dict = field(default_factory=dict)  # split as listed, or "all" -> official clips
     address: str = ""  # of its archive, or of the folder of its lists; empty: no plain download
     sha256: str = ""  # of the archive; empty: none is published with us
+    recipe: dict = field(default_factory=dict)  # P1, section 3.1, or ours: settings of train.py
 
 
 def table(path, *forms):
@@ -1092,41 +1106,50 @@ def open_features(root):
 
 VOXCELEB = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/"
 CORPORA = {
-    "sounds": Source(functools.partial(sound_rows, "sounds"), read=sound),
-    "sounds-source": Source(functools.partial(sound_rows, "sounds-source"), read=sound),
-    "voices": Source(voice_rows, read=voice, trials=True),
+    "sounds": Source(functools.partial(sound_rows, "sounds"), read=sound,
+                     recipe=dict(frames=100, epochs=6)),
+    "sounds-source": Source(functools.partial(sound_rows, "sounds-source"), read=sound,
+                            recipe=dict(frames=100, epochs=7)),
+    "voices": Source(voice_rows, read=voice, trials=True,
+                     recipe=dict(frames=150, epochs=6, batch_size=32)),
     "folder": Source(folder_rows, "A folder per class or speaker: ROOT/dog/1.wav, ROOT/cat/2.wav"),
     "fsdd": Source(
         fsdd_rows, "ROOT/recordings/7_jackson_32.wav, ... (3,000 WAV)",
         expect={"train*": 2700, "test": 300}, address="https://github.com/Jakobovski/"
-        "free-spoken-digit-dataset/archive/refs/heads/master.zip"),
+        "free-spoken-digit-dataset/archive/refs/heads/master.zip",
+        recipe=dict(frames=64, epochs=40, spec_f=16, spec_t=8, shift=6, gain=10.0)),
     "esc50": Source(
         lambda root: table(root / "meta/esc50.csv", "audio/{filename}", "{category}", "{fold}"),
         "ROOT/meta/esc50.csv, ROOT/audio/1-100032-A-0.wav, ... (2,000 WAV)", folds=5,
         expect={str(fold): 400 for fold in range(1, 6)},
-        address="https://github.com/karolpiczak/ESC-50/archive/master.zip"),
+        address="https://github.com/karolpiczak/ESC-50/archive/master.zip",
+        recipe=dict(frames=500, epochs=50, spec_f=24, spec_t=80)),
     "urbansound8k": Source(  # slices of one recording are in one fold, so the folds stay whole
         lambda root: table(root / "metadata/UrbanSound8K.csv", "audio/fold{fold}/{slice_file_name}",
                            "{class}", "{fold}"), "ROOT/metadata/UrbanSound8K.csv, "
         "ROOT/audio/fold1/101415-3-0-2.wav, ... (8,732 WAV)", folds=10, expect={"all": 8732},
-        address="https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz"),
+        address="https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz",
+        recipe=dict(frames=400, epochs=30, spec_f=24, spec_t=80)),
     "speechcommands": Source(
         speechcommands_rows, "ROOT/validation_list.txt, ROOT/testing_list.txt, "
         "ROOT/bed/00176480_nohash_0.wav, ... (version 2, 105,829 WAV)",
         expect={"train": 84843, "valid": 9981, "test": 11005},
         address="http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
-        sha256="af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"),
+        sha256="af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
+        recipe=dict(frames=100, epochs=75, batch_size=128)),
     "fluentspeech": Source(
         fluentspeech_rows, "ROOT/data/train_data.csv, valid_data.csv, test_data.csv, "
         "ROOT/wavs/speakers/SPEAKER/CLIP.wav, ... (30,043 WAV)\nAsk for it by the form of its "
-        "publisher, Fluent.ai", expect={"train": 23132, "valid": 3118, "test": 3793}),
+        "publisher, Fluent.ai", expect={"train": 23132, "valid": 3118, "test": 3793},
+        recipe=dict(frames=400, epochs=75)),
     "voxceleb": Source(
         voxceleb_rows, "ROOT/veri_test2.txt, list_test_all2.txt, list_test_hard2.txt, and anywhere "
         "below ROOT\nid10270/x6uYqmx31kE/00001.wav, ... (VoxCeleb1), "
         "id00012/21Uxsk56VDQ/00001.m4a, ... (VoxCeleb2)\nAsk for the audio by the form at "
         + VOXCELEB,
         lists={"o": ("veri_test2.txt", 37611), "e": ("list_test_all2.txt", 579818),
-               "h": ("list_test_hard2.txt", 550894)}, address=VOXCELEB + "meta/"),
+               "h": ("list_test_hard2.txt", 550894)}, address=VOXCELEB + "meta/",
+        recipe=dict(frames=200)),
     "features": Source(None, "ROOT/features.npy (frames, mel bins) int8, ROOT/trials.txt, "
                        "ROOT/index.csv: id, speaker, split, start, frames"),
 }

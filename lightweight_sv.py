@@ -52,31 +52,32 @@ import torch.nn.functional as F
 
 
 class TransformationModule(nn.Module):
-    """Updates every subset with what the subsets have in common:
+    """Updates every subset with what the subsets have in common. p is a subset's mean over
+    positions (pooling):
 
-        m = mean over subsets of a_s x_s        y_s = x_s + gamma_s norm(m)
+        m = mean over subsets of a_s p_s        y_s = x_s + gamma_s norm(m)
 
-    The weights a come from all subsets at once: their means over positions (pooling) are
-    concatenated, and a 1x1 convolution makes one number for each subset of them. gamma is
-    zero at the start, so the module begins as the identity; gamma has a gradient at once,
-    the gate from the second step on. Convolving the maps as well (each x_s, or m) cost time
-    and lowered no error in one to three short runs each: a hint, not a result.
+    The weights a come from all subsets at once: a 1x1 convolution of the concatenated p makes one
+    number for each subset. gamma is zero at the start, so the module begins as the identity; gamma
+    has a gradient at once, the gate from the second step on. The maps themselves are read once and
+    written once: mixing maps instead of their means cost half of a light ResNet34's step.
     """
 
     def __init__(self, channels, subsets):
         super().__init__()
-        self.subsets, narrow = subsets, channels // subsets
+        self.subsets = subsets
         self.gate = nn.Conv1d(channels, subsets, 1)
-        self.norm = nn.BatchNorm1d(narrow, affine=False)
-        self.gamma = nn.Parameter(torch.zeros(subsets, narrow, 1))
+        self.norm = nn.BatchNorm1d(channels // subsets, affine=False)
+        self.gamma = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        parts = x.flatten(2).unflatten(1, (self.subsets, -1))       # (B, S, D/S, N)
-        pooled = parts.mean(dim=-1, keepdim=True).flatten(1, 2)     # (B, D, 1)
-        weights = self.gate(pooled).squeeze(-1).softmax(dim=1)      # (B, S), sum 1: a mean
-        mean = torch.einsum("bs,bsdn->bdn", weights, parts)         # (B, D/S, N)
-        fused = self.norm(mean).unsqueeze(1)                        # (B, 1, D/S, N)
-        return torch.addcmul(parts, self.gamma, fused).reshape(x.shape)     # (B, D, ...)
+        positions = range(2, x.ndim)                                # T, or F and T
+        pooled = x.mean(dim=tuple(positions)).unsqueeze(-1)         # (B, D, 1)
+        weights = self.gate(pooled).softmax(dim=1)                  # (B, S, 1), sum 1: a mean
+        parts = pooled.squeeze(-1).unflatten(1, (self.subsets, -1))  # (B, S, D/S)
+        mean = self.norm((weights * parts).sum(dim=1))              # (B, D/S)
+        update = self.gamma * mean.repeat(1, self.subsets)          # (B, D)
+        return x + update[(...,) + (None,) * len(positions)]        # (B, D, ...)
 
 
 class PlainMean(nn.Module):
@@ -537,6 +538,16 @@ def error_rates_at(scores, labels, threshold):
     scores, labels = check_trials(scores, labels)
     accepted = scores >= threshold
     return float(1 - accepted[labels].mean()), float(accepted[~labels].mean())
+
+
+def error_rates(scores, labels, threshold=None):
+    """EER in %, minDCF at p 0.01 and 0.05; with a threshold both errors at it, in %."""
+    results = {"eer": 100 * equal_error_rate(scores, labels)}
+    results |= {f"min_dcf_{p}": min_dcf(scores, labels, p) for p in (0.01, 0.05)}
+    if threshold is not None:
+        miss, alarm = error_rates_at(scores, labels, threshold)
+        results |= dict(threshold=threshold, miss=100 * miss, false_alarm=100 * alarm)
+    return results
 
 
 def adaptive_s_norm(scores, pairs, embeddings, cohort, top_n=300, ddof=0):

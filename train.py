@@ -1,4 +1,4 @@
-"""Train, compare, evaluate and use every model of this project: one Config, one loop.
+"""Train, compare, test and use every model of this project: one Config, one loop.
 
     python train.py                     # quick start: a nano AST learns new sounds, offline
     python train.py --compare           # every method on the same data, one table
@@ -9,22 +9,20 @@
     torchrun --nproc_per_node=2 train.py ...            # the same loop in several processes
 
 Sections  1 settings, 2 the loop, 3 evaluation, 4 the model, 5 files of a run, 6 a run, 7 tables of
-          runs, 8 using a checkpoint, 9 machines, 10 the command line
+          runs, 8 using a checkpoint, 9 the profile, 10 machines, 11 the command line
 Axes      B batch, T frames, F mel bins, D width, E embedding, C classes or speakers
 
-Every setting is a field of Config, hence a flag. A setting left out comes from the preset of its
-method and corpus (section 6), which is printed at the start.
+Every setting is a field of Config, hence a flag. A setting that is left out comes from the preset
+of its method and corpus (section 6), which is printed at the start.
 
 A run leaves in its folder: config.json, log.jsonl, last.pt (everything `--resume` needs), best.pt
 (the weights that validated best: all that `--predict` needs), results.json, for an AST adapter.pt
 (only what was trained), for verification scores.txt.
 
 Differs from P1's code: validation selects, the test split is scored once, with a copy of the best
-weights; switches are `--flag/--no-flag`, because argparse's type=bool takes "False" for True;
-scales, biases and norms have no weight decay, which would pull scales of one towards zero.
+weights; scales, biases and norms have no weight decay, which would pull scales of one towards zero.
 
-Does not: split one model over several GPUs, search hyper-parameters, log to a service, or keep more
-than two checkpoints.
+Does not: split one model over several GPUs, search hyper-parameters, or log to a service.
 """
 
 import argparse
@@ -32,6 +30,8 @@ import contextlib
 import csv
 import hashlib
 import inspect
+import io
+import itertools
 import json
 import math
 import os
@@ -43,6 +43,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 # Threads that wait for each other spin, and so take the cores from other programs: beside one, a
 # nano step took 400 ms instead of 25. Let them spin shortly, then sleep (GNU; Intel and LLVM).
@@ -54,34 +55,42 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ast_adapters
 import data
 import lightweight_sv
-from ast_adapters import AST, METHODS, SIZES, LinearHead, adapt
+from ast_adapters import AST, METHODS, LinearHead, adapt
 
 LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()  # by torchrun
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # the number of this process
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # how many there are
-QUIET = True if RANK else None  # tqdm's None: a bar in a terminal, nothing in a file
+# tqdm's None shows a bar in a terminal and nothing in a file; only the first process shows one.
+progress = partial(tqdm, leave=False, disable=True if RANK else None)
 
 # --------------------------------------------------------------------------------------------------
 # 1. Settings: one Config is their only source; `--help` prints the comments behind its fields
 
-MODELS = [f"ast-{size}" for size in SIZES] + list(lightweight_sv.MODELS)
+MODELS = [f"ast-{size}" for size in ast_adapters.SIZES] + list(lightweight_sv.MODELS)
 DEVICES, FOLDS = ("auto", "cpu", "cuda", "mps"), ("all", *map(str, range(1, 11)))
-MODES = ("compare", "sweep", "evaluate", "predict", "verify", "embed")  # else: one training
-TRAINING = ("train", "compare", "sweep")  # who reads a setting: these, or
-TEST, ANY = (*TRAINING, "evaluate"), ("train", *MODES)
+METHOD_OPTIONS = sorted({name for _, options in METHODS.values() for name in options})
+MODES = ("compare", "sweep", "profile", "evaluate", "predict", "verify", "embed")  # or: train
+RUNS = ("train", "compare", "sweep")  # who reads a setting: these,
+TRAINING, TEST, ANY = (*RUNS, "profile"), (*RUNS, "profile", "evaluate"), ("train", *MODES)  # or
 
 
 def opt(default, **rules):
     """A field of Config with rules, which `check` applies to what is typed: `choices`, `least` and
-    `most` (its values), `modes` that read it (else TRAINING), the kind of `model` that reads it,
-    `needs` (flags of which one must be set), `waves` (it needs a corpus of audio), `passing` (it
-    may differ between a run and its continuation)."""
+    `most` (its values), `item` (type of a list's items), `modes` that read it (else TRAINING), the
+    kind of `model` that reads it, `needs` (flags of which one must be set), `corpus` (what the
+    corpus must have), `passing` (it may differ between a run and its continuation)."""
     return field(default=default, metadata=rules)
+
+
+def seconds(text):
+    """A number of seconds, or full: the whole of an utterance."""
+    return math.inf if text == "full" else float(text)
 
 
 @dataclass(frozen=True)
@@ -94,17 +103,18 @@ class Config:
     init: str = ""  # checkpoint to start from; audioset, audioset-16: downloaded; none: random
     compare: bool = False  # run every method and print one table
     sweep: str = ""  # FIELD=v1,v2,...: one run a value, one table
-    seeds: int = opt(1, least=1, passing=True)  # repeat with so many seeds: mean and deviation
-    out: str = opt("", modes=(*TRAINING, "embed"), passing=True)  # folder; empty: out/ and a name
-    resume: bool = opt(False, passing=True)  # go on where the run in --out stopped
+    profile: bool = False  # print where the time of a training step goes; nothing is written
+    seeds: int = opt(1, least=1, modes=RUNS, passing=True)  # repeat with so many seeds: mean and deviation
+    out: str = opt("", modes=(*RUNS, "embed"), passing=True)  # folder; empty: out/ and a name
+    resume: bool = opt(False, modes=RUNS, passing=True)  # go on where the run in --out stopped
     # Data
     data: str = opt("sounds", choices=data.CORPORA, modes=TEST)  # the corpus
     root: str = opt("", modes=TEST, passing=True)  # folder of the corpus
     download: bool = opt(False, passing=True)  # bring it to --root first, where that is free
     cache: str = opt("cache", modes=TEST, passing=True)  # for packed corpora and the nano AST
-    fold: str = opt(None, choices=FOLDS, modes=TEST)  # test fold of a corpus with folds
+    fold: str = opt(None, choices=FOLDS, modes=TEST, corpus="folds")  # test fold of a corpus with folds
     valid: bool = True  # select the best epoch on validation clips; else these train too
-    trials: str = opt("o", choices=("o", "e", "h"), modes=TEST)  # VoxCeleb's list of trials
+    trials: str = opt("o", choices=("o", "e", "h"), modes=TEST, corpus="lists")  # VoxCeleb's list
     few_shot: int = opt(0, least=0)  # train on so many clips a class, drawn by the seed; 0: all
     skip_bad: bool = opt(False, modes=TEST)  # go on without clips that cannot be read
     # Training
@@ -120,13 +130,12 @@ class Config:
     spec_f: int = opt(None, least=0)  # SpecAugment: widest mask, in mel bins
     spec_t: int = opt(None, least=0)  # SpecAugment: widest mask, in frames
     shift: int = opt(None, least=0)  # roll by up to so many frames
-    gain: float = opt(None, least=0, most=60, model="ast", waves=True)  # up to so many dB louder
-    speed_perturb: bool = opt(False, waves=True)  # play x1, x0.9 and x1.1, as other speakers
-    noise: str = opt("", waves=True)  # a folder of noises, such as MUSAN's, or generated
-    reverb: str = opt("", waves=True)  # a folder of impulse responses of rooms, or generated
-    distorted: float = opt(0.6, least=0, most=1, needs="noise reverb")  # share with either
-    snr_low: float = opt(0.0, needs="noise")  # least signal-to-noise ratio in dB
-    snr_high: float = opt(15.0, needs="noise")  # greatest
+    gain: float = opt(None, least=0, most=60, model="ast", corpus="rows")  # up to so many dB
+    speed_perturb: bool = opt(False, corpus="rows")  # play x1, x0.9 and x1.1, as other speakers
+    noise: str = opt("", corpus="rows")  # a folder of noises, such as MUSAN's, or generated
+    reverb: str = opt("", corpus="rows")  # a folder of impulse responses of rooms, or generated
+    distorted: float = opt(0.6, least=0, most=1, needs="noise reverb")  # share of clips with either
+    snr: list = opt((0.0, 15.0), item=float, needs="noise")  # lowest and highest signal-to-noise ratio in dB
     # Options of AST and its methods
     rank: int = opt(None, model="ast")  # adapters, LoRA: width of the bottleneck
     where: str = opt(None, model="ast")  # adapters: ffn, mhsa or both
@@ -151,17 +160,28 @@ class Config:
     margin_rise: float = opt(0.0, least=0, most=1)  # share of the steps in which it rises from 0
     # Machine
     device: str = opt("auto", choices=DEVICES, modes=ANY, passing=True)  # where to compute
-    bf16: bool = opt(None, modes=ANY)  # autocast to bfloat16, where it is safe
+    bf16: bool = opt(None, modes=ANY)  # autocast to bfloat16; left out: where it is fast
     compile: bool = opt(False, passing=True)  # torch.compile: slow first step, faster epochs
     # Use of a checkpoint
     evaluate: str = ""  # test this best.pt
-    durations: list = opt((), modes=("evaluate",))  # test segments of so many seconds, or full
+    durations: list = opt((), item=seconds, least=0.16, modes=("evaluate",))  # of a test segment
     as_norm: bool = opt(False, modes=("evaluate",))  # s-norm, its cohort from training speakers
-    predict: list = ()  # name the classes of these files or folders
-    verify: list = ()  # is the last of these files the speaker of all before it?
-    embed: list = ()  # write the embeddings of these files or folders
+    predict: list = opt((), needs="checkpoint")  # name the classes of these files or folders
+    verify: list = opt((), needs="checkpoint")  # is the last of these files the others' speaker?
+    embed: list = opt((), needs="checkpoint")  # write the embeddings of these files or folders
     checkpoint: str = opt("", modes=("predict", "verify", "embed"))  # the best.pt they use
     csv: str = opt("", modes=("predict",))  # write the predictions to this file too
+
+    @property
+    def speaker(self):
+        """Whether the model is a speaker model, and no AST."""
+        return self.model in lightweight_sv.MODELS
+
+    @property
+    def options(self):
+        """The options of an AST's method that are set."""
+        options = {name: getattr(self, name) for name in METHOD_OPTIONS}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,9 +201,8 @@ def fit(cfg, corpus, model, augment_waves, out, device):
         model.train()
         start, losses, seen = time.time(), [], 0
         batches = data.batches(inputs, clips, cfg.batch_size, frames, cfg.seed, epoch,
-                               repeat=repeats(cfg), shard=(RANK, WORLD), steps=cfg.steps)
-        for i, batch in enumerate(tqdm(batches, f"epoch {epoch + 1}", per_epoch, leave=False,
-                                       disable=QUIET)):
+                               repeat=cfg.speaker, shard=(RANK, WORLD), steps=cfg.steps)
+        for i, batch in enumerate(progress(batches, f"epoch {epoch + 1}", per_epoch)):
             step, steps = epoch * per_epoch + i, cfg.epochs * per_epoch
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(cfg, step, steps)
@@ -204,11 +223,12 @@ def fit(cfg, corpus, model, augment_waves, out, device):
         valid = evaluate(cfg, inputs, model, "valid", device, frames)
         score = valid.get("score", epoch)  # nothing to select on: the last epoch is the best
         if score > state["best"]:
-            state["best"] = float(score)
+            state["best"] = score
             save(out / "best.pt", checkpoint(cfg, corpus, model, epoch + 1, valid))
         state["seconds"] += time.time() - start
-        line = dict(epoch=epoch + 1, loss=mean_over_ranks(losses), valid=valid.get("score"),
-                    best=state["best"], lr=group["lr"], clips_per_second=speed,
+        loss = float(sum_over_ranks(torch.tensor(losses)).mean()) / WORLD
+        line = dict(epoch=epoch + 1, loss=loss, valid=valid.get("score"), best=state["best"],
+                    lr=group["lr"], clips_per_second=speed,
                     eta=state["seconds"] / (epoch + 1) * (cfg.epochs - epoch - 1))
         state["epoch"], state["log"] = epoch + 1, state["log"] + [line]
         save_last(out, model, optimiser, state)
@@ -245,36 +265,28 @@ def check_loss(loss, batch, corpus):
 
 
 def autocast(cfg, device):
-    """bfloat16 for products, float32 for what needs it; nothing where bfloat16 is not wanted."""
-    wanted = cfg.bf16 and has_bf16(device)  # a model trained with it is used without it elsewhere
-    return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
-
-
-def repeats(cfg):
-    """Whether a short clip is repeated (speaker models) or padded (AST)."""
-    return cfg.model in lightweight_sv.MODELS
+    """With --bf16: bfloat16 for products, float32 for what needs it, where the device has it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(cfg.bf16 and has_bf16(device)))
 
 
 @torch.inference_mode()
 def cache_inputs(cfg, corpus, model, device):
-    """Return the corpus and crop that the loop reads: as they are, or with inputs computed once.
+    """Return (what the loop reads, its frames): the corpus, or inputs that no epoch changes.
 
-    For `linear` all that is frozen is computed once, if no augmentation comes before it; else the
-    features, while they fit in half a gigabyte. Not where it would change what is drawn: for clips
-    longer than the crop, whose place is random, and where waves are augmented.
+    For `linear` these are all frozen outputs (46 times as fast), if no feature is augmented; else
+    the features, up to half a gigabyte. Crops and waves that are drawn anew are not kept.
     """
-    if cfg.speed_perturb:  # the crop is cut after the speed is changed
-        return corpus, data.frames_at_speed(cfg.frames)
-    encoder, clips, frozen = model.encoder.eval(), len(corpus.ids), cfg.method == "linear" and (
-        "ast" in cfg.model and not (cfg.spec_f or cfg.spec_t or cfg.shift))
-    rows, width = (1, encoder.embed_dim) if frozen else (cfg.frames, encoder.mels)
     size = cfg.frames if corpus.mels else data.samples_of(cfg.frames)
-    if (cfg.gain or cfg.noise or cfg.reverb or corpus.trials or corpus.length.max() > size
-            or 4 * clips * rows * width > 2**29):
-        return corpus, cfg.frames
+    encoder, clips = model.encoder.eval(), len(corpus.ids)
+    frozen = cfg.method == "linear" and not (cfg.speaker or cfg.spec_f or cfg.spec_t or cfg.shift)
+    rows, width = (1, encoder.embed_dim) if frozen else (cfg.frames, encoder.mels)
+    if (cfg.speed_perturb or cfg.gain or cfg.noise or cfg.reverb or corpus.trials
+            or corpus.length.max() > size or 4 * clips * rows * width > 2**29):
+        return corpus, data.frames_at_speed(cfg.frames) if cfg.speed_perturb else cfg.frames
     store = np.zeros((clips, rows, width), np.float32)
-    for batch in tqdm(data.batches(corpus, np.arange(clips), 64, cfg.frames, train=False,
-                                   repeat=repeats(cfg)), "once", leave=False, disable=QUIET):
+    batches = data.batches(corpus, np.arange(clips), 64, cfg.frames, train=False,
+                           repeat=cfg.speaker)
+    for batch in progress(batches, "features, once"):
         x = data.features(batch.to(device), encoder)  # (B, T, F)
         with autocast(cfg, device):
             store[batch.clips] = (encoder.pooled(x).float()[:, None] if frozen else x).cpu()
@@ -289,17 +301,17 @@ def cache_inputs(cfg, corpus, model, device):
 def evaluate(cfg, corpus, model, split, device, frames=None, threshold=None):
     """Return the results of one split, {} of an empty one; "score" is what selection maximises."""
     clips = corpus.pick(split)
-    if corpus.trials and split in corpus.trials:
+    if split in corpus.trials:
         return evaluate_trials(cfg, corpus, model, split, device, None, threshold)
     if corpus.trials or not len(clips):
         return {}
     chances = class_probabilities(cfg, corpus, model, clips, device, frames or cfg.frames)
-    right = chances.argmax(1).numpy() == corpus.labels[clips]
-    results = dict(accuracy=100 * float(right.mean()), score=100 * float(right.mean()))
+    right = 100.0 * (chances.argmax(1).numpy() == corpus.labels[clips])
+    results = dict(accuracy=right.mean(), score=right.mean())
     ordered = np.array([">" in corpus.classes[label] for label in corpus.labels[clips]])
     if ordered.any():  # `sounds`: classes told apart only by order in time
-        results |= dict(content=100 * right[~ordered].mean(), order=100 * right[ordered].mean())
-    return results
+        results |= dict(content=right[~ordered].mean(), order=right[ordered].mean())
+    return {name: float(value) for name, value in results.items()}
 
 
 @torch.inference_mode()
@@ -308,7 +320,7 @@ def class_probabilities(cfg, corpus, model, clips, device, frames):
     windows, owner = data.cut_windows(corpus, clips, frames)  # owner (windows,): row of the clip
     total = torch.zeros(len(clips), len(model.eval().head.weight))  # (clips, C)
     for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
-                              repeat=repeats(cfg), shard=(RANK, WORLD)):
+                              repeat=cfg.speaker, shard=(RANK, WORLD)):
         with autocast(cfg, device):
             logits = model(data.features(batch.to(device), model.encoder))  # (B, C)
         total.index_add_(0, owner[batch.clips], logits.float().softmax(1).cpu())
@@ -316,9 +328,11 @@ def class_probabilities(cfg, corpus, model, clips, device, frames):
 
 
 def evaluate_trials(cfg, corpus, model, split, device, frames, threshold=None, strangers=None):
-    """Return EER and minDCF of the cosine scores of a split's trials, of utterances cut to `frames`
-    (None: whole). Validation trials give a threshold; test trials are judged by it: the errors, in
-    %. strangers: the cohort of --as-norm, whose scores are no cosines and so have no threshold."""
+    """Return the error rates of the cosine scores of a split's trials, and the scores.
+
+    frames: cut utterances to so many (None: whole); threshold: judges test trials (validation
+    trials give one); strangers: the cohort of --as-norm, whose scores no threshold fits.
+    """
     labels, left, right = (np.array(column) for column in zip(*corpus.trials[split]))
     clips, rows = np.unique([left, right], return_inverse=True)  # each is embedded once
     pairs = rows.reshape(2, -1).T  # (trials, 2) rows of the embeddings
@@ -326,15 +340,11 @@ def evaluate_trials(cfg, corpus, model, split, device, frames, threshold=None, s
     scores = (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1).double().numpy()
     if strangers is not None:
         scores = lightweight_sv.adaptive_s_norm(scores, pairs, unit, strangers)
-    eer = 100 * lightweight_sv.equal_error_rate(scores, labels)
-    costs = {f"min_dcf_{p}": lightweight_sv.min_dcf(scores, labels, p) for p in (0.01, 0.05)}
-    results = {"eer": eer, **costs, "score": -eer, "scores": scores}
+        threshold = None
     if split == "valid":
-        results["threshold"] = lightweight_sv.threshold_at(scores, labels)
-    elif threshold is not None and strangers is None:
-        miss, alarm = lightweight_sv.error_rates_at(scores, labels, threshold)
-        results |= dict(threshold=threshold, miss=100 * miss, false_alarm=100 * alarm)
-    return results
+        threshold = lightweight_sv.threshold_at(scores, labels)
+    results = lightweight_sv.error_rates(scores, labels, threshold)
+    return results | dict(score=-results["eer"], scores=scores)
 
 
 @torch.inference_mode()
@@ -349,7 +359,7 @@ def embeddings(cfg, corpus, model, clips, device, frames=None):
     groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
     parts = [part for rows in groups for part in np.split(rows, range(64, len(rows), 64))]
     for part in parts[RANK::WORLD]:
-        batch = data.load_batch(corpus, clips[part], int(lengths[part[0]]), repeat=repeats(cfg))
+        batch = data.load_batch(corpus, clips[part], int(lengths[part[0]]), repeat=cfg.speaker)
         with autocast(cfg, device):
             x = model.encoder(data.features(batch.to(device), model.encoder))  # (B, E)
         unit[part] = F.normalize(x.float(), dim=1).cpu()
@@ -370,8 +380,6 @@ def cohort(cfg, corpus, model, device, each=20):
 # --------------------------------------------------------------------------------------------------
 # 4. The model: an encoder and a head, new or out of a checkpoint
 
-METHOD_OPTIONS = sorted({name for _, options in METHODS.values() for name in options})
-
 
 class Model(nn.Module):
     """Encoder and head: (B, T, F), or frozen outputs (B, D), and labels (B,) -> logits (B, C)."""
@@ -385,24 +393,41 @@ class Model(nn.Module):
         return self.head(embedding, labels)
 
 
-def build_model(cfg, corpus):
-    """Return a new model for a corpus: an adapted pretrained AST, or a speaker model, with a head.
+def make_model(cfg, about, pretrained=None):
+    """Return an encoder and a head with new weights, or, for an AST, those of a file `pretrained`.
 
-    A speaker model takes over the weights of --init best.pt, and its head's for equal classes."""
+    about: `classes`, `mels` and `trials` of the corpus, `settings` of the AST, as best.pt has them.
+    A corpus with trials has AAM-softmax for a head, where each speed of a speaker is a class.
+    """
     torch.manual_seed(cfg.seed)
-    if cfg.model in lightweight_sv.MODELS:
-        encoder = speaker_encoder(cfg, corpus.mels or 80)
+    if cfg.speaker:
+        sizes = {k: getattr(cfg, k) for k in ("width", "embed_dim") if getattr(cfg, k)}
+        encoder = lightweight_sv.MODELS[cfg.model](
+            mels=about["mels"] or 80, subsets=cfg.subsets, share=cfg.share, fusion=cfg.fusion,
+            **sizes)
     else:
-        encoder = AST(cfg.model.removeprefix("ast-"), pos_embed=cfg.pos_embed, pool=cfg.pool)
-        if cfg.init != "none":
-            print(ast_adapters.load_pretrained(encoder, pretrained_file(cfg)))
-        adapt(encoder, cfg.method, **method_options(cfg))
+        encoder = AST(**about["settings"])
+        if pretrained:
+            print(ast_adapters.load_pretrained(encoder, pretrained))
+        adapt(encoder, cfg.method, **cfg.options)
+    classes = len(about["classes"]) * (len(data.SPEEDS) if cfg.speed_perturb else 1)
     torch.manual_seed(cfg.seed)  # so every method starts from the same head
-    model = Model(encoder, make_head(cfg, encoder, len(corpus.classes), corpus.trials))
-    if cfg.model in lightweight_sv.MODELS and cfg.init not in ("", "none"):
+    return Model(encoder, lightweight_sv.AAMSoftmax(encoder.embed_dim, classes, cfg.margin)
+                 if about["trials"] else LinearHead(encoder.embed_dim, classes))
+
+
+def build_model(cfg, corpus):
+    """Return the model that a training starts with. A speaker model takes over the weights of
+    --init best.pt, and its head's for equal classes."""
+    about = dict(classes=corpus.classes, mels=corpus.mels, trials=corpus.trials, settings=dict(
+        size=cfg.model.removeprefix("ast-"), pos_embed=cfg.pos_embed, pool=cfg.pool))
+    if not cfg.speaker:
+        return make_model(cfg, about, None if cfg.init == "none" else pretrained_file(cfg))
+    model = make_model(cfg, about)
+    if cfg.init not in ("", "none"):
         _, before, saved = load_checkpoint(cfg.init, "cpu")
         try:
-            encoder.load_state_dict(before.encoder.state_dict())
+            model.encoder.load_state_dict(before.encoder.state_dict())
         except RuntimeError as error:
             raise ValueError(f"--init {cfg.init} holds another model than --model {cfg.model} with "
                              "these sizes") from error
@@ -412,28 +437,8 @@ def build_model(cfg, corpus):
     return model
 
 
-def method_options(cfg):
-    """The options of an AST's method that are set."""
-    return {name: getattr(cfg, name) for name in METHOD_OPTIONS if getattr(cfg, name) is not None}
-
-
-def speaker_encoder(cfg, mels):
-    sizes = {k: getattr(cfg, k) for k in ("width", "embed_dim") if getattr(cfg, k)}
-    return lightweight_sv.MODELS[cfg.model](mels=mels, subsets=cfg.subsets, share=cfg.share,
-                                            fusion=cfg.fusion, **sizes)
-
-
-def make_head(cfg, encoder, classes, trials):
-    """AAM-softmax for a corpus with trials, where each speed of a speaker is a class; else a Linear
-    layer."""
-    if not trials:
-        return LinearHead(encoder.embed_dim, classes)
-    classes *= len(data.SPEEDS) if cfg.speed_perturb else 1
-    return lightweight_sv.AAMSoftmax(encoder.embed_dim, classes, margin=cfg.margin)
-
-
 def load_checkpoint(path, device):
-    """best.pt -> (the Config it was trained with, its model in eval mode, what it holds).
+    """Read best.pt; return the Config it was trained with, its model in eval mode, what it holds.
 
     Raises ValueError, with the reason, for a file that is absent, damaged or holds something else.
     """
@@ -441,13 +446,9 @@ def load_checkpoint(path, device):
         raise ValueError(f"no checkpoint at {path!r}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        cfg, adaptation = Config(**saved["config"]), saved["adaptation"]
-        if cfg.model in lightweight_sv.MODELS:
-            encoder = speaker_encoder(cfg, saved["mels"] or 80)
-        else:
-            encoder = adapt(AST(**saved["settings"]), adaptation["method"], **adaptation["options"])
-            encoder.adaptation = adaptation  # with the fingerprint of the real backbone
-        model = Model(encoder, make_head(cfg, encoder, len(saved["classes"]), saved["trials"]))
+        cfg = Config(**saved["config"])
+        model = make_model(cfg, saved)
+        model.encoder.adaptation = saved["adaptation"]  # with the real backbone's fingerprint
         model.encoder.load_state_dict(saved["encoder"])
         model.head.load_state_dict(saved["head"])
         saved["epoch"], saved["threshold"]
@@ -462,20 +463,16 @@ def pretrained_file(cfg):
     """Return the checkpoint an AST starts from: a file, AudioSet's (downloaded once), or ours."""
     if cfg.init in ast_adapters.AUDIOSET:
         address, sha256 = ast_adapters.AUDIOSET[cfg.init]
-        path = str(Path(cfg.cache) / f"{cfg.init}.pth")
-        return on_first_rank(lambda: str(data.download(address, path, sha256)))
-    if cfg.init:
-        return cfg.init
-    batch = math.ceil(NANO_RECIPE["batch_size"] / WORLD) * WORLD  # three processes: 18
-    file = Path(cfg.cache) / f"ast-nano-v{data.VERSION}-{batch}.pt"  # another one for other sounds
-    if not on_first_rank(file.exists):
+        path = Path(cfg.cache) / f"{cfg.init}.pth"
+        return on_first_rank(lambda: data.download(address, path, sha256))
+    file = Path(cfg.init or Path(cfg.cache) / f"ast-nano-v{data.VERSION}.pt")
+    if not cfg.init and not on_first_rank(file.exists):
         print("making the nano AST: training on the source classes of `sounds`, once")
-        # In a folder of its own, so that two programs can make it at once; drawing what it draws
-        # must not move what `adapt` draws.
-        with tempfile.TemporaryDirectory(dir=cfg.cache) as out, torch.random.fork_rng(devices=[]):
+        with tempfile.TemporaryDirectory(dir=cfg.cache) as out:  # two programs may make it at once
             out = Path(on_first_rank(lambda: out))
             run(Config(data="sounds-source", method="full", init="none", out=str(out), resume=True,
-                       cache=cfg.cache, device=cfg.device, batch_size=batch))
+                       cache=cfg.cache, device=cfg.device,
+                       batch_size=math.ceil(NANO_RECIPE["batch_size"] / WORLD) * WORLD))
             on_first_rank(lambda: os.replace(out / "best.pt", file))
     return file
 
@@ -487,16 +484,15 @@ def pretrained_file(cfg):
 def save(path, value):
     """Write text or tensors, in the first process alone. Whatever happens on the way, a full disk
     or kill -9, `path` is the old file or the new one, whole."""
-    part = path.with_suffix(path.suffix + ".part")
     if RANK:
         return
+    content, part = io.BytesIO(), path.with_suffix(path.suffix + ".part")
+    content.write(value.encode()) if isinstance(value, str) else torch.save(value, content)
     try:
-        with open(part, "wb") as file:  # as text, Windows would write other line ends
-            file.write(value.encode()) if isinstance(value, str) else torch.save(value, file)
+        part.write_bytes(content.getbuffer())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # out of torch.save a full disk is a RuntimeError
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{path} could not be written ({reason}): what was there before is whole; "
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error}): what was there before is whole; "
                       "make room and go on with --resume") from error
     finally:
         part.unlink(missing_ok=True)
@@ -519,11 +515,10 @@ def save_last(out, model, optimiser, state):
 
 def load_last(out, corpus, model, optimiser):
     """Return the state of last.pt, its weights now in the model; without the file a new run's."""
-    state = dict(epoch=0, best=-math.inf, seconds=0.0, log=[], corpus=hash_of(corpus))
     if not (out / "last.pt").exists():
-        return state
+        return dict(epoch=0, best=-math.inf, seconds=0.0, log=[], corpus=corpus.fingerprint())
     saved = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
-    if saved["corpus"] != state["corpus"]:
+    if saved["corpus"] != corpus.fingerprint():
         raise ValueError(f"{out} was begun on other clips: their list, lengths, splits or sound "
                          "have changed; restore them, or begin anew in another --out")
     model.load_state_dict(saved.pop("model"))
@@ -531,98 +526,65 @@ def load_last(out, corpus, model, optimiser):
     return saved
 
 
-def hash_of(corpus):
-    """Hash what training sees of a corpus: names, lengths, labels, splits, and some ten thousand
-    samples. All of the sound would take minutes."""
-    columns = [corpus.ids, *(c.tolist() for c in (corpus.splits, corpus.length, corpus.labels))]
-    samples = corpus.store[:: math.ceil(len(corpus.store) / 10_000)].tobytes()
-    return hashlib.sha256(json.dumps(columns).encode() + samples).hexdigest()
-
-
 def run_folder(cfg, name):
-    """Make the folder of a run. Raises ValueError where it holds another one, or this one already
-    without --resume: nothing is overwritten."""
-    name = f"out/{name}" if cfg.resume else on_first_rank(lambda: free_name(f"out/{name}"))
-    out = Path(cfg.out or name)
+    """Make the folder of a run and return it: --out, or out/ and the first free name. Raises
+    ValueError where it holds another run, or this one without --resume: nothing is overwritten."""
+    names = [Path(f"out/{name}"), *(Path(f"out/{name}-{number}") for number in range(2, 10_000))]
+    free = names[0] if cfg.resume else next(path for path in names if not path.exists())
+    out = Path(cfg.out) if cfg.out else on_first_rank(lambda: free)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: expected a folder, or a new name")
     if not RANK and (out / "config.json").exists():
         theirs = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        mine = json.loads(json.dumps(asdict(cfg)))
-        changes = ", ".join(f"{f.name} {theirs.get(f.name)!r} -> {mine[f.name]!r}"
-                            for f in fields(Config) if not f.metadata.get("passing")
-                            and mine[f.name] != theirs.get(f.name, mine[f.name]))
-        if changes:
-            raise ValueError(f"--out {out} holds a run with another configuration ({changes}): "
-                             "choose another --out")
-        if not cfg.resume:
-            raise ValueError(f"--out {out} holds this run already: --resume goes on with it, or "
-                             "choose another --out")
+        mine = json.loads(json.dumps(asdict(cfg)))  # JSON makes lists of tuples
+        changes = [f"{f.name} {theirs.get(f.name)!r} -> {mine[f.name]!r}" for f in fields(Config)
+                   if not f.metadata.get("passing") and theirs.get(f.name) != mine[f.name]]
+        if changes or not cfg.resume:
+            holds = (f"a run with another configuration ({', '.join(changes)})" if changes else
+                     "this run already (--resume goes on with it)")
+            raise ValueError(f"--out {out} holds {holds}: choose another --out")
     on_first_rank(lambda: out.mkdir(parents=True, exist_ok=True))
     save(out / "config.json", json.dumps(asdict(cfg), indent=1))
     return out
 
 
-def free_name(name):
-    """Return `name`, or with the first number behind it that no earlier run has taken."""
-    names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]
-    return next(path for path in names if not Path(path).exists())
-
-
 # --------------------------------------------------------------------------------------------------
 # 6. A run: the papers' recipes, the corpus, the model; train, select, test once
 
-PLAIN = dict(spec_f=0, spec_t=0, shift=0, gain=0.0)  # no augmentation
-RECIPE = PLAIN | dict(epochs=30, batch_size=32, frames=500, warmup=0.0, weight_decay=0.1)
-# P1, section 3.1: learning rate by method, the rest by corpus
+# Learning rates by method of P1, section 3.1; what it says of a corpus stands in data.CORPORA.
 LEARNING_RATE = {"full": 5e-5, "linear": 1e-3, "prompt-shallow": 1e-2, "prompt-deep": 1e-2,
                  "prefix": 1e-2, "other": 5e-3}
-CORPUS_RECIPE = {
-    "sounds": dict(frames=100, epochs=6),
-    "sounds-source": dict(frames=100, epochs=7),
-    "voices": dict(frames=150, epochs=6, batch_size=32),
-    "esc50": dict(frames=500, epochs=50, spec_f=24, spec_t=80),
-    "urbansound8k": dict(frames=400, epochs=30, spec_f=24, spec_t=80),
-    "speechcommands": dict(frames=100, epochs=75, batch_size=128),
-    "fluentspeech": dict(frames=400, epochs=75),
-    "voxceleb": dict(frames=200),
-    "fsdd": dict(frames=64, epochs=40, spec_f=16, spec_t=8, shift=6, gain=10.0),
-}
+RECIPE = dict(spec_f=0, spec_t=0, shift=0, gain=0.0, epochs=30, batch_size=32, frames=500,
+              warmup=0.0, weight_decay=0.1)
 # Ours: a model four hundred times smaller than AST-base wants larger and more steps.
 NANO_RECIPE = dict(batch_size=16, warmup=0.1)
 NANO_TOKENS = {"prompt-shallow": 32, "prompt-deep": 8, "prefix": 8}  # P1's 300 would be its input
 NANO_LEARNING_RATE = {"full": 1.5e-3, "other": 1e-2}
-SPEAKER_RECIPE = PLAIN | dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3,
-                              weight_decay=0.05)
+SPEAKER_RECIPE = dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3, weight_decay=0.05)
 # `voices` is small: hosts of two hundred thousand parameters learn it in two minutes.
 VOICES_WIDTH = {"ecapa-tdnn": 64, "amcrn": 32, "resnet34": 8}
 
 
 def with_preset(cfg):
     """Fill every None that has a preset; what is typed wins."""
-    if cfg.model in lightweight_sv.MODELS:
-        preset = SPEAKER_RECIPE | CORPUS_RECIPE.get(cfg.data, {})
-        preset["gain"] = 0.0  # their features have no level: each bin's mean is removed
+    nano, corpus = cfg.model == "ast-nano", data.CORPORA[cfg.data].recipe
+    if cfg.speaker:  # their features have no level, since each bin's mean is removed: no gain
+        preset = RECIPE | SPEAKER_RECIPE | corpus | dict(gain=0.0)
         if cfg.data == "voices":
             preset |= dict(width=VOICES_WIDTH[cfg.model], embed_dim=128)
     else:
-        nano = cfg.model == "ast-nano"
         rates = NANO_LEARNING_RATE if nano else LEARNING_RATE
-        preset = RECIPE | dict(lr=rates.get(cfg.method, rates["other"]))
-        # frames: the columns it has positions for
-        preset |= CORPUS_RECIPE.get(cfg.data, dict(frames=100) if nano else {})
-        preset |= NANO_RECIPE | dict(tokens=NANO_TOKENS.get(cfg.method)) if nano else {}
+        preset = RECIPE | dict(lr=rates.get(cfg.method, rates["other"])) | corpus
+        if nano:  # frames: it has positions for 100
+            preset |= NANO_RECIPE | dict(tokens=NANO_TOKENS.get(cfg.method),
+                                         frames=corpus.get("frames", 100))
     return replace(cfg, **{k: v for k, v in preset.items() if getattr(cfg, k) is None})
 
 
 def run(cfg):
     """Train, select, test once; return the flat results, which results.json holds too."""
-    cfg, device = with_preset(cfg), find_device(cfg.device)
-    corpus, augment_waves = open_data(cfg)
-    check_corpus(cfg, corpus)
-    model = build_model(cfg, corpus).to(device)
-    name = f"{cfg.data}-{cfg.model}" + (f"-{cfg.method}" if "ast" in cfg.model else "")
-    out = run_folder(cfg, name)
+    cfg, corpus, augment_waves, model, device = prepare(cfg)
+    out = run_folder(cfg, f"{cfg.data}-{cfg.model}" + f"-{cfg.method}" * (not cfg.speaker))
     if (out / "results.json").exists():
         print(f"{out} is finished already")
         return json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -633,64 +595,62 @@ def run(cfg):
     return results
 
 
+def prepare(cfg):
+    """Return what `fit` takes: settings with their preset, corpus, augmentation, model, device."""
+    cfg, device = with_preset(cfg), find_device(cfg.device)
+    if cfg.bf16 is None:  # a nano AST's products are too small to gain by it
+        cfg = replace(cfg, bf16=cfg.model != "ast-nano" and has_bf16(device, fast=True))
+    if RANK:
+        dist.barrier()  # the first process packs what is new; the others find it packed
+    corpus = open_corpus(cfg)
+    noise, rooms = (data.open_sounds(name, cfg.cache, cfg.skip_bad)
+                    for name in (cfg.noise, cfg.reverb))
+    if WORLD > 1 and not RANK:
+        dist.barrier()
+    check_corpus(cfg, corpus)
+    augment_waves = partial(data.augment_waves, classes=len(corpus.classes), frames=cfg.frames,
+                            speeds=cfg.speed_perturb, gain=cfg.gain, noise=noise, rooms=rooms,
+                            share=cfg.distorted, snr=(min(cfg.snr), max(cfg.snr)))
+    return cfg, corpus, augment_waves, build_model(cfg, corpus).to(device), device
+
+
 def open_corpus(cfg, train=True):
+    """Return the corpus of --data, as the settings want it."""
     return data.open_corpus(cfg.data, cfg.root, cfg.cache, cfg.seed, cfg.fold and int(cfg.fold),
                             cfg.few_shot, cfg.skip_bad, cfg.valid, cfg.trials, train)
 
 
-def open_data(cfg):
-    """Return the corpus and the function that augments the waves of its training batches. The first
-    process packs what is new; the others wait, then find it packed."""
-    if RANK:
-        dist.barrier()
-    noise, rooms = (name if name in ("", "generated") else
-                    data.open_sounds(name, cfg.cache, cfg.skip_bad)
-                    for name in (cfg.noise, cfg.reverb))
-    corpus = open_corpus(cfg)
-    if WORLD > 1 and not RANK:
-        dist.barrier()
-    return corpus, partial(data.augment_waves, classes=len(corpus.classes), frames=cfg.frames,
-                           speeds=cfg.speed_perturb, gain=cfg.gain, noise=noise, rooms=rooms,
-                           share=cfg.distorted, snr=(cfg.snr_low, cfg.snr_high))
-
-
 def check_corpus(cfg, corpus):
-    """Refuse settings that this corpus cannot follow; note how many clips are short."""
-    length = corpus.length[corpus.pick("train")]
-    frames = length if corpus.mels else data.frames_of(length)
-    if (1 if corpus.mels else 10) * frames.max() < cfg.frames:
-        raise ValueError(f"--frames {cfg.frames}: the longest training clip of --data {cfg.data} "
-                         f"has {frames.max()} frames")
-    if corpus.mels not in (None, 128) and "ast" in cfg.model:
+    """Refuse settings that this corpus cannot follow."""
+    lengths, ready = corpus.length[corpus.pick("train")], corpus.mels is not None
+    longest = lengths.max() if ready else data.frames_of(lengths.max())
+    step = min(cfg.batch_size, len(lengths))
+    if longest < (cfg.frames if ready else cfg.frames / 10):  # waves may be padded, within reason
+        raise ValueError(f"--frames {cfg.frames}: the longest training clip has {longest} frames")
+    if ready and corpus.mels != 128 and not cfg.speaker:
         raise ValueError(f"--model {cfg.model} expects 128 mel bins, --data {cfg.data} has "
                          f"{corpus.mels}: take a speaker model, which is built with as many")
-    for name in ("speed_perturb", "margin", "margin_rise"):
-        if getattr(cfg, name) != getattr(Config, name) and not corpus.trials:
-            raise ValueError(f"{flag_of(name)} is for verification: it needs a corpus with trials, "
-                             f"and --data {cfg.data} has none")
-    size = min(cfg.batch_size, len(length))
-    if size % WORLD:  # in the mean over the processes some clips would weigh more
-        raise ValueError(f"{size} clips a step do not divide among {WORLD} processes: --batch-size "
-                         f"is of all processes together; take a multiple of {WORLD}, and of the "
-                         f"{len(length)} training clips at most all")
-    if (short := (frames < cfg.frames - 2).sum()):  # 1 s has 98 frames: not worth a word
-        corpus.notes.append(f"{short} of {len(length)} training clips are shorter than {cfg.frames}"
-                            f" frames and are {'repeated' if repeats(cfg) else 'padded'}")
+    if not corpus.trials and (cfg.speed_perturb, cfg.margin, cfg.margin_rise) != (False, 0.2, 0):
+        raise ValueError("--speed-perturb, --margin and --margin-rise are for verification: --data "
+                         f"{cfg.data} has no trials")
+    if step % WORLD:  # in the mean over the processes some clips would weigh more
+        raise ValueError(f"{step} clips a step do not divide among {WORLD} processes: --batch-size "
+                         "is of all processes together")
 
 
 def print_plan(cfg, corpus, model, out, device):
     """Print what the run will do: device, versions, seed, sizes, preset, notes on the data."""
     trainable, _, total = ast_adapters.count(model.encoder)
-    sizes = ", ".join(f"{len(corpus.pick(split))} {split}" for split in ("train", "valid", "test"))
-    print(f"\n{out}: {cfg.model}" + (f", {cfg.method}" if "ast" in cfg.model else "")
+    train, valid, test = (len(corpus.pick(split)) for split in ("train", "valid", "test"))
+    print(f"\n{out}: {cfg.model}" + f", {cfg.method}" * (not cfg.speaker)
           + f" on {cfg.data}, seed {cfg.seed}, {device}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads" + f", {WORLD} processes" * (WORLD > 1))
-    print(f"  {sizes} clips, {len(corpus.classes)} classes; trains {trainable:,} of {total:,} "
-          f"parameters ({trainable / total:.2%}) and the head")
-    print("  " + ", ".join(f"{k} {getattr(cfg, k)}" for k in
-                           ("epochs", "batch_size", "frames", "lr", "warmup", "weight_decay")))
-    last = ["no validation clips, so the last epoch is tested"] * (not len(corpus.pick("valid")))
-    for note in last + corpus.notes:
+          f"{torch.get_num_threads()} threads, {WORLD} processes, "
+          f"{'bfloat16 where it is safe' if cfg.bf16 else 'float32'}\n"
+          f"  {train} clips train, {valid} validate, {test} test, {len(corpus.classes)} classes; "
+          f"trains {trainable:,} of {total:,} parameters ({trainable / total:.2%}) and the head")
+    preset = ("epochs", "batch_size", "frames", "lr", "warmup", "weight_decay")
+    print("  " + ", ".join(f"{name} {getattr(cfg, name)}" for name in preset))
+    for note in corpus.notes + ["without validation the last epoch is tested"] * (not valid):
         print(f"  note: {note}")
 
 
@@ -702,13 +662,13 @@ def test_once(cfg, corpus, out, device):
         save(out / "scores.txt", "".join(
             f"{corpus.ids[a]} {corpus.ids[b]} {score:.6f} {label}\n"
             for (label, a, b), score in zip(corpus.trials["test"], tested["scores"])))
-    results = {k: float(v) for k, v in tested.items() if k not in ("score", "scores")}
+    results = {k: v for k, v in tested.items() if k not in ("score", "scores")}
     print(f"tested once, with the weights of epoch {best['epoch']}: {numbers(results)}")
     trainable, _, total = ast_adapters.count(model.encoder)
     results |= dict(trainable=trainable, parameters=total, share=100 * trainable / total,
                     epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1),
                     memory_mb=training_memory(cfg, corpus, model, device))
-    if cfg.model in lightweight_sv.MODELS:
+    if cfg.speaker:
         return results | lightweight_sv.complexity(model.encoder, cfg.frames)
     # An AST has no count of multiply-accumulates, for LoRA's products are no layers.
     save(out / "adapter.pt", dict(adapter=ast_adapters.adapter_state(model.encoder),
@@ -728,7 +688,7 @@ def training_memory(cfg, corpus, model, device):
         return tensor.detach()  # the tensor itself holds the graph that holds it: never freed
 
     clips = corpus.pick("train")[: cfg.batch_size]
-    batch = data.load_batch(corpus, clips, cfg.frames, repeat=repeats(cfg)).to(device)
+    batch = data.load_batch(corpus, clips, cfg.frames, repeat=cfg.speaker).to(device)
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with hooks, autocast(cfg, device):
         model.train()(data.features(batch, model.encoder), batch.labels)
@@ -747,26 +707,22 @@ def numbers(values):
 # 7. Tables of runs: methods, values, folds, seeds
 
 QUICK = ("linear", "conformer", "full")  # what the quick start compares
-SCORES = ("accuracy", "content", "order", "eer", "min_dcf_0.01", "min_dcf_0.05")
-COLUMNS = [(key, key, "") for key in SCORES] + [  # header, key, format; of a score with deviation
-    ("trainable", "trainable", "{:,.0f}"), ("share %", "share", "{:.2f}"),
-    ("MACs", "macs", "{:,.0f}"), ("ms", "latency_ms", "{:.1f}"), ("seconds", "seconds", "{:.1f}"),
-    ("memory MB", "memory_mb", "{:.1f}"), ("file KB", "adapter_kb", "{:.0f}")]
+COLUMNS = {  # key of the results: (header, format; without one it is a score, with its deviation)
+    **{key: (key, "") for key in ("accuracy", "content", "order", "eer", "min_dcf_0.01",
+                                  "min_dcf_0.05")},
+    "trainable": ("trainable", "{:,.0f}"), "share": ("share %", "{:.2f}"),
+    "macs": ("MACs", "{:,.0f}"), "latency_ms": ("ms", "{:.1f}"), "seconds": ("seconds", "{:.1f}"),
+    "memory_mb": ("memory MB", "{:.1f}"), "adapter_kb": ("file KB", "{:.0f}")}
 
 
 def variants(cfg, typed):
     """Return (name of the table, {row: Config}): a row a method or value, or only one."""
-    rows = {}
-    if cfg.compare:
-        if cfg.model in lightweight_sv.MODELS:
-            raise ValueError(f"--compare is for AST's methods; for {cfg.model} take --sweep, such "
-                             "as --sweep subsets=1,2,4")
+    if cfg.compare:  # each method without the options it does not have
         return f"compare-{cfg.data}", {
-            method: replace(cfg, method=method, **{  # without the options it does not have
-                name: None for name in METHOD_OPTIONS if name not in options})
+            method: replace(cfg, method=method, **dict.fromkeys(set(METHOD_OPTIONS) - set(options)))
             for method, (_, options) in METHODS.items()}
     if cfg.sweep:
-        name, _, values = cfg.sweep.partition("=")
+        (name, _, values), rows = cfg.sweep.partition("="), {}
         for text in values.split(","):
             words = {"true": [f"--{name}"], "false": [f"--no-{name}"]}
             value, names = parse(words.get(text, [f"--{name}={text}"]))
@@ -775,51 +731,39 @@ def variants(cfg, typed):
         return f"compare-{cfg.data}", rows
     if not typed & {"data", "model", "method", "init", *METHOD_OPTIONS}:
         return "quick-start", {method: replace(cfg, method=method) for method in QUICK}
-    label = cfg.method if "ast" in cfg.model else cfg.model
+    label = cfg.model if cfg.speaker else cfg.method
     return f"{cfg.data}-{label}", {label: cfg}
 
 
 def study(cfg, typed):
-    """Do what the command line asks for: one run, or a table of rows, folds and seeds."""
+    """Do what the command line asks for: one run, or a table of rows, each of folds and seeds."""
     title, rows = variants(cfg, typed)
-    for label, variant in rows.items():
+    for variant in rows.values():
         check(variant, typed)
-        folds = [variant.fold] if variant.fold != "all" else (
-            FOLDS[1 : 1 + data.CORPORA[variant.data].folds])
-        if not folds:
-            raise ValueError(f"--fold all: --data {cfg.data} has no folds but one split; repeat it "
-                             "with --seeds N")
-        rows[label] = [replace(variant, fold=fold, seed=variant.seed + n) for fold in folds
-                       for n in range(cfg.seeds)]
-    if [len(configs) for configs in rows.values()] == [1]:
-        return run(*rows[label])
-    table, one_row = {}, len(rows) == 1 and cfg.fold == "all"
-    folder = run_folder(cfg, title)
-    for label, configs in rows.items():
-        for each in configs:
-            name = label + (f"-fold{each.fold}" if cfg.fold == "all" else "")
-            name += f"-seed{each.seed}" if cfg.seeds > 1 else ""
-            out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
-            result = run(replace(each, out=str(out), resume=True))
-            table.setdefault(f"fold {each.fold}" if one_row else label, []).append(result)
-    if one_row:
-        table["all folds"] = sum(table.values(), [])
+    folds = [cfg.fold] if cfg.fold != "all" else FOLDS[1 : 1 + data.CORPORA[cfg.data].folds]
+    if len(rows) == len(folds) == cfg.seeds == 1:
+        return run(*rows.values())
+    table, folder = {label: [] for label in rows}, run_folder(cfg, title)
+    for label, fold, n in itertools.product(rows, folds, range(cfg.seeds)):
+        one = replace(rows[label], seed=rows[label].seed + n, fold=fold, resume=True)
+        name = label + f"-fold{fold}" * (len(folds) > 1) + f"-seed{one.seed}" * (cfg.seeds > 1)
+        out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
+        table[label].append(run(replace(one, out=str(out))))
     save(folder / "compare.json", json.dumps(table, indent=1))
     print_table(table, folder)
 
 
 def print_table(table, folder):
     """Print the closing table of {label: results}, and write it to compare.md for a README."""
-    keys = {key for results in table.values() for key in results[0]}  # models may differ in these
-    columns = [column for column in COLUMNS if column[1] in keys]
-    rows = [["", *(header for header, _, _ in columns)]]
-    for label, results in table.items():
-        values = ([r[key] for r in results if key in r] for _, key, _ in columns)
-        rows.append([label, *(cell(v, form) for v, (_, _, form) in zip(values, columns))])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    keys = [key for key in COLUMNS if any(key in r for results in table.values() for r in results)]
+    rows = [["", *(COLUMNS[key][0] for key in keys)]]
+    for label, results in table.items():  # other models may lack some keys
+        rows.append([label, *(cell([r[key] for r in results if key in r], COLUMNS[key][1])
+                              for key in keys)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
     lines = ["| " + " | ".join(text.rjust(w) for text, w in zip(row, widths)) + " |"
              for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
     save(folder / "compare.md", "\n".join(lines) + "\n")
     print("\n" + "\n".join(lines) + f"\n\n{folder}")
 
@@ -839,56 +783,40 @@ def cell(values, form):
 def evaluate_checkpoint(cfg, typed):
     """--evaluate: test a best.pt on its own corpus, or on another with the same classes or with
     trials of any speakers."""
-    device = find_device(cfg.device)
+    device, elsewhere = find_device(cfg.device), "data" in typed
     trained, model, saved = load_checkpoint(cfg.evaluate, device)
-    if "data" not in typed and typed & {"fold", "trials"}:
-        raise ValueError(f"--evaluate {cfg.evaluate} is tested as it was trained, with --fold "
-                         f"{trained.fold or 1} --trials {trained.trials}: others' test clips "
-                         "trained it")
-    elsewhere = {f.name for f in fields(Config) if "evaluate" in f.metadata.get("modes", ())}
-    tested = replace(trained, **{"few_shot": 0, "fold": None if "data" in typed else trained.fold}
-                     | {name: getattr(cfg, name) for name in elsewhere & typed})
-    corpus = open_corpus(tested, train="data" not in typed)
+    own = {f.name for f in fields(Config) if "evaluate" in f.metadata.get("modes", ())} & typed
+    tested = replace(trained, **dict(few_shot=0, fold=None if elsewhere else trained.fold)
+                     | {name: getattr(cfg, name) for name in own})
+    corpus = open_corpus(tested, train=not elsewhere)
     if not (saved["trials"] and corpus.trials) and corpus.classes != saved["classes"]:
-        raise ValueError(f"--evaluate {cfg.evaluate} knows {len(saved['classes'])} classes "
-                         f"({', '.join(saved['classes'][:3])}, ...), --data {tested.data} has "
-                         f"{len(corpus.classes)} ({', '.join(corpus.classes[:3])}, ...)")
+        raise ValueError(f"{cfg.evaluate} knows {len(saved['classes'])} classes, --data "
+                         f"{tested.data} has {len(corpus.classes)}, or others: they must be equal")
     print(f"{cfg.evaluate} on the test split of {tested.data}:")
     if not corpus.trials:
         if cfg.durations or cfg.as_norm:
             raise ValueError("--durations and --as-norm are for verification: "
                              f"--data {tested.data} has no trials")
         return print("  " + numbers(evaluate(tested, corpus, model, "test", device)))
-    strangers, segments = None, {name: read_duration(name) for name in cfg.durations or ["full"]}
+    strangers = None
     if cfg.as_norm:  # the cohort are speakers that trained the model
         try:
-            home = open_corpus(trained) if "data" in typed else corpus
+            home = open_corpus(trained) if elsewhere else corpus
         except ValueError as error:
             raise ValueError(f"--as-norm needs what trained the model: {error}") from error
         strangers = cohort(trained, home, model, device)
         print(f"  s-norm: {min(300, len(strangers))} of {len(strangers)} means of training "
               f"speakers of {trained.data}, ddof 0")
-    for name, frames in segments.items():
-        print(f"  {name:>6}  " + numbers(evaluate_trials(
-            tested, corpus, model, "test", device, frames, saved["threshold"], strangers)))
+    for length in cfg.durations or [math.inf]:
+        frames = None if length == math.inf else round(100 * length)
+        results = evaluate_trials(tested, corpus, model, "test", device, frames,
+                                  saved["threshold"], strangers)
+        print(f"  {f'{length:g} s' if frames else 'full':>6}  {numbers(results)}")
 
 
-def read_duration(text):
-    """Seconds, or full -> frames, or None for whole utterances."""
-    try:
-        frames = None if text == "full" else round(float(text) * 100)
-    except (ValueError, OverflowError):
-        raise ValueError(f"--durations {text!r}: expected seconds, or full") from None
-    if frames is not None and frames < 16:  # an AST reads no less
-        raise ValueError(f"--durations {text}: shorter than 0.16 seconds")
-    return frames
-
-
-def use_checkpoint(cfg, paths):
+def use_checkpoint(cfg):
     """--predict, --verify, --embed: give the files, and those below the folders, to the model."""
     device = find_device(cfg.device)
-    if not cfg.checkpoint:
-        raise ValueError(f"{flag_of(mode_of(cfg))} needs --checkpoint RUN/best.pt")
     trained, model, saved = load_checkpoint(cfg.checkpoint, device)
     if saved["mels"]:
         raise ValueError(f"{cfg.checkpoint} was trained on ready features of {saved['mels']} bins: "
@@ -896,94 +824,163 @@ def use_checkpoint(cfg, paths):
     if cfg.verify and not saved["trials"]:
         raise ValueError(f"--verify: {cfg.checkpoint} tells {len(saved['classes'])} classes apart, "
                          "not speakers: train on a corpus with trials, such as --data voices")
-    files = [file for path in map(Path, paths) for file in
-             ([path / name for name in data.find_audio(path)] if path.is_dir() else [path])]
-    if len(files) < 1 + bool(cfg.verify):
-        raise ValueError(f"expected {'two files or more' if cfg.verify else 'audio files'}, got "
-                         f"{len(files)} of {', '.join(map(str, paths))}")
-    corpus, clips = data.corpus_of_files(files), np.arange(len(files))
+    corpus = data.corpus_of_files(cfg.predict or cfg.verify or cfg.embed)
+    clips = np.arange(len(corpus.ids))
     if cfg.predict:
         chances = class_probabilities(trained, corpus, model, clips, device, trained.frames)
-        return predict(cfg, files, chances, saved["classes"])
+        return predict(corpus.ids, chances, saved["classes"], cfg.csv)
     unit = embeddings(trained, corpus, model, clips, device)  # (files, E)
-    return verify(unit, saved["threshold"]) if cfg.verify else write_embeddings(cfg, files, unit)
+    if cfg.verify:
+        return verify(unit, saved["threshold"])
+    out = Path(cfg.out or "out/embeddings")
+    if (out / "embeddings.npy").exists():
+        raise ValueError(f"{out} holds embeddings already: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
+    np.save(out / "embeddings.npy", unit.numpy())
+    print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt, a line a row")
 
 
-def predict(cfg, files, chances, classes):
-    """Print, and write to --csv, the three likeliest classes of each file; chances (files, C)."""
+def predict(files, chances, classes, path):
+    """Print the three likeliest classes of each file; write them to a CSV file, if it has a path.
+
+    chances: (files, C), or of a speaker model (files, speeds * C)."""
     chances = chances.unflatten(1, (-1, len(classes))).sum(1)  # the speeds of a speaker are one
     rows = []
     for file, row in zip(files, chances):
         named = [(classes[i], float(p)) for p, i in zip(*row.topk(min(3, len(classes))))]
-        rows.append([str(file)] + [cell for name, p in named for cell in (name, f"{p:.4f}")])
+        rows.append([file] + [cell for name, p in named for cell in (name, f"{p:.4f}")])
         print(f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in named))
-    if cfg.csv and not RANK:
-        with open(cfg.csv, "w", newline="", encoding="utf-8") as out:
+    if path:
+        with open(path, "w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows(rows)
 
 
 def verify(unit, threshold):
     """Print whether the last file and the others, whose mean embedding enrols, are one speaker."""
+    if len(unit) < 2:
+        raise ValueError("--verify: expected two files or more, the last of them to be judged")
     score = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1])  # (E,) @ (E,)
-    print(f"score {score:.4f}" + (
-        "; no threshold: this model had no validation trials" if threshold is None else
-        f", threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"))
-
-
-def write_embeddings(cfg, files, unit):
-    """Write embeddings.npy (files, E), unit length, and names.txt, a line a row."""
-    out = Path(cfg.out or free_name("out/embeddings"))
-    if (out / "embeddings.npy").exists():
-        raise ValueError(f"{out} holds embeddings already: choose another --out")
-    if not RANK:
-        out.mkdir(parents=True, exist_ok=True)
-        save(out / "names.txt", "".join(f"{file}\n" for file in files))
-        np.save(out / "embeddings.npy", unit.numpy())
-    print(f"{out}: embeddings.npy {tuple(unit.shape)}, names.txt")
+    judged = "no threshold: this model had no validation trials"
+    if threshold is not None:
+        judged = f"threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"
+    print(f"score {score:.4f}, {judged}")
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Machines: the device, and the processes that torchrun starts
+# 9. The profile: where the time of a training step goes
+
+
+def profile(cfg):
+    """--profile: print the milliseconds of each part of a step of the real loop, and the floor:
+    its multiply-accumulates over the rate of this machine's own product of two matrices.
+
+    Each part waits for the device, so a GPU's parts do not overlap as they do in training.
+    """
+    cfg, corpus, augment_waves, model, device = prepare(replace(cfg, out=""))
+    per_epoch = min(13, max(1, len(corpus.pick("train")) // cfg.batch_size))
+    cfg = replace(cfg, steps=per_epoch, epochs=math.ceil(13 / per_epoch))  # three warm up
+    here, spent = sys.modules[__name__], {}
+
+    def clock(part, work):
+        def timed(*args, **kwargs):
+            if None in spent:  # inside another part, such as the features of an evaluation
+                return work(*args, **kwargs)
+            start, spent[None] = time.perf_counter(), part
+            result = work(*args, **kwargs)
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            del spent[None]
+            spent.setdefault(part, []).append(1000 * (time.perf_counter() - start))
+            return result
+        return timed
+
+    with contextlib.ExitStack() as stack:
+        for part, place, name in (
+                ("waiting for data", data, "load_batch"), ("features", data, "features"),
+                ("augmentation", data, "augment_features"), ("backward", torch.Tensor, "backward"),
+                ("optimiser", torch.optim.AdamW, "step"), ("evaluation", here, "evaluate"),
+                ("once", here, "cache_inputs")):
+            stack.enter_context(mock.patch.object(place, name, clock(part, getattr(place, name))))
+        parallel = lambda *rest, make=parallel_model: clock("forward", make(*rest))
+        stack.enter_context(mock.patch.object(here, "parallel_model", parallel))
+        stack.enter_context(mock.patch.object(here, "save", lambda path, value: None))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        fit(cfg, corpus, model, clock("augmentation", augment_waves), Path(os.devnull), device)
+    print_profile(cfg, corpus, model, device, spent)
+
+
+def print_profile(cfg, corpus, model, device, spent):
+    """Print the table of `profile` from {part: milliseconds of its calls}."""
+    steps = len(spent["backward"])
+    once, evaluation = sum(spent.pop("once")), np.mean(spent.pop("evaluation"))
+    parts = {part: sum(calls[3 * len(calls) // steps:]) / (steps - 3)  # some are called twice
+             for part, calls in spent.items()}
+    batch = data.load_batch(corpus, corpus.pick("train")[: cfg.batch_size], cfg.frames,
+                            repeat=cfg.speaker).to(device)
+    with FlopCounterMode(display=False) as counter, autocast(cfg, device):
+        model.train()(data.features(batch, model.encoder), batch.labels).sum().backward()
+    macs, dtype = counter.get_total_flops() / 2, torch.bfloat16 if cfg.bf16 else torch.float32
+    square, taken = torch.randn(2048, 2048, device=device, dtype=dtype), []
+    for _ in range(7):
+        start = time.perf_counter()
+        (square @ square)[0, 0].item()  # waits for the device
+        taken.append(time.perf_counter() - start)
+    rate, whole = 2048**3 / np.median(taken), sum(parts.values())
+    parts |= {"whole step": whole, "floor of its products": 1000 * macs / rate}
+    print(f"\n{'part of a step':22s}{'ms':>10s}{'share':>9s}")
+    for part, ms in parts.items():
+        print(f"{part:22s}{ms:10.2f}{ms / whole:9.1%}")
+    print(f"{len(batch.labels) / whole * 1000:.1f} clips a second; {macs / 1e9:.3g} GMAC a step, "
+          f"{rate / 1e9:.4g} GMAC a second in {dtype}; once {once:.0f} ms, evaluation "
+          f"{evaluation:.0f} ms\nmemory: {training_memory(cfg, corpus, model, device):.1f} MB "
+          "for the backward pass, gradients and moments" + (
+              f"; peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MB"
+              if device.type == "cuda" else ""))
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Machines: the device, and the processes that torchrun starts
 
 
 def find_device(name):
     """Return the device of --device; of several processes each has the GPU of its number."""
-    there = {"cuda": torch.cuda.is_available(), "cpu": True,
-             "mps": torch.backends.mps.is_available() and WORLD == 1}  # gloo reaches CPUs alone
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
-    if not there[name]:
-        raise ValueError(f"--device {name} is not here, or not in this build of torch: take auto")
+        name = next(kind for kind in there if there[kind])
+    if not there[name] or (name == "mps" and WORLD > 1):  # gloo reaches CPUs alone
+        raise ValueError(f"--device {name} is not here, or not in this build of torch: take cpu")
     if name == "cuda" and WORLD > 1:
         torch.cuda.set_device(name := f"cuda:{os.environ['LOCAL_RANK']}")
     return torch.device(name)
 
 
-def has_bf16(device):
-    """Whether bfloat16 is computed here: on every CPU, on GPUs that have it; untried on Macs'."""
+def has_bf16(device, fast=False):
+    """Whether bfloat16 is computed here, untried on Macs' GPUs; `fast`: not emulated on a CPU."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu"
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and (not fast or any(able.get(k) for k in ("avx512_bf16", "amx_bf16")))
 
 
 def parallel_model(cfg, model, device):
     """Return what the loop calls: the model, compiled if asked, with gradients that are the mean
     over all processes. Evaluation and checkpoints use the plain model, whose weights these are."""
-    cuda = device.type == "cuda"
-    if WORLD > 1 and cuda:  # on CPUs each process has its own BatchNorm: torch's takes GPUs alone
+    gpu = device.type == "cuda"
+    if WORLD > 1 and gpu:  # on CPUs each process has its own BatchNorm: torch's takes GPUs alone
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = torch.compile(model) if cfg.compile else model
     if WORLD == 1:
         return forward
-    return nn.parallel.DistributedDataParallel(forward, [device] if cuda else None)
+    return nn.parallel.DistributedDataParallel(forward, [device] if gpu else None)
 
 
 def join_processes():
     """Join the processes of torchrun, if it started this one; all but the first print nothing."""
     if WORLD > 1:
         nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
-        # One that dies ends the others at once. The limit is generous, for the others wait while
-        # the first one packs a corpus, which may take hours.
+        # One that dies ends the others at once. A day: they wait while the first packs a corpus.
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=1))
     if RANK:
         sys.stdout = open(os.devnull, "w")
@@ -1004,12 +1001,8 @@ def sum_over_ranks(total):
     return total
 
 
-def mean_over_ranks(values):
-    return sum_over_ranks(torch.tensor(np.mean(values))).item() / WORLD
-
-
 # --------------------------------------------------------------------------------------------------
-# 10. The command line
+# 11. The command line
 
 
 def flag_of(name):
@@ -1020,7 +1013,7 @@ def parse(argv=None):
     """Command line -> (Config, names of the flags that were typed)."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        epilog="Without any argument: the quick start. README.md tells the rest.")
+        usage="python train.py [--FLAG VALUE ...], or --help for all of them", epilog="Without any argument: the quick start. README.md tells the rest.")
     settings = {f.name: f for f in fields(Config)}
     for line in inspect.getsource(Config).splitlines():  # its comments are groups and helps
         if title := re.fullmatch(r"    # (.+)", line):
@@ -1030,9 +1023,12 @@ def parse(argv=None):
             text += ": " + ", ".join(f.metadata["choices"]) if "choices" in f.metadata else ""
             default = {"None": "the preset's, the method's or the model's", "True": "on",
                        "False": "off", "": "empty", "()": "none"}.get(str(f.default), f.default)
-            rules = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(
-                nargs="+", metavar="SECONDS" if f.name == "durations" else "FILE")}.get(
-                f.type, dict(type=f.type, metavar=f.type.__name__.upper()))
+            kind = f.metadata.get("item", str if f.type is list else f.type)
+            rules = dict(type=kind, metavar=kind.__name__.upper().replace("STR", "NAME"))
+            if f.type is list:
+                rules["nargs"] = "+"
+            if f.type is bool:
+                rules = dict(action=argparse.BooleanOptionalAction)
             group.add_argument(flag_of(f.name), default=argparse.SUPPRESS, **rules,
                                help=f"{text} (default: {default})".replace("%", "%%"))
     typed = vars(parser.parse_args(argv))
@@ -1049,35 +1045,41 @@ def mode_of(cfg):
 
 def check(cfg, typed):
     """Refuse, before anything is opened, what is typed and breaks the rules of `opt`."""
-    mode, kind = mode_of(cfg), "speaker" if cfg.model in lightweight_sv.MODELS else "ast"
-    for f in [f for f in fields(Config) if f.name in typed and getattr(cfg, f.name) is not None]:
+    mode, kind = mode_of(cfg), "speaker" if cfg.speaker else "ast"
+    has = {"rows": "audio, but ready features", "folds": "folds", "lists": "lists of trials"}
+    for f in fields(Config):
         value, rule = getattr(cfg, f.name), f.metadata
-        least, most = rule.get("least", value), rule.get("most", value)
+        if f.name not in typed or value is None:
+            continue
+        values = value if isinstance(value, (list, tuple)) else [value]
+        least, most = rule.get("least"), rule.get("most", math.inf)
         modes, needs = rule.get("modes", TRAINING), rule.get("needs", "model").split()
+        part = rule.get("corpus", "rows")
         for broken, expected in (
-                (value not in rule.get("choices", [value]),
+                ("choices" in rule and value not in rule["choices"],
                  f"unknown; choose from {', '.join(rule.get('choices', ()))}"),
-                (not least <= value <= most,  # nan is refused too
+                (least is not None and not all(least <= v <= most for v in values),  # nor nan
                  f"expected at least {least}" + f" and at most {most}" * ("most" in rule)),
                 (mode not in modes and f.name != mode,
                  f"does nothing with {flag_of(mode)}" if mode != "train" else
                  f"does nothing without {' or '.join(map(flag_of, modes))}"),
                 (mode in TRAINING and rule.get("model", kind) != kind,
-                 f"{cfg.model} does not read it, being {'no' if kind == 'speaker' else 'an'} AST"),
+                 f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"),
                 (not any(getattr(cfg, name) for name in needs),
                  f"does nothing without {' or '.join(map(flag_of, needs))}"),
-                (value and "waves" in rule and not data.CORPORA[cfg.data].rows,
-                 f"changes waves, and --data {cfg.data} holds ready features")):
+                ("corpus" in rule and mode == "evaluate" and "data" not in typed,
+                 "a checkpoint is tested as it was trained; for another corpus add --data"),
+                (value and "corpus" in rule and not getattr(data.CORPORA[cfg.data], part),
+                 f"--data {cfg.data} has no {has[part]}")):
             if broken:
                 raise ValueError(f"{flag_of(f.name)} {value}: {expected}")
-    if {"trials", "data"} <= typed and not data.CORPORA[cfg.data].lists:
-        raise ValueError(f"--trials chooses among VoxCeleb's lists; --data {cfg.data} has none")
-    if cfg.snr_low > cfg.snr_high:
-        raise ValueError(f"--snr-low {cfg.snr_low} is above --snr-high {cfg.snr_high}")
     if cfg.bf16 and not has_bf16(find_device(cfg.device)):
         raise ValueError(f"--bf16: {find_device(cfg.device)} has no bfloat16 that is known to work")
-    if mode in TRAINING and kind == "ast":
+    if mode in TRAINING and not cfg.speaker:
         check_start(cfg)
+    if mode == "compare" and cfg.speaker:
+        raise ValueError(f"--compare is for AST's methods; for {cfg.model} take --sweep, such as "
+                         "--sweep subsets=1,2,4")
 
 
 def check_start(cfg):
@@ -1089,7 +1091,7 @@ def check_start(cfg):
                          "from random weights")
     with torch.device("meta"):  # shapes without memory
         ast = AST(cfg.model.removeprefix("ast-"))
-    ast_adapters.check_options(ast, cfg.method, method_options(cfg))
+    ast_adapters.check_options(ast, cfg.method, cfg.options)
 
 
 def main(argv=None):
@@ -1101,8 +1103,10 @@ def main(argv=None):
             on_first_rank(lambda: data.download_corpus(cfg.data, cfg.root, cfg.cache))
         if cfg.evaluate:
             evaluate_checkpoint(cfg, typed)
-        elif paths := cfg.predict or cfg.verify or cfg.embed:
-            use_checkpoint(cfg, paths)
+        elif cfg.checkpoint:
+            use_checkpoint(cfg)
+        elif cfg.profile:
+            profile(cfg)
         else:
             study(cfg, typed)
     except (ValueError, OSError) as error:
