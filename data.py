@@ -1,12 +1,12 @@
 """Audio on disk -> packed corpus -> batches -> log-mel features, for every model of this project.
 
 Sections 1 audio files, 2 the packed corpus, 3 splits, 4 batches, 5 features, 6 augmentation,
-         7 built-in corpora, 8 corpora, 9 getting one, 10 the check
+         7 built-in corpora, 8 corpora, 9 getting and checking a corpus
 Axes     B batch, T frames (25 ms every 10 ms), F mel bins, C classes or speakers.
 
 The first use of a corpus decodes every clip once, to 16 kHz mono int16, into one packed file. From
-then on a training segment is a slice of a memory map: no decoding, no worker processes, the same
-speed for WAV, FLAC and M4A. Features are computed a batch at a time on the device that trains.
+then on a training segment is a slice of a memory map: no decoding, no worker processes. Features
+are computed a batch at a time on the device that trains.
 
     corpus = open_corpus("fsdd", "recordings-of/fsdd")
     for batch in batches(corpus, corpus.pick("train"), 32, frames=100, seed=0):
@@ -14,9 +14,7 @@ speed for WAV, FLAC and M4A. Features are computed a batch at a time on the devi
 
 To add a corpus write one function that lists its clips as (path, class, split) and one line in
 CORPORA (section 8). `python data.py NAME ROOT` checks a corpus before anyone trains on it.
-
-Does not: stream from the network, keep more than 16 bits or another rate than 16 kHz, or balance
-classes.
+Does not: stream from the network, keep more than 16 bits or another rate, or balance classes.
 """
 
 import argparse
@@ -31,13 +29,12 @@ import os
 import shutil
 import struct
 import sys
-import tarfile
 import types
 import zipfile
-import zlib
-from collections import Counter, namedtuple
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +44,7 @@ from tqdm import tqdm
 
 RATE = 16_000  # samples a second, everywhere behind the packed file
 HOP, WINDOW, FFT = 160, 400, 512  # 10 ms, 25 ms, the next power of two
+UNPACKING = ".unpacking"  # a folder in the root while an archive is being unpacked
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
 
 # --------------------------------------------------------------------------------------------------
@@ -54,11 +52,8 @@ AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
 
 
 def import_torchaudio():
-    """Return torchaudio, also beside a torch it was not built for.
-
-    Its compiled extension refuses another CUDA version or a CPU-only torch. Nothing here needs it,
-    so when the import fails an empty extension takes its place.
-    """
+    """Return torchaudio, also beside a torch it was not built for: another CUDA version, or none.
+    Its compiled extension refuses that; nothing here needs it, so an empty one takes its place."""
     try:
         import torchaudio.compliance.kaldi
     except (OSError, RuntimeError, ImportError):
@@ -72,86 +67,63 @@ def import_torchaudio():
     return torchaudio
 
 
-# samples a second; "pcm" or "float"; bits of one sample; bytes before the first; samples a channel
-WavHeader = namedtuple("WavHeader", "rate channels kind bits offset samples")
 WAV_TYPES = {("pcm", 8): "u1", ("pcm", 16): "<i2", ("pcm", 24): "u1", ("pcm", 32): "<i4",
              ("float", 32): "<f4", ("float", 64): "<f8"}  # numpy has no type of three bytes
 
 
 def wav_header(path):
-    """Read a RIFF header: chunks of (4 letters, little-endian size, body padded to even).
-
-    Raises ValueError, with the path, for a file that is empty, cut off or neither PCM nor float.
-    """
-    size, form = os.path.getsize(path), b""
+    """Return (rate, channels, "pcm" or "float", bits, first byte, bytes) from a RIFF header: chunks
+    of (4 letters, little-endian size, body padded to even). Raises ValueError for other files."""
+    form, there = b"", os.path.getsize(path)
     with open(path, "rb") as file:
         riff = file.read(12)
         if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
-            raise ValueError(f"{path}: " + (f"not a WAV file (it starts with {riff[:12]!r})"
-                                            if size else "the file is empty"))
+            raise ValueError(f"{path}: empty or not a WAV file (it starts with {riff!r})")
         while (chunk := file.read(8))[:4] != b"data":  # recorders put chunks of their own before
             if len(chunk) < 8:
                 raise ValueError(f"{path}: truncated, it ends before its audio data")
-            length = int.from_bytes(chunk[4:], "little")
-            body = file.read(length + length % 2)
+            size = int.from_bytes(chunk[4:], "little")
+            body = file.read(size + size % 2)
             form = body if chunk[:4] == b"fmt " else form
-        offset, length = file.tell(), int.from_bytes(chunk[4:], "little")
+        size, offset = int.from_bytes(chunk[4:], "little"), file.tell()
     code, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16].ljust(16, b"\0"))
     if code == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the real code opens a GUID
         code = int.from_bytes(form[24:26], "little")
     kind = {1: "pcm", 3: "float"}.get(code)
-    if (kind, bits) not in WAV_TYPES or not channels:
-        raise ValueError(f"{path}: WAV code {code} with {bits} bits is neither PCM nor float; "
-                         "convert it to PCM")
-    if not 1_000 <= rate <= 768_000:
-        raise ValueError(f"{path}: {rate} samples a second are no sound's: the header is damaged")
-    if length in (0, 0xFFFFFFFF):  # written by a stream that could not seek back
-        length = size - offset
-    if offset + length > size:
-        raise ValueError(f"{path}: truncated, {length} bytes announced, {size - offset} there")
-    return WavHeader(rate, channels, kind, bits, offset, length // (channels * bits // 8))
+    if (kind, bits) not in WAV_TYPES or not channels or not 1_000 <= rate <= 768_000:
+        raise ValueError(f"{path}: format {code}, {bits} bits, {channels} channels, {rate} Hz is "
+                         "neither PCM nor float audio; convert it to PCM")
+    size = there - offset if size in (0, 0xFFFFFFFF) else size  # of a stream: not known at first
+    if offset + size > there:
+        raise ValueError(f"{path}: truncated, {size} bytes announced, {there - offset} there")
+    return rate, channels, kind, bits, offset, size - size % (channels * bits // 8)
 
 
-def read_wav(path, start=0, samples=None):
-    """Return samples [start, start + samples) as float32 (channels, n) in [-1, 1], and the rate.
-
-    Reads no more of the file than that. Raises ValueError for what is not a sound WAV file.
-    """
-    head = wav_header(path)
-    count = max(0, min(head.samples - start, head.samples if samples is None else samples))
-    width = head.bits // 8  # bytes a sample
-    raw = np.fromfile(path, WAV_TYPES[head.kind, head.bits],
-                      count * head.channels * (3 if width == 3 else 1),
-                      offset=head.offset + start * head.channels * width)
-    if width == 3:  # three bytes, little-endian: put them on top of an empty lowest byte
-        padded = np.zeros((count * head.channels, 4), np.uint8)
-        padded[:, 1:] = raw.reshape(-1, 3)  # (n * channels, 3)
-        raw, width = padded.view("<i4")[:, 0], 4  # (n * channels,)
-    wave = raw.astype(np.float32)
-    if head.kind == "pcm":  # 8 bits are the one unsigned kind
-        wave = (wave - 128) / 128 if width == 1 else wave / 2 ** (8 * width - 1)
-    return wave.reshape(count, head.channels).T, head.rate  # channels alternate: (n, ch) -> (ch, n)
+def read_wav(path):
+    """Return a WAV file as float32 (channels, n) in [-1, 1], and its samples a second."""
+    rate, channels, kind, bits, offset, size = wav_header(path)
+    dtype = np.dtype(WAV_TYPES[kind, bits])
+    raw = np.fromfile(path, dtype, size // dtype.itemsize, offset=offset)
+    if bits == 24:  # put the three bytes on top of an empty lowest byte: 32 bits
+        raw = np.pad(raw.reshape(-1, 3), ((0, 0), (1, 0))).view("<i4")  # (n * channels, 1)
+    wave = raw.astype(np.float32).reshape(-1, channels).T  # channels alternate: -> (channels, n)
+    if kind == "pcm":  # 8 bits are the one unsigned kind
+        wave = (wave - 128) / 128 if bits == 8 else wave / 2 ** (8 * raw.itemsize - 1)
+    return wave, rate
 
 
 def read_audio(path):
-    """Read any audio file: mono float32 (samples,) at RATE, the mean of its channels.
-
-    Raises ValueError with a sentence for what cannot be decoded, holds NaN or is too short for one
-    frame of features; OSError for a file that is not there.
-    """
-    path = Path(path)
-    if path.suffix.lower() == ".wav":
+    """Read any audio file: mono float32 (samples,) at RATE, the mean of its channels. Raises
+    ValueError with a sentence for what cannot be decoded, holds NaN or is too short for a frame."""
+    if str(path).lower().endswith(".wav"):
         wave, rate = read_wav(path)
     else:
         try:
             wave, rate = import_torchaudio().load(str(path))
-        except ImportError as error:
-            raise ValueError(f"{path}: reading {path.suffix or 'this kind of'} files needs "
-                             "torchcodec and FFmpeg: pip install torchcodec, or convert to "
-                             "WAV") from error
-        except (RuntimeError, OSError, ValueError) as error:
+        except (ImportError, RuntimeError, OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]  # FFmpeg's errors go on for a page
-            raise ValueError(f"{path}: not readable as audio ({reason})") from error
+            raise ValueError(f"{path}: not readable as audio ({reason}). All but WAV needs FFmpeg "
+                             "and torchcodec: pip install torchcodec, or convert it") from error
         wave = wave.numpy()
     wave = wave.mean(0)  # (channels, n) -> (n,)
     samples = math.ceil(len(wave) * RATE / rate)  # after resampling, which fails on an empty wave
@@ -178,25 +150,20 @@ def find_audio(root):
     """Return the paths of the audio files below a folder, relative to it, sorted."""
     found = []
     for folder, _, files in os.walk(root, followlinks=True):  # Path.rglob is five times slower
-        place = os.path.relpath(folder, root).replace(os.sep, "/")
-        place = "" if place == "." else place + "/"
-        found += [place + file for file in files if file.lower().endswith(AUDIO)]
+        place = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+        found += [place.removeprefix("./") + file for file in files if file.lower().endswith(AUDIO)]
     return sorted(found)
 
 
 # --------------------------------------------------------------------------------------------------
 # 2. The packed corpus: every clip decoded once, side by side in one file
 
-MISSING = ": missing, but listed"
-
-
 @dataclass
 class Corpus:
     """Clips of one corpus as columns; clip i is store[start[i] : start[i] + length[i]].
 
     The store is a memory map: int16 samples (n,), or int8 log-mel frames (n, F) x 0.1 for corpora
-    that come as features. `trials` maps "valid" and "test" to lists of (label, index, index) and
-    makes the corpus one for verification; without it, it is one for classification.
+    that come as features. With `trials` the corpus is one for verification, else for classes.
     """
 
     name: str
@@ -207,7 +174,7 @@ class Corpus:
     start: np.ndarray  # (clips,) int64, in samples or frames
     length: np.ndarray  # (clips,) int64, 0 for a clip that cannot be used
     store: np.ndarray
-    trials: dict = field(default_factory=dict)
+    trials: dict = field(default_factory=dict)  # "valid", "test" -> [(label, index, index)]
     notes: list = field(default_factory=list)  # sentences for the user
     bad: dict = field(default_factory=dict)  # id -> why this clip cannot be used
     gaps: list = field(default_factory=list)  # sentences on what the official corpus has more
@@ -229,18 +196,11 @@ class Corpus:
         return hashlib.sha256(json.dumps(columns).encode() + samples).hexdigest()
 
 
-def unlabelled(name, ids, start, length, store):
-    """Clips without classes or splits, as a Corpus."""
-    zeros = np.zeros(len(ids), np.int64)
-    return Corpus(name, ids, zeros, zeros.astype(str), [], start, length, store)
-
-
 def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, skip_bad=False,
                 valid=True, trials="o", train=True):
     """Return the corpus `name` of CORPORA, packed, with splits and trials.
 
-    root      its folder; built-in corpora need none
-    cache     folder for packed files: a corpus may lie where nobody can write
+    cache     folder for packed files: a corpus' own `root` may be where nobody can write
     seed      of all that is drawn: validation clips or speakers, splits of a folder, few_shot
     fold      test fold of a corpus with folds, from 1 on; None: the first, or no folds
     few_shot  keep so many training clips a class, drawn by `seed`; 0 keeps all
@@ -250,152 +210,147 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, s
     train     False: only the test clips are of use, so the trials may name every speaker
     Raises ValueError with a sentence: unknown name, no root, wrong tree, bad clips, empty split.
     """
-    source = find_source(name)
+    if name not in CORPORA:
+        raise ValueError(f"unknown corpus {name!r}: choose from {', '.join(CORPORA)}")
+    source = CORPORA[name]
     if source.tree and not (root and Path(root).is_dir()):
         raise ValueError(f"--data {name} needs --root: no folder at '{root or ''}'.\n"
                          + how_to_get(source))
     if fold is not None and not source.folds:
         raise ValueError(f"--fold {fold}: {name} has no folds")
+    if source.lists and trials not in source.lists:
+        raise ValueError(f"--trials {trials!r}: choose from {', '.join(source.lists)}")
     root = Path(root or ".")
-    corpus = (open_features(root) if name == "features" else
-              open_clips(name, root, cache, skip_bad, trials))
-    return make_splits(corpus, seed, fold or 1, few_shot, valid, train)
-
-
-def find_source(name):
-    if name not in CORPORA:
-        raise ValueError(f"unknown corpus {name!r}: choose from {', '.join(CORPORA)}")
-    return CORPORA[name]
-
-
-def open_clips(name, root, cache, skip_bad, trials):
-    """Return a corpus of audio, packed; splits still as listed, trials still with names."""
-    source, listed, missing = CORPORA[name], [], ""
     try:
-        rows = source.rows(root)
+        corpus = (open_features(root) if name == "features" else
+                  open_clips(name, root, cache, skip_bad, trials))
     except FileNotFoundError as error:
-        rows, missing = [], f" ({Path(error.filename).name} is missing)"
-    if not rows:
-        raise ValueError(f"--root {root}: no clips of {name} there{missing}.\n"
-                         + how_to_get(source))
+        raise ValueError(f"--root {root}: no {Path(error.filename).name} there.\n"
+                         + how_to_get(source)) from error
+    return make_splits(corpus, seed, 1 if fold is None else fold, few_shot, valid, train)
+
+
+def open_clips(name, root, cache, skip_bad, which):
+    """Return a corpus of audio, packed; classes and trials are names yet, splits as listed."""
+    source, trials = CORPORA[name], {}
+    rows = source.rows(root)
     if source.lists:
-        rows, listed = add_trials(source, root, rows, trials)
+        rows, trials["test"] = voxceleb_trials(root, rows, source.lists[which][0])
+    elif source.trials:
+        trials = {split: make_trials([row[:2] for row in rows if row[2] == split], rng_of(split))
+                  for split in ("valid", "test")}
     elif source.tree and (root / "trials.txt").is_file():
-        listed = read_trials(root / "trials.txt")
-    store, start, length, bad = pack(name, root, rows, source.read, cache, skip_bad)
-    ids, names, splits = (list(column) for column in zip(*rows))
-    corpus = Corpus(name, ids, names, np.array(splits, object), [], start, length, store, bad=bad)
-    corpus.trials = {"test": listed} if listed else source.trials(rows) if source.trials else {}
-    if bad:
-        corpus.splits[length == 0] = "bad"
-        corpus.notes.append(f"{len(bad)} unusable clips are left out (--skip-bad)")
-    corpus.gaps = find_gaps(source, rows, bad, trials, len(listed))
-    corpus.notes += corpus.gaps
+        trials["test"] = read_trials(root / "trials.txt")
+    if not rows:
+        raise ValueError(f"--root {root}: no clips of {name} there.\n{how_to_get(source)}")
+    corpus = pack(name, root, rows, source.read, cache, skip_bad)
+    corpus.gaps = find_gaps(source, corpus, which, len(trials.get("test", ())))
+    corpus.trials, corpus.notes = trials, corpus.notes + corpus.gaps
     return corpus
 
 
 def pack(name, root, rows, read, cache, skip_bad):
-    """Decode all clips into `cache`, once; return (store, start, length, {id: what is wrong}).
-
-    The file's name carries a hash of the clips' names, sizes and times, so a changed corpus is
-    another file. The index is written last: without it nothing is packed. Clips that were bad are
-    tried again, for a decoder may have been installed since. Raises ValueError for bad clips,
-    unless `skip_bad`.
-    """
-    digest, cache = hashlib.sha256(), Path(cache)
+    """Decode the clips of (clip, class, split) into one file, once; return them as a Corpus. The
+    file's name carries a hash of their names, sizes and times: a changed corpus is another file.
+    Without `skip_bad` bad clips raise ValueError, and the next call packs anew: a decoder may have
+    been installed since."""
+    digest = hashlib.sha256()
     for clip, _, _ in rows:  # a million: one by one, not as one text
-        digest.update(f"{clip} {VERSION if read else size_and_time(root, clip)}\n".encode())
+        stamp = VERSION
+        if not read:
+            with contextlib.suppress(OSError):  # missing: reading it will say so
+                stat = os.stat(f"{root}/{clip}")  # Path's slash takes longer than the call
+                stamp = stat.st_size, stat.st_mtime_ns
+        digest.update(f"{clip} {stamp}\n".encode())
     place = "own" if read else hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:6]
-    name, key = f"{name}-{place}", digest.hexdigest()[:16]  # two roots are two packed files
-    decode = functools.partial(read_or_reason, read or (lambda clip: read_audio(root / clip)))
-    pcm, index = cache / f"{name}.{key}.pcm", cache / f"{name}.{key}.npz"
-    _, bad = read_index(index)
-    if bad is None or any(not decode(clip)[1] for clip in list(bad)[:: max(1, len(bad) // 100)]):
-        cache.mkdir(parents=True, exist_ok=True)
-        write_pack(pcm, index, name, [row[0] for row in rows], decode)
-        for old in cache.glob(f"{name}.*"):  # of this corpus before it changed
-            if key not in old.name and ".part" not in old.name:
-                with contextlib.suppress(OSError):  # Windows keeps a file that is in use
-                    old.unlink()
-    lengths, bad = read_index(index)
+    path = Path(cache) / f"{name}-{place}.{digest.hexdigest()[:16]}.packed"
+    ids, names, splits = (list(column) for column in zip(*rows))
+    if not path.exists() or (read_pack(path)[2] and not skip_bad):
+        write_pack(path, ids, read or (lambda clip: read_audio(root / clip)), bool(read))
+    store, length, bad = read_pack(path)
     if bad and not skip_bad:
-        first = "".join(f"\n  {reason}" for reason in list(bad.values())[:5])
-        raise ValueError(f"{len(bad)} of {len(rows)} clips of {name} cannot be used:{first}\n"
-                         "Repair or remove them, or go on without them with --skip-bad.")
-    return np.memmap(pcm, "<i2", "r"), np.cumsum(lengths) - lengths, lengths, bad
+        raise ValueError("\n  ".join([f"{len(bad)} of {len(ids)} clips of {name} cannot be used:",
+                                      *list(bad.values())[:5]])
+                         + "\nRepair or remove them, or go on without them with --skip-bad.")
+    notes = [f"{len(bad)} unusable clips are left out (--skip-bad)"] if bad else []
+    splits = np.where(length > 0, np.array(splits, object), "bad")
+    return Corpus(name, ids, names, splits, [], np.cumsum(length) - length, length, store,
+                  notes=notes, bad=bad)
 
 
-def size_and_time(root, clip):
-    """[bytes, time of change in ns]: hashing the contents would read the whole corpus each time."""
+def write_pack(path, clips, read, threads):
+    """Write the samples of all clips, then a JSON index (lengths, {id: reason}) and its size: one
+    file under a temporary name, then renamed. So the name stands for a whole file, also for another
+    program that packs or reads the same corpus at this moment."""
+    def read_or_reason(clip):
+        try:
+            return read(clip), ""
+        except FileNotFoundError as error:
+            return np.zeros(0), f"{error.filename}: listed, but missing"
+        except (ValueError, OSError) as error:
+            return np.zeros(0), str(error)
+
+    name, lengths, bad = path.name.partition(".")[0], [], {}
+    part = path.with_suffix(f".{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        stat = os.stat(f"{root}/{clip}")  # a million times: Path's slash costs more than the call
-    except OSError:
-        return None  # missing: reading it will say so
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def read_or_reason(read, clip):
-    """Return (wave, ""), or (empty wave, why it cannot be read)."""
-    try:
-        return read(clip), ""
-    except FileNotFoundError as error:  # a list names it
-        return np.zeros(0), f"{error.filename}{MISSING}"
-    except (ValueError, OSError) as error:
-        return np.zeros(0), str(error)
-
-
-def write_pack(pcm, index, name, clips, decode):
-    """Decode into a temporary file and rename it, so that a name stands for a whole file."""
-    lengths, bad, part = [], {}, pcm.with_suffix(f".{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            for clip in tqdm(clips, desc=f"packing {name}", unit="clip", leave=False, disable=None):
-                wave, reason = decode(clip)
+        with ThreadPool(min(4, os.cpu_count() or 1)) as pool, open(part, "wb") as file:
+            # Made sounds: twice as fast. Not files: resampling has its own threads.
+            waves = pool.imap(read_or_reason, clips, 16) if threads else map(read_or_reason, clips)
+            for clip, (wave, reason) in zip(clips, tqdm(waves, f"packing {name}", len(clips),
+                                                        leave=False, disable=None)):
                 if reason:
                     bad[clip] = reason
-                file.write(to_int16(wave).tobytes())  # a full disk is no clip's fault: it stops
                 lengths.append(len(wave))
-            file.write(b"\0\0" * (sum(lengths) == 0))  # an empty file cannot be mapped
-        os.replace(part, pcm)
+                file.write(to_int16(wave).tobytes())  # a full disk is no clip's fault: it stops
+            index = json.dumps([lengths, bad]).encode()
+            file.write(index + len(index).to_bytes(8, "little"))
+        try:
+            os.replace(part, path)
+        except PermissionError:  # Windows: another program made the same and reads it
+            if not path.exists():
+                raise
     finally:
         part.unlink(missing_ok=True)  # interrupted, it would lie there for good, and be large
-    part = index.with_suffix(f".{os.getpid()}.part.npz")  # savez appends .npz to any other name
-    np.savez(part, lengths=np.array(lengths, np.int64), bad=json.dumps(bad))
-    os.replace(part, index)
+    for old in set(path.parent.glob(f"{name}.*.packed")) - {path}:  # before the corpus changed
+        with contextlib.suppress(OSError):  # Windows keeps a file that is in use
+            old.unlink()
 
 
-def read_index(index):
-    """Return (lengths of the clips in samples, {id: what is wrong}), or Nones before packing."""
-    if not index.exists():
-        return None, None
-    with np.load(index) as saved:
-        return saved["lengths"], json.loads(str(saved["bad"]))
+def read_pack(path):
+    """Return (memory map of the samples, length of each clip, {id: why it cannot be used})."""
+    with open(path, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        size = int.from_bytes(file.read(8), "little")
+        file.seek(-8 - size, os.SEEK_END)
+        lengths, bad = json.loads(file.read(size))
+        store = np.memmap(file, "<i2", "r", shape=max(1, sum(lengths)))  # nothing cannot be mapped
+    return store, np.array(lengths, np.int64), bad
 
 
 def corpus_of_files(paths):
-    """Return audio files, and those below folders, as a corpus in memory, one clip each."""
+    """Return audio files, and those below folders, as a corpus in memory, without classes."""
     paths = [file for path in map(Path, paths) for file in
              ([path / name for name in find_audio(path)] if path.is_dir() else [path])]
     if not paths:
         raise ValueError("expected audio files, or folders that hold some; found none")
-    waves = [to_int16(read_audio(path)) for path in paths]
+    waves, zeros = [to_int16(read_audio(path)) for path in paths], np.zeros(len(paths), np.int64)
     length = np.array([len(wave) for wave in waves])
-    return unlabelled("files", list(map(str, paths)), np.cumsum(length) - length, length,
-                      np.concatenate(waves))
+    return Corpus("files", list(map(str, paths)), zeros, zeros.astype(str), [],
+                  np.cumsum(length) - length, length, np.concatenate(waves))
 
 
 def open_sounds(folder, cache="cache", skip_bad=False):
-    """Return every audio file below a folder of noises or impulse responses, packed like a corpus:
-    MUSAN alone is a hundred hours, more than a memory holds. Nothing and "generated" stay."""
+    """Return the audio files below a folder of noises or impulse responses, packed: MUSAN alone is
+    a hundred hours, more than a memory holds. Nothing and "generated" stay."""
     if folder in ("", "generated"):
         return folder
     rows = [(clip, "", "") for clip in find_audio(folder)]
     if not rows:
-        raise ValueError(f"no audio files below {folder!r}: expected a folder of noises or impulse "
-                         "responses, or the word generated")
-    store, start, length, _ = pack("extra", Path(folder), rows, None, cache, skip_bad)
-    good = np.flatnonzero(length)
-    return unlabelled(str(folder), [rows[i][0] for i in good], start[good], length[good], store)
+        raise ValueError(f"no audio files below {folder!r}: expected a folder of them, or the word "
+                         "generated")
+    corpus = pack("extra", Path(folder), rows, None, cache, skip_bad)
+    return replace(corpus, labels=np.zeros(len(rows)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -403,74 +358,74 @@ def open_sounds(folder, cache="cache", skip_bad=False):
 
 
 def make_splits(corpus, seed, fold, few_shot, valid, train):
-    """Turn names into labels and folds into splits; draw what the corpus does not bring."""
-    names = np.array(corpus.labels)
+    """Turn names into indices and folds into splits; draw what the corpus does not bring."""
+    names, splits, rng = np.array(corpus.labels), corpus.splits, np.random.default_rng(seed)
     if corpus.trials:
-        drop_bad_trials(corpus)
-        test_named_speakers(corpus, names)
-        if train and valid and "valid" not in corpus.trials:
-            hold_out_speakers(corpus, names, seed)
+        index_trials(corpus)
+        split_by_speaker(corpus, names, rng, draw=train and valid)
     else:
-        rotate_folds(corpus, fold)
-        draw_splits(corpus, names, seed)
+        split_by_class(corpus, names, rng, fold)
     if not valid:
-        corpus.splits[corpus.splits == "valid"] = "train"
+        splits[splits == "valid"] = "train"
         corpus.trials.pop("valid", None)
-    corpus.classes = sorted({str(name) for name in names[corpus.splits == "train"]})
+    corpus.classes = sorted({str(name) for name in names[splits == "train"]})
     number = {name: label for label, name in enumerate(corpus.classes)}
     corpus.labels = np.array([number.get(name, -1) for name in names])
-    if few_shot:
-        rng, clips = np.random.default_rng(seed), corpus.pick("train")
-        kept = [rng.permutation(clips[corpus.labels[clips] == label])[:few_shot]
-                for label in range(len(corpus.classes))]
-        corpus.splits[np.setdiff1d(clips, np.concatenate(kept))] = "unused"
-    index_trials(corpus)
+    rng = np.random.default_rng(seed)  # few-shot clips do not depend on what was drawn before
+    for label in range(len(corpus.classes) if few_shot else 0):
+        clips = np.flatnonzero((corpus.labels == label) & (splits == "train"))
+        splits[rng.permutation(clips)[few_shot:]] = "unused"
     for split in ("train", "test") if train else ("test",):
-        if not len(corpus.pick(split)):
-            raise ValueError(f"{corpus.name} has no {split} clips: {dict(Counter(corpus.splits))}")
+        if split not in splits:
+            raise ValueError(f"{corpus.name} has no {split} clips: {dict(Counter(splits))}")
     return corpus
 
 
-def drop_bad_trials(corpus):
-    """Leave out the trials of clips that cannot be read: they have no embedding. Say so."""
+def index_trials(corpus):
+    """Turn the clips' names in the trials into indices. Leave out, with a note, the trials of bad
+    clips, which have no embedding. Raises ValueError for trials that measure nothing."""
+    index = {clip: i for i, clip in enumerate(corpus.ids)}
     for split, trials in corpus.trials.items():
-        good = [trial for trial in trials if not corpus.bad.keys() & set(trial[1:])]
+        unknown = [clip for _, *pair in trials for clip in pair if clip not in index]
+        if unknown:
+            raise ValueError(f"the {split} trials name {unknown[0]}, which {corpus.name} lacks")
+        good = [(label, index[a], index[b]) for label, a, b in trials
+                if not {a, b} & corpus.bad.keys()]
         if len(good) < len(trials):
             corpus.notes.append(f"{len(trials) - len(good)} {split} trials of unusable clips are "
                                 "left out: error rates are not comparable with the full list's")
-            corpus.trials[split] = good
+        if len({label for label, _, _ in good}) < 2:
+            raise ValueError(f"the {split} trials of {corpus.name} are all of one kind: error "
+                             "rates need trials of one speaker and of two")
+        corpus.trials[split] = good
 
 
-def test_named_speakers(corpus, names):
-    """Of clips marked "any": speakers in the trials test, with all their clips; others train."""
-    named = {clip for _, *pair in corpus.trials.get("test", ()) for clip in pair}
-    tested = {name for clip, name in zip(corpus.ids, names) if clip in named}
-    drawn = corpus.splits == "any"
-    corpus.splits[drawn] = ["test" if name in tested else "train" for name in names[drawn]]
-    if drawn.any():
+def split_by_speaker(corpus, names, rng, draw):
+    """Of clips marked "any": speakers in the trials test, with all their clips; others train. With
+    `draw` a tenth of the training speakers validates, unless the corpus brings others: speakers,
+    not clips, for recognising a known speaker is easier than telling strangers apart."""
+    tested = {names[i] for _, *pair in corpus.trials.get("test", ()) for i in pair}
+    free = corpus.splits == "any"
+    corpus.splits[free] = ["test" if name in tested else "train" for name in names[free]]
+    if free.any():
         corpus.notes.append(f"{len(tested)} speakers are in the trials and so never in training, "
                             f"with all their {len(corpus.pick('test')):,} clips")
-
-
-def hold_out_speakers(corpus, names, seed):
-    """Validate on a tenth of the training speakers, drawn by `seed`: speakers, not clips, for
-    recognising a known speaker is easier than telling strangers apart."""
-    rng, speakers = np.random.default_rng(seed), sorted(set(names[corpus.splits == "train"]))
+    if not draw or "valid" in corpus.trials:
+        return
+    speakers = sorted(set(names[corpus.splits == "train"]))
     held = set(rng.permutation(speakers)[: max(2, len(speakers) // 10)])
-    if len(speakers) - len(held) < 2:
-        raise ValueError(f"{corpus.name}: {len(speakers)} speakers besides those in the trials; it "
-                         "takes two to train and two to validate (VoxCeleb's E and H test all of "
-                         "VoxCeleb1: train on VoxCeleb2)")
-    clips = [i for i in corpus.pick("train") if names[i] in held]
+    clips = [int(i) for i in corpus.pick("train") if names[i] in held]
     corpus.splits[clips] = "valid"
-    corpus.trials["valid"] = make_trials([(corpus.ids[i], names[i]) for i in clips], rng)
-    if not corpus.trials["valid"]:
-        raise ValueError(f"{corpus.name}: {len(clips)} clips of {len(held)} held-out speakers make "
-                         "no validation trials: it takes two speakers, and two clips of one")
+    corpus.trials["valid"] = make_trials([(i, names[i]) for i in clips], rng)
+    if len(speakers) - len(held) < 2 or not corpus.trials["valid"]:
+        raise ValueError(f"{corpus.name}: {len(speakers)} speakers besides those in the trials, "
+                         f"{len(clips)} clips of {len(held)} held out. It takes two to train, and "
+                         "two to validate, one of them with two clips (VoxCeleb's E and H test all "
+                         "of VoxCeleb1: train on VoxCeleb2)")
 
 
 def make_trials(clips, rng, each=2000):
-    """Draw up to `each` target and as many non-target trials among (id, speaker) pairs."""
+    """Draw up to `each` target and as many non-target trials among (clip, speaker) pairs."""
     if len(clips) > 3000:  # a tenth of VoxCeleb2 would make six thousand million pairs
         clips = [clips[i] for i in rng.permutation(len(clips))[:3000]]
     _, speaker = np.unique([name for _, name in clips], return_inverse=True)  # (clips,)
@@ -482,49 +437,30 @@ def make_trials(clips, rng, each=2000):
     return [(int(same[k]), clips[i[k]][0], clips[j[k]][0]) for k in np.concatenate(drawn)]
 
 
-def rotate_folds(corpus, fold):
-    """Fold k tests, fold k-1 validates, the rest trains: P1's rotation for ESC-50."""
-    folds = sorted({int(split) for split in corpus.splits if split.isdigit()})
+def split_by_class(corpus, names, rng, fold):
+    """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation. Draw a
+    validation tenth of "train*", and all three splits of "any", class by class, so that each split
+    has every class."""
+    splits, small = corpus.splits, []
+    folds = sorted({int(split) for split in splits if split.isdigit()})
     if folds and fold not in folds:
         raise ValueError(f"--fold {fold}: {corpus.name} has folds {folds}")
     for k in folds:
-        role = "test" if k == fold else "valid" if k == folds[folds.index(fold) - 1] else "train"
-        corpus.splits[corpus.splits == str(k)] = role
-
-
-def draw_splits(corpus, names, seed):
-    """Draw a validation tenth of "train*", and all three splits of what is marked "any", class by
-    class, so that each split has every class, whatever the sizes."""
-    rng, splits, alone = np.random.default_rng(seed), corpus.splits, []
+        before = folds[folds.index(fold) - 1]
+        splits[splits == str(k)] = "test" if k == fold else "valid" if k == before else "train"
     for name in sorted(set(names)):
         clips = rng.permutation(np.flatnonzero((names == name) & (splits == "any")))
+        valid, test = [max(1, len(clips) // part) if len(clips) > 2 else 0 for part in (10, 5)]
         splits[clips] = "train"
-        if len(clips) > 2:
-            valid, test = max(1, len(clips) // 10), max(1, len(clips) // 5)
-            splits[clips[:valid]] = "valid"
-            splits[clips[valid : valid + test]] = "test"
-        elif len(clips):
-            alone.append(name)
+        splits[clips[:valid]] = "valid"
+        splits[clips[valid : valid + test]] = "test"
+        small += [name] if 0 < len(clips) < 3 else []
         clips = rng.permutation(np.flatnonzero((names == name) & (splits == "train*")))
         splits[clips] = "train"
         splits[clips[: len(clips) // 10]] = "valid"
-    if alone:
-        corpus.notes.append(f"{len(alone)} classes have fewer than three clips and only train: "
-                            + ", ".join(alone[:5]))
-
-
-def index_trials(corpus):
-    """Turn the clips' names in the trials into indices; refuse trials that measure nothing."""
-    index = {clip: i for i, clip in enumerate(corpus.ids)}
-    for split, trials in corpus.trials.items():
-        unknown = sorted({clip for _, *pair in trials for clip in pair if clip not in index})
-        if unknown:
-            raise ValueError(f"the {split} trials name {len(unknown)} clips that {corpus.name} "
-                             f"lacks, the first is {unknown[0]}")
-        corpus.trials[split] = [(label, index[a], index[b]) for label, a, b in trials]
-        if len({label for label, _, _ in trials}) < 2:
-            raise ValueError(f"the {split} trials of {corpus.name} are all of one kind: error "
-                             "rates need trials of one speaker and of two")
+    if small:
+        corpus.notes.append(f"{len(small)} classes have fewer than three clips and only train: "
+                            + ", ".join(small[:5]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -550,9 +486,8 @@ def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=Fal
     """Yield Batches of `frames` frames; shuffled, cropped at random and cut to whole for training.
 
     The draw of batch n depends on (seed, epoch, n) alone, so a resumed run sees the same data.
-    repeat  a clip shorter than the crop is repeated (speakers) rather than padded (AST)
-    shard   (rank, world): every process takes its part of each batch
-    steps   stop after so many batches; None: after one pass
+    Short clips are padded (AST) or with `repeat` repeated (speakers). shard = (rank, world): every
+    process takes its part of each batch. `steps` ends it after so many batches.
     """
     order = np.random.default_rng([seed, epoch]).permutation(clips) if train else np.asarray(clips)
     size = min(size, len(order)) if train else size  # fewer clips than a batch: one small batch
@@ -567,10 +502,8 @@ def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=Fal
 
 
 def load_batch(corpus, clips, frames, rng=None, repeat=False):
-    """Return one Batch of `frames` frames a clip, from a random place with `rng`, else its start.
-
-    A shorter clip is followed by zeros, or with `repeat` by itself; `lengths` says where it ends.
-    """
+    """Return one Batch of `frames` frames a clip, from a random place with `rng`, else its start. A
+    shorter clip is followed by zeros, or with `repeat` by itself; `lengths` says where it ends."""
     size = frames if corpus.mels else samples_of(frames)
     # (B, samples) int16 or (B, T, F) int8: widened on the device, so half or a quarter travels.
     x = np.zeros((len(clips), size, *corpus.store.shape[1:]), corpus.store.dtype)
@@ -589,10 +522,8 @@ def load_batch(corpus, clips, frames, rng=None, repeat=False):
 
 def cut_windows(corpus, clips, frames):
     """Return (a corpus of the windows of `frames` frames of these clips, side by side; (windows,)
-    the row in `clips` that each is of).
-
-    The last window of a clip is moved back to be whole, so that all of them weigh the same.
-    """
+    the row in `clips` that each is of). A clip's last window is moved back to be whole, so that all
+    of them weigh the same."""
     size = frames if corpus.mels else samples_of(frames)
     count = np.maximum(1, -(-corpus.length[clips] // size))  # rounded up
     owner = np.repeat(np.arange(len(clips)), count)  # (windows,)
@@ -614,8 +545,7 @@ AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 4.5689974
 
 
 def frames_of(samples):
-    """Frames in so many samples, a number or an array: only whole windows count (kaldi's "snip
-    edges")."""
+    """Frames in so many samples, a number or an array: only whole windows count."""
     return np.maximum(0, (samples - WINDOW) // HOP + 1)
 
 
@@ -633,34 +563,29 @@ def mel_triangles(mels, device):
 
 
 def fbank(waves, mels=128):
-    """Log-mel features of float waves in [-1, 1]: (B, samples) -> (B, T, F), on their device.
-
-    Equal to torchaudio.compliance.kaldi.fbank(htk_compat=True, window_type="hanning", dither=0),
-    natural logarithm of power: what AST's checkpoints were trained on. Raises ValueError below one
-    frame of 25 ms.
-    """
+    """Log-mel features of float waves in [-1, 1]: (B, samples) -> (B, T, F), on their device. Equal
+    to torchaudio.compliance.kaldi.fbank(htk_compat=True, window_type="hanning", dither=0): natural
+    logarithm of power, what AST's checkpoints were trained on."""
     waves = torch.atleast_2d(waves.float())  # one wave is a batch of one
     if waves.shape[1] < WINDOW:
         raise ValueError(f"fbank expects at least {WINDOW} samples (25 ms), got {waves.shape[1]}")
     window = torch.hann_window(WINDOW, periodic=False, device=waves.device)  # (400,)
-    triangles = mel_triangles(mels, waves.device)  # (257, F)
-    # On a CPU some 400 frames at a time stay in the cache: twice as fast as the whole batch.
-    rows = max(1, 400 // int(frames_of(waves.shape[1])))
+    size = len(waves)
+    if waves.device.type == "cpu":  # some 400 frames stay in the cache: twice as fast
+        size = max(1, 400 // int(frames_of(waves.shape[1])))
+    parts = []
     # Evaluation may sit in bfloat16 autocast, whose three digits would change the features.
     with torch.autocast(waves.device.type, enabled=False):
-        return torch.cat([_fbank(part, window, triangles) for part in
-                          waves.split(rows if waves.device.type == "cpu" else len(waves))])
-
-
-def _fbank(waves, window, triangles):
-    frames = waves.unfold(1, WINDOW, HOP)  # (B, T, 400)
-    frames = frames - frames.mean(2, keepdim=True)  # each frame's own offset, as kaldi does
-    # Pre-emphasis. The first sample is compared with itself, but the window is zero there.
-    frames = F.pad(frames[..., 1:] - 0.97 * frames[..., :-1], (1, 0))
-    spectrum = torch.fft.rfft(frames * window, n=FFT)  # (B, T, 257)
-    power = spectrum.real.square() + spectrum.imag.square()  # abs() would take a root in vain
+        for part in waves.split(size):
+            frames = part.unfold(1, WINDOW, HOP)  # (B, T, 400)
+            frames = frames - frames.mean(2, keepdim=True)  # each frame's own offset, as kaldi does
+            # Pre-emphasis. The first sample is compared with itself, but the window is zero there.
+            frames = F.pad(frames[..., 1:] - 0.97 * frames[..., :-1], (1, 0))
+            spectrum = torch.fft.rfft(frames * window, n=FFT)  # (B, T, 257)
+            power = spectrum.real.square() + spectrum.imag.square()  # abs() would take a root
+            parts.append(power @ mel_triangles(mels, waves.device))  # (B, T, F)
     # The floor is kaldi's: silence is log(1.19e-7) = -15.9, and not minus infinity.
-    return (power @ triangles).clamp_min(torch.finfo(torch.float32).eps).log()  # (B, T, F)
+    return torch.cat(parts).clamp_min(torch.finfo(torch.float32).eps).log()
 
 
 def features(batch, encoder):
@@ -670,7 +595,6 @@ def features(batch, encoder):
     silence is -15.9, and AudioSet's mean is -4.3. Models tuned with it expect it.
     "utterance": each clip's own mean per bin is removed, and with it a channel's constant colour.
     Floats of three axes were made before: inputs (B, T, F), or frozen outputs (B, 1, D) -> (B, D).
-    Raises ValueError when a corpus of ready features has other bins than the model.
     """
     x = batch.x  # (B, samples) or (B, T, F)
     if x.ndim == 3 and x.is_floating_point():
@@ -700,17 +624,14 @@ def augment_features(x, shift=0, spec_f=0, spec_t=0):
     """Training features (B, T, F): roll each clip by up to `shift` frames either way, as AST's
     recipe does; then hide one band of bins and one stretch of frames, each up to so wide
     (SpecAugment, 1904.08779). x is normalised, so the mask's 0 is near the mean."""
-    transforms = import_torchaudio().transforms
     if shift:
         by = torch.randint(-shift, shift + 1, (len(x), 1), device=x.device)  # (B, 1)
         source = (torch.arange(x.shape[1], device=x.device) - by) % x.shape[1]  # (B, T)
         x = x.gather(1, source[:, :, None].expand_as(x))  # (B, T, 1) -> (B, T, F)
-    if spec_f:  # torchaudio wants (B, F, T)
-        hide = transforms.FrequencyMasking(min(spec_f, x.shape[2]), iid_masks=True)
-        x = hide(x.transpose(1, 2)).transpose(1, 2)
-    if spec_t:
-        hide = transforms.TimeMasking(min(spec_t, x.shape[1]), iid_masks=True)
-        x = hide(x.transpose(1, 2)).transpose(1, 2)
+    mask = import_torchaudio().functional.mask_along_axis_iid
+    for axis, widest in ((2, spec_f), (1, spec_t)):  # bins, then frames
+        if widest:
+            x = mask(x, min(widest, x.shape[axis]), 0.0, axis)
     return x
 
 
@@ -729,10 +650,13 @@ def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", room
     batch = replace(batch, x=batch.x.float())  # still int16's scale
     if speeds:
         batch = perturb_speed(batch, frames, classes)
+    x = batch.x
     if gain:
-        decibels = gain * (2 * torch.rand(len(batch.x), 1, device=batch.x.device) - 1)  # (B, 1)
-        batch = replace(batch, x=batch.x * 10 ** (decibels / 20))
-    return distort(batch, share, noise, rooms, snr) if noise or rooms else batch
+        decibels = gain * (2 * torch.rand(len(x), 1, device=x.device) - 1)  # (B, 1)
+        x = x * 10 ** (decibels / 20)
+    if noise or rooms:
+        x = add_noise_and_rooms(x, batch.lengths, noise, rooms, share, snr)
+    return replace(batch, x=x)
 
 
 def frames_at_speed(frames):
@@ -754,25 +678,23 @@ def perturb_speed(batch, frames, classes):
     return Batch(x, lengths, batch.labels + classes * drawn, batch.clips)
 
 
-def distort(batch, share, noise, rooms, snr):
-    """Give a share of the clips noise or a room (see `augment_waves`)."""
-    x, count = batch.x, len(batch.x)
-    changed = torch.randperm(count)[: round(share * count)].to(x.device)
-    half = len(changed) // (2 if noise else 1) if rooms else 0
-    indoors, noisy = changed[:half], changed[half:]
+def add_noise_and_rooms(x, lengths, noise, rooms, share, snr):
+    """Give a share of the waves x (B, n) noise or a room (see `augment_waves`)."""
     y = x.clone()  # x stays whole: babble is made of it
+    chosen = torch.randperm(len(x))[: round(share * len(x))].to(x.device)
+    half = len(chosen) // (2 if noise else 1) if rooms else 0
+    indoors, noisy = chosen[:half], chosen[half:]
     if len(indoors):
-        responses = (made_rooms(half, x.device) if rooms == "generated" else
+        responses = (make_rooms(half, x.device) if rooms == "generated" else
                      draw_sounds(rooms, half, 100, False).to(x.device))  # about a second
         y[indoors] = reverberate(x[indoors], responses)
     if noise and len(noisy):
-        sounds = (made_noise(x, noisy) if noise == "generated" else
+        sounds = (make_noise(x, noisy) if noise == "generated" else
                   draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device))
-        low, high = snr
-        ratios = low + (high - low) * torch.rand(len(noisy), device=x.device)  # (noisy,) dB
-        add_noise = import_torchaudio().functional.add_noise
-        y[noisy] = add_noise(x[noisy], sounds, ratios, batch.lengths[noisy])
-    return replace(batch, x=y)
+        ratios = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,)
+        mix = import_torchaudio().functional.add_noise
+        y[noisy] = mix(x[noisy], sounds, ratios, lengths[noisy])
+    return y
 
 
 def reverberate(x, responses):
@@ -784,19 +706,19 @@ def reverberate(x, responses):
     return wet * x.norm(dim=1, keepdim=True) / wet.norm(dim=1, keepdim=True).clamp_min(1e-6)
 
 
-def made_rooms(count, device):
+def make_rooms(count, device):
     """(count, m) impulse responses: a direct path of 1, then noise, 0 to 10 dB weaker as a whole,
     that dies by 60 dB in 0.2 to 0.8 s."""
-    seconds = 0.2 + 0.6 * torch.rand(count, 1, device=device)
-    weaker = 10 * torch.rand(count, 1, device=device)
+    seconds, weaker = torch.rand(2, count, 1, device=device)  # (count, 1) each, 0 to 1
     instants = torch.arange(RATE // 2, device=device) / RATE  # (m,)
-    tail = torch.randn(count, len(instants), device=device) * 10 ** (-3 * instants / seconds)
-    tail = tail / tail.norm(dim=1, keepdim=True) / 10 ** (weaker / 20)
+    decay = 10 ** (-3 * instants / (0.2 + 0.6 * seconds))  # (count, m)
+    tail = torch.randn(count, len(instants), device=device) * decay
+    tail = tail / tail.norm(dim=1, keepdim=True) / 10 ** (weaker / 2)
     tail[:, 0] = 1
     return tail
 
 
-def made_noise(x, rows):
+def make_noise(x, rows):
     """(rows, n) noise for some clips of x (B, n): by a coin's toss babble, up to four other clips
     of the batch at once, or a hiss whose power falls by 0 to 6 dB an octave."""
     babble = sum(x[(rows + k) % len(x)] for k in range(1, min(5, len(x))))  # (rows, n)
@@ -810,7 +732,7 @@ def made_noise(x, rows):
 def draw_sounds(sounds, count, frames, anywhere):
     """(count, samples) of `open_sounds`: from anywhere and repeated, or once from the start."""
     rng = np.random.default_rng(int(torch.randint(2**31, ())))
-    clips = rng.integers(len(sounds.ids), size=count)
+    clips = rng.choice(sounds.length.nonzero()[0], count)  # a bad one has no samples
     return load_batch(sounds, clips, frames, rng if anywhere else None, repeat=anywhere).x.float()
 
 
@@ -819,12 +741,16 @@ def draw_sounds(sounds, count, frames, anywhere):
 
 VERSION = 1  # raise it when a generator changes: packed files are made anew
 TIME = np.arange(RATE) / RATE  # one second
+COUNTS = {"train": 80, "valid": 20, "test": 40}  # clips a class
 
 
-def band_noise(rng, low, high, n=RATE):
-    """White noise between two frequencies (Hz), by zeroing the rest of its spectrum."""
-    spectrum, hertz = np.fft.rfft(rng.standard_normal(n)), np.fft.rfftfreq(n, 1 / RATE)
-    return np.fft.irfft(spectrum * ((hertz > low) & (hertz < high)), n)
+def rng_of(name):
+    """Seeded by a hash of the name: the same on every machine, in any order, one at a time."""
+    return np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
+
+
+def log_uniform(rng, low, high):
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
 def tone(hertz):
@@ -832,13 +758,20 @@ def tone(hertz):
     return np.sin(2 * np.pi * np.cumsum(np.broadcast_to(hertz, TIME.shape)) / RATE)
 
 
-def log_uniform(rng, low, high):
-    return math.exp(rng.uniform(math.log(low), math.log(high)))
+def band_noise(rng, low, high):
+    """White noise between two frequencies (Hz), by zeroing the rest of its spectrum."""
+    spectrum, hertz = np.fft.rfft(rng.standard_normal(RATE)), np.fft.rfftfreq(RATE, 1 / RATE)
+    return np.fft.irfft(spectrum * ((hertz > low) & (hertz < high)))
 
 
-def strike(at, decay):
-    """An envelope that starts at second `at` and falls by e every `decay` seconds."""
-    return np.where(TIME >= at, np.exp(-np.maximum(TIME - at, 0) / decay), 0)
+def within(start, length):
+    """1 from second `start` on for `length` seconds, else 0."""
+    return ((TIME > start) & (TIME < start + length)).astype(float)
+
+
+def dying(start, decay):
+    """An envelope that starts at second `start` and falls by e every `decay` seconds."""
+    return np.where(TIME >= start, np.exp(-np.maximum(TIME - start, 0) / decay), 0)
 
 
 def pulse_times(rng, rate, jitter=0.0):
@@ -851,19 +784,18 @@ def pulse_times(rng, rate, jitter=0.0):
 def clicks(times, length=0.004):
     """One short burst at each instant."""
     wave, n = np.zeros(RATE), int(length * RATE)
-    wave[(np.asarray(times) * RATE).astype(int)] = 1
+    wave[(times * RATE).astype(int)] = 1
     return np.convolve(wave, np.sin(np.arange(n) * 1.3) * np.hanning(n))[:RATE]
 
 
-def gate(rng, half):
-    """1 for about a fifth of a second within a half of the clip."""
-    start = half + rng.uniform(0.02, 0.25)
-    return (TIME > start) & (TIME < start + rng.uniform(0.12, 0.24))
+def part_of(rng, half):
+    """1 for about a fifth of a second in one half of the clip, which begins at second `half`."""
+    return within(half + rng.uniform(0.02, 0.25), rng.uniform(0.12, 0.24))
 
 
 def burst(rng, half):
     low = log_uniform(rng, 50, 3000)
-    return band_noise(rng, low, low * rng.uniform(1.5, 3)) * gate(rng, half)
+    return band_noise(rng, low, low * rng.uniform(1.5, 3)) * part_of(rng, half)
 
 
 # Source classes: steady or slowly changing textures, to pre-train on.
@@ -882,22 +814,16 @@ SOURCE = {
     "fade": lambda r: band_noise(r, 200, 4000) * (1 - TIME) ** r.uniform(1, 3),
     "burst-early": lambda r: burst(r, 0.0),
     "burst-late": lambda r: burst(r, 0.5),
-    "beep-early": lambda r: tone(log_uniform(r, 200, 6000)) * gate(r, 0.0),
-    "beep-late": lambda r: tone(log_uniform(r, 200, 6000)) * gate(r, 0.5),
+    "beep-early": lambda r: tone(log_uniform(r, 200, 6000)) * part_of(r, 0.0),
+    "beep-late": lambda r: tone(log_uniform(r, 200, 6000)) * part_of(r, 0.5),
 }
 
 
 def bell(rng, at, decay=(0.1, 0.3)):
     """Inharmonic partials that die away."""
     pitch = log_uniform(rng, 500, 2000)
-    return sum(tone(pitch * ratio) * strike(at, rng.uniform(*decay) / ratio**0.5)
+    return sum(tone(pitch * ratio) * dying(at, rng.uniform(*decay) / ratio**0.5)
                for ratio in (1, 2.76, 5.4) if pitch * ratio < 7500)
-
-
-def cricket(rng):
-    chirps = sum(((TIME > start) & (TIME < start + 0.12)).astype(float)
-                 for start in pulse_times(rng, rng.uniform(2, 4)))
-    return tone(rng.uniform(3500, 5500)) * chirps * np.clip(tone(rng.uniform(35, 60)), 0, 1)
 
 
 def ringing(wave, hertz, decay, samples):
@@ -907,15 +833,14 @@ def ringing(wave, hertz, decay, samples):
 
 
 def rain(rng):
-    wave = np.zeros(RATE)
-    drops = rng.integers(0, RATE, rng.integers(40, 90))
+    wave, drops = np.zeros(RATE), rng.integers(0, RATE, rng.integers(40, 90))
     wave[drops] = rng.exponential(1, len(drops))
     return ringing(wave, rng.uniform(1500, 3500), 400, 300)
 
 
 def drum(rng, at):
-    pitch = rng.uniform(60, 110) * (1 + 2 * strike(at, 0.03))
-    return tone(pitch) * strike(at, rng.uniform(0.08, 0.2))
+    return (tone(rng.uniform(60, 110) * (1 + 2 * dying(at, 0.03)))
+            * dying(at, rng.uniform(0.08, 0.2)))
 
 
 def string(rng):
@@ -927,15 +852,15 @@ def string(rng):
     return np.concatenate(turns)[:RATE]
 
 
-def two(rng, first, second):
-    """Two events, one in each half, each at a random place of its half."""
-    return first(rng.uniform(0.02, 0.2)) + second(rng.uniform(0.52, 0.7))
-
-
 def note(rng, low, high):
     """A function of time: a short tone between two frequencies, starting there."""
     wave, length = tone(log_uniform(rng, low, high)), rng.uniform(0.15, 0.25)
-    return lambda at: wave * (TIME > at) * (TIME < at + length)
+    return lambda at: wave * within(at, length)
+
+
+def in_turn(rng, first, second):
+    """Two events, one in each half, each at a random place of its half."""
+    return first(rng.uniform(0.02, 0.2)) + second(rng.uniform(0.52, 0.7))
 
 
 def knocks(rng, faster):
@@ -949,32 +874,27 @@ def knocks(rng, faster):
 # name with ">" has a twin of the same parts in another order: a model without order guesses there.
 TARGET = {
     "bell": lambda r: bell(r, r.uniform(0, 0.4)),
-    "cricket": cricket,
+    "cricket": lambda r: (sum(within(start, 0.12) for start in pulse_times(r, r.uniform(2, 4)))
+                          * tone(r.uniform(3500, 5500)) * np.clip(tone(r.uniform(35, 60)), 0, 1)),
     "engine": lambda r: ringing(clicks(pulse_times(r, r.uniform(22, 40), 0.1)), r.uniform(120, 300),
                                 90, 800),
     "rain": rain,
     "drum": lambda r: drum(r, r.uniform(0, 0.5)),
     "string": string,
-    "ping>thud": lambda r: two(r, lambda at: bell(r, at, (0.05, 0.1)), lambda at: drum(r, at)),
-    "thud>ping": lambda r: two(r, lambda at: drum(r, at), lambda at: bell(r, at, (0.05, 0.1))),
-    "high>low": lambda r: two(r, note(r, 2500, 4500), note(r, 300, 600)),
-    "low>high": lambda r: two(r, note(r, 300, 600), note(r, 2500, 4500)),
+    "ping>thud": lambda r: in_turn(r, lambda at: bell(r, at, (0.05, 0.1)), lambda at: drum(r, at)),
+    "thud>ping": lambda r: in_turn(r, lambda at: drum(r, at), lambda at: bell(r, at, (0.05, 0.1))),
+    "high>low": lambda r: in_turn(r, note(r, 2500, 4500), note(r, 300, 600)),
+    "low>high": lambda r: in_turn(r, note(r, 300, 600), note(r, 2500, 4500)),
     "slow>fast": lambda r: knocks(r, True),
     "fast>slow": lambda r: knocks(r, False),
 }
 SOUNDS = {"sounds": TARGET, "sounds-source": SOURCE}
-COUNTS = {"train": 80, "valid": 20, "test": 40}  # clips a class
 
 
 def sound_rows(name, root):
     """Clips are named before they are made: the name is the seed of the wave."""
     return [(f"{name}/{kind}/{split}-{n}", kind, split) for kind in SOUNDS[name]
             for split, count in COUNTS.items() for n in range(count)]
-
-
-def rng_of(name):
-    """Seeded by a hash of the name: the same on every machine, in any order, one at a time."""
-    return np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
 
 
 def sound(clip):
@@ -993,19 +913,12 @@ def sound(clip):
 # the phoneme. Who speaks is in both, under what is said; each utterance has a channel of its own.
 
 # What everybody says. Formants in Hz of a tract of middle length; loudness of pulses and of noise.
-PHONEMES = np.array([
-    (730, 1090, 2440, 1.0, 0.00),  # a    vowels: F1 rises as the jaw opens, F2 as the tongue
-    (270, 2290, 3010, 0.7, 0.00),  # i    comes forward
-    (300, 870, 2240, 0.7, 0.00),   # u
-    (530, 1840, 2480, 0.9, 0.00),  # e
-    (570, 840, 2410, 0.9, 0.00),   # o
-    (490, 1350, 1690, 0.8, 0.00),  # er
-    (250, 1100, 2200, 0.3, 0.00),  # m
-    (300, 1700, 2600, 0.3, 0.15),  # v    voice and noise at once
-    (5000, 6200, 7300, 0.0, 0.5),  # s    hisses: the tract in front of the gap is short
-    (2600, 3700, 5200, 0.0, 0.5),  # sh
-    (500, 1500, 2500, 0.0, 0.3),   # h    the whole tract, whispered
-    (500, 1500, 2500, 0.0, 0.0)])  # a pause
+PHONEMES = np.array([  # vowels: F1 rises as the jaw opens, F2 as the tongue comes forward
+    (730, 1090, 2440, 1.0, 0.0), (270, 2290, 3010, 0.7, 0.0), (300, 870, 2240, 0.7, 0.0),  # a i u
+    (530, 1840, 2480, 0.9, 0.0), (570, 840, 2410, 0.9, 0.0), (490, 1350, 1690, 0.8, 0.0),  # e o er
+    (250, 1100, 2200, 0.3, 0.0), (300, 1700, 2600, 0.3, 0.15),  # m, v: voice and noise at once
+    (5000, 6200, 7300, 0.0, 0.5), (2600, 3700, 5200, 0.0, 0.5),  # s, sh: a short tract before a gap
+    (500, 1500, 2500, 0.0, 0.3), (500, 1500, 2500, 0.0, 0.0)])  # h: all of it, whispered; a pause
 VOICES = {"train": (120, 15), "valid": (20, 15), "test": (20, 15)}  # speakers, utterances of each
 STEP = 256  # 16 ms: in so short a time a mouth stands still
 BINS = np.arange(STEP + 1) * RATE / (2 * STEP)  # (bins,) Hz
@@ -1019,182 +932,156 @@ def voice_rows(root):
             for n in range(each)]
 
 
-def voice_trials(rows):
-    """{"valid": [(label, id, id), ...], "test": ...}: as many of one speaker as of two."""
-    return {split: make_trials([row[:2] for row in rows if row[2] == split], rng_of(split))
-            for split in ("valid", "test")}
-
-
-def speaker(name):
-    """What is the same in all that one person says."""
-    rng = rng_of(name)
-    return types.SimpleNamespace(
-        pitch=log_uniform(rng, 80, 280),  # Hz, from a deep man's to a child's
-        melody=rng.uniform(0.1, 0.4),  # how far the pitch wanders, in octaves
-        jitter=rng.uniform(0.0, 0.03),  # its unsteadiness, in octaves
-        tilt=rng.uniform(3, 12),  # dB an octave: folds that close slowly make duller pulses
-        breath=rng.uniform(0.02, 0.4),  # air that escapes between the pulses
-        tract=rng.uniform(0.86, 1.18),  # scales all formants: a shorter tube rings higher
-        upper=rng.uniform((3100, 4100), (3900, 5200)))  # F4, F5: hardly move with the phoneme
-
-
-def sentence(rng, steps):
-    """(steps, 5): rows of PHONEMES at random, each gliding into the next."""
-    length = rng.integers(3, 13, steps)  # 48 to 192 ms each; more phonemes than there is time for
-    said = np.repeat(PHONEMES[rng.integers(len(PHONEMES), size=steps)], length, axis=0)
-    return (said[:steps] + said[1 : steps + 1] + said[2 : steps + 2]) / 3  # no mouth jumps
-
-
 def spectra(wave):
     """((steps + 1) STEP,) -> (steps, bins): one spectrum every STEP samples, of twice as many."""
     frames = np.lib.stride_tricks.sliding_window_view(wave, 2 * STEP)[::STEP]  # (steps, 2 STEP)
     return np.fft.rfft(frames * FADE)
 
 
-def source(rng, who, said):
-    """(steps, bins): a pulse wherever the phase passes a whole number, and noise."""
-    steps, n = len(said), (len(said) + 1) * STEP
-    wander = np.interp(np.arange(steps) / 20, np.arange(steps // 20 + 2),
-                       rng.standard_normal(steps // 20 + 2))  # another direction every 0.3 s
-    pitch = who.pitch * 2 ** (who.melody * wander + who.jitter * rng.standard_normal(steps))
-    pitch = np.interp(np.arange(n) / STEP, np.arange(steps), pitch)  # (n,) Hz
-    pulses = np.diff(np.floor(np.cumsum(pitch) / RATE), prepend=0) * np.sqrt(RATE / pitch)
-    dull = 10 ** (-who.tilt / 20 * np.log2(np.maximum(BINS, 200) / 200))  # (bins,)
-    voiced, hiss = said[:, 3:4], said[:, 4:] + who.breath * said[:, 3:4]  # (steps, 1) each
-    return voiced * dull * spectra(pulses) + hiss * spectra(rng.standard_normal(n))
-
-
-def resonances(who, said):
-    """(steps, bins): how strongly the tract sounds; higher formants are wider."""
-    upper = np.broadcast_to(who.upper, (len(said), 2))
-    peaks = who.tract * np.concatenate([said[:, :3], upper], 1)[:, :, None]  # (steps, 5, 1) Hz
-    return np.sqrt((1 / (1 + ((BINS - peaks) / (40 + 0.04 * peaks)) ** 2)).sum(1))
-
-
-def colour(rng):
+def channel(rng):
     """(bins,): a random smooth filter, some 3 dB up and down, as of a microphone or telephone."""
     place = np.log1p(BINS / 700) / np.log1p(BINS[-1] / 700)  # (bins,) 0 to 1, as mel does
     waves = np.cos(np.pi * np.arange(1, 7)[:, None] * place)  # (6, bins)
     return 10 ** (4 / 20 * rng.standard_normal(6) @ waves / 6**0.5)
 
 
+def speak(rng, speaker, steps):
+    """(steps, bins): what one speaker says, phonemes at random. `speaker` is a generator of its
+    own, so what it draws is the same in all that this speaker says."""
+    pitch = log_uniform(speaker, 80, 280)  # Hz, from a deep man's to a child's
+    melody = speaker.uniform(0.1, 0.4)  # how far the pitch wanders, in octaves
+    jitter = speaker.uniform(0.0, 0.03)  # its unsteadiness, in octaves
+    tilt = speaker.uniform(3, 12)  # dB an octave: folds that close slowly make duller pulses
+    breath = speaker.uniform(0.02, 0.4)  # air that escapes between the pulses
+    tract = speaker.uniform(0.86, 1.18)  # scales all formants: a shorter tube rings higher
+    upper = speaker.uniform((3100, 4100), (3900, 5200))  # F4, F5: hardly move with the phoneme
+
+    length = rng.integers(3, 13, steps)  # 48 to 192 ms each; more phonemes than there is time for
+    said = np.repeat(PHONEMES[rng.integers(len(PHONEMES), size=steps)], length, axis=0)
+    said = (said[:steps] + said[1 : steps + 1] + said[2 : steps + 2]) / 3  # (steps, 5) no jumps
+
+    # The source: a pulse wherever the phase passes a whole number, and noise.
+    n, turns = (steps + 1) * STEP, np.arange(steps // 20 + 2)
+    wander = np.interp(np.arange(steps) / 20, turns, rng.standard_normal(len(turns)))  # (steps,)
+    pitch = pitch * 2 ** (melody * wander + jitter * rng.standard_normal(steps))  # (steps,) Hz
+    pitch = np.interp(np.arange(n) / STEP, np.arange(steps), pitch)  # (n,)
+    pulses = np.diff(np.floor(np.cumsum(pitch) / RATE), prepend=0) * np.sqrt(RATE / pitch)
+    dull = 10 ** (-tilt / 20 * np.log2(np.maximum(BINS, 200) / 200))  # (bins,)
+    voiced, hiss = said[:, 3:4], said[:, 4:] + breath * said[:, 3:4]  # (steps, 1) each
+    source = voiced * dull * spectra(pulses) + hiss * spectra(rng.standard_normal(n))
+
+    # The filter: five resonances; higher ones are wider.
+    peaks = np.concatenate([said[:, :3], np.broadcast_to(upper, (steps, 2))], 1)  # (steps, 5)
+    peaks = tract * peaks[:, :, None]  # (steps, 5, 1) Hz
+    return source * np.sqrt((1 / (1 + ((BINS - peaks) / (40 + 0.04 * peaks)) ** 2)).sum(1))
+
+
 def voice(clip):
-    """The wave of one clip of `voices`: a speaker says something, through a channel."""
-    rng, who = rng_of(clip), speaker(clip.rpartition("/")[0])
+    """The wave of one clip of `voices`: a speaker says something, through a channel, with a hum."""
+    rng = rng_of(clip)
     steps = int(rng.choice([125, 156, 187]))  # 2, 2.5 or 3 s: equal lengths share a batch
-    said = sentence(rng, steps)
-    heard = source(rng, who, said) * resonances(who, said) * colour(rng)  # (steps, bins)
-    hum = spectra(rng.standard_normal((steps + 1) * STEP)) * colour(rng)
+    heard = speak(rng, rng_of(clip.rpartition("/")[0]), steps) * channel(rng)  # (steps, bins)
+    hum = spectra(rng.standard_normal((steps + 1) * STEP)) * channel(rng)
     heard += hum * np.abs(heard).std() / np.abs(hum).std() / 10 ** (rng.uniform(15, 35) / 20)
     frames = np.fft.irfft(heard) * FADE  # (steps, 2 STEP)
-    wave = np.concatenate([frames[:, :STEP].ravel(), np.zeros(STEP)])
+    wave = np.pad(frames[:, :STEP].ravel(), (0, STEP))
     wave[STEP:] += frames[:, STEP:].ravel()  # the halves overlap
     return wave / np.abs(wave).max() * rng.uniform(0.5, 0.9)
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Corpora: one function each that lists its clips as (path below the root, class, split)
+# 8. Corpora: each lists its clips as (path below the root, class, split)
+
+
+@dataclass
+class Source:
+    """What CORPORA says about one corpus. Splits of `rows` besides train, valid and test: "any" is
+    drawn by a seed, of "train*" a tenth validates, "1", "2", ... are folds."""
+
+    rows: object  # root -> [(clip, class, split)]
+    tree: str = ""  # how the root must look, and where to ask for it; empty: built in
+    read: object = None  # clip -> wave, for built-in corpora
+    trials: bool = False  # draw trials among the speakers that validate and test
+    lists: dict = field(default_factory=dict)  # --trials -> (file of the list, trials in it)
+    folds: int = 0  # test folds 1..folds; 0: one split
+    expect: dict = field(default_factory=dict)  # split as listed, or "all" -> official clips
+    address: str = ""  # of its archive, or of the folder of its lists; empty: no plain download
+    sha256: str = ""  # of the archive; empty: none is published with us
+    recipe: dict = field(default_factory=dict)  # P1, section 3.1, or ours: settings of train.py
+
+
+def table(path, *forms):
+    """Rows of a CSV file as tuples: each form with the columns it names, as "audio/{filename}"."""
+    rows = []
+    with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: Excel's first three bytes
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                there = {column: text for column, text in row.items() if text is not None}
+                rows.append(tuple(form.format_map(there) for form in forms))
+        except KeyError as error:
+            raise ValueError(f"{path}, line {reader.line_num}: no column {error}") from error
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
 
 
 def folder_rows(root):
-    """One folder a class (or speaker); splits are drawn by a seed, "any" says so."""
+    """One folder a class (or speaker)."""
     return [(clip, clip.split("/")[0], "any") for clip in find_audio(root) if "/" in clip]
 
 
 def fsdd_rows(root):
-    """Free Spoken Digit Dataset, `recordings/{digit}_{speaker}_{index}.wav`; index 0-4 tests.
-
-    That is its authors' split: the same six speakers train and test. "train*" lends a tenth to
-    validation.
-    """
-    rows = []
-    for path in sorted((root / "recordings").glob("*.wav")):
-        digit, _, index = [*path.stem.split("_"), "", ""][:3]
-        if path.stem.count("_") != 2 or not index.isdecimal():
-            raise ValueError(f"{path}: expected a name such as 7_jackson_32.wav")
-        rows.append((f"recordings/{path.name}", digit, "test" if int(index) < 5 else "train*"))
-    return rows
-
-
-def table(path, *columns):
-    """Rows of a CSV file as tuples of the named columns. ValueError for a file without them."""
-    with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: Excel's first three bytes
-        rows = list(csv.DictReader(file))
-    wrong = [number for number, row in enumerate(rows, 2) if None in map(row.get, columns)]
-    if wrong or not rows:
-        raise ValueError(f"{path}, line {min(wrong, default=2)}: expected columns "
-                         f"{', '.join(columns)}")
-    return [tuple(row[column] for column in columns) for row in rows]
-
-
-def esc50_rows(root):
-    """Five folds: P1 trains on three, validates on one, tests on one."""
-    return [(f"audio/{file}", name, fold) for file, name, fold in
-            table(root / "meta/esc50.csv", "filename", "category", "fold")]
-
-
-def urbansound8k_rows(root):
-    """Ten folds; slices of one recording are in one fold, so the folds must stay whole."""
-    return [(f"audio/fold{fold}/{file}", name, fold) for file, name, fold in
-            table(root / "metadata/UrbanSound8K.csv", "slice_file_name", "class", "fold")]
+    """`recordings/{digit}_{speaker}_{index}.wav`; index 0-4 tests, the same six speakers train and
+    test: its authors' split."""
+    paths = sorted((root / "recordings").glob("[0-9]_*_*.wav"))
+    return [(f"recordings/{path.name}", path.name[0],
+             "test" if path.stem.split("_")[2] in list("01234") else "train*") for path in paths]
 
 
 def speechcommands_rows(root):
     """Version 2: a folder a word; what neither list names trains."""
-    split = {clip: part for part in ("validation", "testing") for clip in
-             (root / f"{part}_list.txt").read_text(encoding="utf-8").split()}
-    clips = split.keys() | set(find_audio(root))  # with what a list names and is not there
-    role = {"validation": "valid", "testing": "test", None: "train"}
-    return [(clip, clip.split("/")[0], role[split.get(clip)]) for clip in sorted(clips)
+    role = {clip: split for split, name in (("valid", "validation"), ("test", "testing"))
+            for clip in (root / f"{name}_list.txt").read_text(encoding="utf-8").split()}
+    clips = role.keys() | set(find_audio(root))  # with what a list names and is not there
+    return [(clip, clip.split("/")[0], role.get(clip, "train")) for clip in sorted(clips)
             if clip.count("/") == 1 and not clip.startswith("_")]  # _background_noise_ is no word
 
 
 def fluentspeech_rows(root):
-    """Fluent Speech Commands: an intent is its action, object and location, 31 of them."""
-    columns = ("path", "action", "object", "location")
-    return [(path, "/".join(intent), split) for split in ("train", "valid", "test")
-            for path, *intent in table(root / f"data/{split}_data.csv", *columns)]
+    """An intent is its action, object and location, 31 of them."""
+    return [row for split in ("train", "valid", "test") for row in
+            table(root / f"data/{split}_data.csv", "{path}", "{action}/{object}/{location}", split)]
 
 
 def voxceleb_rows(root):
     """All idXXXXX/VIDEO/NNNNN.wav or .m4a below the root, VoxCeleb1, VoxCeleb2 or both."""
-    paths = ((clip, clip.split("/")[-3:]) for clip in find_audio(root))
-    return [(clip, parts[0], "any") for clip, parts in paths
-            if len(parts) == 3 and parts[0].startswith("id")]
+    return [(clip, clip.split("/")[-3], "any") for clip in find_audio(root)
+            if clip.count("/") > 1 and clip.split("/")[-3].startswith("id")]
 
 
-def add_trials(source, root, rows, which):
-    """Return rows, with what only the chosen list of trials names, and its trials, each clip by its
-    path: VoxCeleb's lists say id10270/x6uYqmx31kE/00001.wav, wherever below the root the tree
-    begins and whatever kind of file lies there."""
-    if which not in source.lists:
-        raise ValueError(f"--trials {which!r}: choose from {', '.join(source.lists)}")
-    file = root / source.lists[which][0]
-    if not file.is_file():
-        raise ValueError(f"--root {root}: no {file.name} there.\n{how_to_get(source)}")
-    trials = read_trials(file)
+def voxceleb_trials(root, rows, file):
+    """Return rows, with what only the list of trials names, and its trials, each clip by its path:
+    the list says id10270/x6uYqmx31kE/00001.wav, wherever below the root the tree begins and
+    whatever kind of file lies there."""
+    trials = read_trials(root / file)
     short = lambda clip: "/".join(clip.rpartition(".")[0].split("/")[-3:])
     named = {short(clip): clip for _, *pair in trials for clip in pair}
-    speakers = {clip.split("/")[0] for clip in named}
-    there = {short(clip): clip for clip, speaker, _ in rows if speaker in speakers}
-    rows = rows + [(clip, key.split("/")[0], "any") for key, clip in named.items()
+    there = {key: clip for clip, _, _ in rows if (key := short(clip)) in named}
+    rows = rows + [(clip, clip.split("/")[0], "any") for key, clip in named.items()
                    if key not in there]
     path = named | there
     return rows, [(label, path[short(a)], path[short(b)]) for label, a, b in trials]
 
 
 def read_trials(path):
-    """Lines `label id_a id_b`, label 1 for the same speaker -> [(label, id_a, id_b)].
-
-    VoxCeleb's format. Raises ValueError with the number of a line that has another one.
-    """
+    """Lines `label id_a id_b`, label 1 for the same speaker -> [(label, id_a, id_b)]."""
     trials = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         fields = line.split()
         if fields and (len(fields) != 3 or fields[0] not in ("0", "1")):
             raise ValueError(f"{path}, line {number}: expected `1 id_a id_b`, got {line!r}")
-        if fields:
-            trials.append((int(fields[0]), fields[1], fields[2]))
+        trials += [(int(fields[0]), fields[1], fields[2])] if fields else []
     if not trials:
         raise ValueError(f"{path}: no trials")
     return trials
@@ -1202,43 +1089,19 @@ def read_trials(path):
 
 def open_features(root):
     """Return a corpus of ready log-mel features: features.npy (frames, F) int8, one step 0.1 of a
-    natural logarithm; index.csv, a row a clip: id, speaker, split, start, frames; trials.txt.
-    Raises ValueError for another shape."""
-    for name in ("features.npy", "index.csv"):
-        if not (root / name).is_file():
-            raise ValueError(f"--root {root}: no {name} there.\n{CORPORA['features'].tree}")
+    natural logarithm; index.csv, a row a clip; trials.txt. Raises ValueError for another shape."""
     store = np.load(root / "features.npy", mmap_mode="r")
-    rows = table(root / "index.csv", "id", "speaker", "split", "start", "frames")
+    rows = table(root / "index.csv", "{id}", "{speaker}", "{split}", "{start}", "{frames}")
     ids, speakers, splits, start, length = (list(column) for column in zip(*rows))
     start, length = np.array(start, np.int64), np.array(length, np.int64)
     frames, unknown = (start + length).max(), set(splits) - {"train", "valid", "test"}
-    if unknown:
-        raise ValueError(f"{root / 'index.csv'}: unknown split {min(unknown)!r}: expected train, "
-                         "valid or test")
-    if store.dtype != np.int8 or store.ndim != 2 or frames > len(store):
-        raise ValueError(f"{root}: features.npy is {store.dtype} {store.shape}, expected int8 "
-                         f"(frames, mel bins) with at least the {frames} frames of index.csv")
-    trials = read_trials(root / "trials.txt") if (root / "trials.txt").is_file() else []
+    if unknown or store.dtype != np.int8 or store.ndim != 2 or frames > len(store):
+        raise ValueError(f"{root}: splits {sorted(set(splits))}, features.npy {store.dtype} "
+                         f"{store.shape}; expected train, valid or test, and int8 (frames, mel "
+                         f"bins) with at least the {frames} frames of index.csv")
+    trials = {"test": read_trials(root / "trials.txt")} if (root / "trials.txt").is_file() else {}
     return Corpus("features", ids, speakers, np.array(splits, object), [], start, length, store,
-                  {"test": trials} if trials else {})
-
-
-@dataclass
-class Source:
-    """What CORPORA says about one corpus. Split "any": drawn for this clip; "train*": a tenth of
-    these validates; "1", "2", ...: a fold."""
-
-    rows: object  # root -> [(clip, class, split)]
-    tree: str = ""  # how the root must look; empty: built in
-    read: object = None  # clip -> wave, for built-in corpora
-    trials: object = None  # rows -> {"valid": [...], "test": [...]}
-    lists: dict = field(default_factory=dict)  # --trials -> (file of the list, trials in it)
-    folds: int = 0  # test folds 1..folds; 0: one split
-    expect: dict = field(default_factory=dict)  # split as listed, or "all" -> official clips
-    address: str = ""  # of its archive, or of the folder of its lists; empty: no plain download
-    sha256: str = ""  # of the archive; empty: none is published with us
-    ask: str = ""  # where to get what is not downloaded
-    recipe: dict = field(default_factory=dict)  # P1, section 3.1, or ours: settings of train.py
+                  trials)
 
 
 VOXCELEB = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/"
@@ -1246,8 +1109,8 @@ CORPORA = {
     "sounds": Source(functools.partial(sound_rows, "sounds"), read=sound,
                      recipe=dict(frames=100, epochs=6)),
     "sounds-source": Source(functools.partial(sound_rows, "sounds-source"), read=sound,
-                     recipe=dict(frames=100, epochs=7)),
-    "voices": Source(voice_rows, read=voice, trials=voice_trials,
+                            recipe=dict(frames=100, epochs=7)),
+    "voices": Source(voice_rows, read=voice, trials=True,
                      recipe=dict(frames=150, epochs=6, batch_size=32)),
     "folder": Source(folder_rows, "A folder per class or speaker: ROOT/dog/1.wav, ROOT/cat/2.wav"),
     "fsdd": Source(
@@ -1256,13 +1119,15 @@ CORPORA = {
         "free-spoken-digit-dataset/archive/refs/heads/master.zip",
         recipe=dict(frames=64, epochs=40, spec_f=16, spec_t=8, shift=6, gain=10.0)),
     "esc50": Source(
-        esc50_rows, "ROOT/meta/esc50.csv, ROOT/audio/1-100032-A-0.wav, ... (2,000 WAV)", folds=5,
+        lambda root: table(root / "meta/esc50.csv", "audio/{filename}", "{category}", "{fold}"),
+        "ROOT/meta/esc50.csv, ROOT/audio/1-100032-A-0.wav, ... (2,000 WAV)", folds=5,
         expect={str(fold): 400 for fold in range(1, 6)},
         address="https://github.com/karolpiczak/ESC-50/archive/master.zip",
         recipe=dict(frames=500, epochs=50, spec_f=24, spec_t=80)),
-    "urbansound8k": Source(
-        urbansound8k_rows, "ROOT/metadata/UrbanSound8K.csv, ROOT/audio/fold1/101415-3-0-2.wav, ... "
-        "(8,732 WAV)", folds=10, expect={"all": 8732},
+    "urbansound8k": Source(  # slices of one recording are in one fold, so the folds stay whole
+        lambda root: table(root / "metadata/UrbanSound8K.csv", "audio/fold{fold}/{slice_file_name}",
+                           "{class}", "{fold}"), "ROOT/metadata/UrbanSound8K.csv, "
+        "ROOT/audio/fold1/101415-3-0-2.wav, ... (8,732 WAV)", folds=10, expect={"all": 8732},
         address="https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz",
         recipe=dict(frames=400, epochs=30, spec_f=24, spec_t=80)),
     "speechcommands": Source(
@@ -1274,24 +1139,30 @@ CORPORA = {
         recipe=dict(frames=100, epochs=75, batch_size=128)),
     "fluentspeech": Source(
         fluentspeech_rows, "ROOT/data/train_data.csv, valid_data.csv, test_data.csv, "
-        "ROOT/wavs/speakers/SPEAKER/CLIP.wav, ... (30,043 WAV)",
-        expect={"train": 23132, "valid": 3118, "test": 3793},
-        ask="Ask for it by the form of its publisher, Fluent.ai; no direct link is left.",
+        "ROOT/wavs/speakers/SPEAKER/CLIP.wav, ... (30,043 WAV)\nAsk for it by the form of its "
+        "publisher, Fluent.ai", expect={"train": 23132, "valid": 3118, "test": 3793},
         recipe=dict(frames=400, epochs=75)),
     "voxceleb": Source(
         voxceleb_rows, "ROOT/veri_test2.txt, list_test_all2.txt, list_test_hard2.txt, and anywhere "
         "below ROOT\nid10270/x6uYqmx31kE/00001.wav, ... (VoxCeleb1), "
-        "id00012/21Uxsk56VDQ/00001.m4a, ... (VoxCeleb2)",
+        "id00012/21Uxsk56VDQ/00001.m4a, ... (VoxCeleb2)\nAsk for the audio by the form at "
+        + VOXCELEB,
         lists={"o": ("veri_test2.txt", 37611), "e": ("list_test_all2.txt", 579818),
                "h": ("list_test_hard2.txt", 550894)}, address=VOXCELEB + "meta/",
-        ask=f"Ask for the audio by the form at {VOXCELEB}.",
         recipe=dict(frames=200)),
-    "features": Source(None, "ROOT/features.npy (frames, mel bins) int8, index.csv, trials.txt"),
+    "features": Source(None, "ROOT/features.npy (frames, mel bins) int8, ROOT/trials.txt, "
+                       "ROOT/index.csv: id, speaker, split, start, frames"),
 }
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Getting a corpus: download, and unpacking that stays in its folder
+# 9. Getting a corpus, and checking it before anyone trains on it
+
+
+def how_to_get(source):
+    """How the root of a corpus must look, and where it comes from."""
+    what = "its lists" if source.lists else "it, where ROOT is empty,"
+    return source.tree + f".\n--download brings {what} into ROOT." * bool(source.address)
 
 
 def download(address, path, sha256=""):
@@ -1310,11 +1181,8 @@ def download(address, path, sha256=""):
 
 def download_corpus(name, root, cache="cache"):
     """--download: bring the archive of a corpus into an empty or new `root`, or its lists into any.
-
-    The archive waits in `cache` and is deleted once it is unpacked. A root that holds something is
-    left as it is, so the command can be repeated. Raises ValueError where there is no download.
-    """
-    source = find_source(name)
+    A root that holds something is left as it is, so the command can be repeated."""
+    source = CORPORA[name]
     if not source.address:
         raise ValueError(f"--download: {name} has none. {how_to_get(source)}")
     if not root:
@@ -1322,34 +1190,14 @@ def download_corpus(name, root, cache="cache"):
     root = Path(root)
     for file, _ in source.lists.values():
         download(source.address + file, root / file)
-    if source.lists or (root.is_dir() and any(p.name != UNPACKING for p in root.iterdir())):
-        return
-    kind = ".zip" if source.address.endswith(".zip") else ".tar.gz"
-    archive = download(source.address, Path(cache) / f"{name}{kind}", source.sha256)
-    unpack(archive, root)
-    archive.unlink()
-    print(f"{name} is unpacked in {root}" + (
-        "" if source.sha256 else "; no checksum is known: the clips are counted instead"))
-
-
-def how_to_get(source):
-    """How the root of a corpus must look, and where it comes from."""
-    what = "the lists" if source.lists else "it, where ROOT is empty,"
-    plain = f"--download brings {what} into ROOT." if source.address else ""
-    return "\n".join(line for line in (source.tree, source.ask, plain) if line)
-
-
-UNPACKING = ".unpacking"
+    if not source.lists and not any(path.name != UNPACKING for path in root.glob("*")):
+        unpack(download(source.address, Path(cache) / f"{name}.archive", source.sha256), root)
 
 
 def unpack(archive, folder):
-    """Unpack a zip or tar.gz into `folder`, without the one folder that may hold all the rest.
-
-    Nothing is written outside: tar's filter refuses such members, shutil leaves zip's out. `folder`
-    fills by renaming, at the end: it never looks whole when it is not. Raises ValueError for a
-    damaged archive.
-    """
-    archive, folder = Path(archive), Path(folder)
+    """Unpack a zip or tar.gz into `folder`, without the one folder that may hold all the rest, and
+    delete it. Raises ValueError for a damaged archive. Nothing is written outside: tar's filter
+    refuses such members, shutil leaves zip's out. `folder` never looks whole when it is not."""
     part = folder / UNPACKING  # inside: `folder` may be a disk of its own
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -1360,80 +1208,31 @@ def unpack(archive, folder):
                 while file.read(2**20):
                     pass
             shutil.unpack_archive(archive, part, "gztar", filter="data")
-        inside = [p for p in part.iterdir() if not p.name.startswith((".", "__"))]  # of a Mac
+        inside = [path for path in part.iterdir() if not path.name.startswith((".", "__"))]  # Mac
         top = inside[0] if len(inside) == 1 and inside[0].is_dir() else part
-        for path in list(top.iterdir()):
+        for path in list(top.iterdir()):  # renamed at the end
             os.replace(path, folder / path.name)
-    except (gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+    except Exception as error:  # of zipfile, tarfile, gzip, zlib: they share no other class
+        if isinstance(error, OSError) and error.errno:  # a full disk is no damage
+            raise
         archive.unlink()
         raise ValueError(f"{archive} is damaged ({error}) and was deleted: the same command gets "
                          "it again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    archive.unlink()
 
 
-# --------------------------------------------------------------------------------------------------
-# 10. The check: `python data.py NAME ROOT` looks at a corpus before anyone trains on it
-
-
-def find_gaps(source, rows, bad, which, trials):
-    """Sentences on what the official corpus has and this one lacks, with the first names."""
-    lost = sorted(clip for clip, reason in bad.items() if reason.endswith(MISSING))
-    here, said = Counter(split for clip, _, split in rows), []
-    here.subtract(split for clip, _, split in rows if clip in set(lost))
-    total, found = sum(source.expect.values()) or len(rows), len(rows) - len(lost)
-    if lost or total != found:
-        names = ", ".join(lost[:5]) + ", ..." * (len(lost) > 5)
-        said.append(f"expected {total:,} clips, found {found:,}"
-                    + f": missing {names}" * bool(lost))
-    said += [f"{'fold' if split.isdigit() else 'split'} {split.rstrip('*')}: expected {count:,} "
-             f"clips, found {here[split]:,}" for split, count in source.expect.items()
-             if split != "all" and here[split] != count]
-    if source.lists and trials != source.lists[which][1]:
-        said.append(f"{source.lists[which][0]}: expected {source.lists[which][1]:,} trials, "
-                    f"found {trials:,}")
-    return said
-
-
-def check(name, root, cache="cache", seed=0, trials="o"):
-    """Print what a corpus holds and every fault by name; return the number of faults."""
-    corpus = open_corpus(name, root, cache, seed, skip_bad=True, trials=trials, train=False)
-    faults = [reason for reason in corpus.bad.values() if not reason.endswith(MISSING)]
-    faults += corpus.gaps
-    if CORPORA[name].rows and CORPORA[name].tree:
-        describe_files(corpus, Path(root))
-        faults += find_doubles(corpus)
-    unit = 100 if corpus.mels else RATE  # frames or samples a second
-    print(f"{name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or training speakers")
-    for split in sorted(set(corpus.splits)):
-        clips = corpus.pick(split)
-        seconds = corpus.length[clips] / unit
-        counts = Counter(corpus.labels[clips].tolist()).values()
-        print(f"  {split:7s} {len(clips):7,} clips  {min(counts)} to {max(counts)} a class  "
-              f"{seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s shortest, "
-              f"median, longest  {seconds.sum() / 3600:.2f} h")
-    for split, pairs in corpus.trials.items():
-        same = sum(label for label, _, _ in pairs)
-        print(f"  {split} trials: {len(pairs):,}, {same:,} of one speaker")
-    notes = [f"note: {note}" for note in corpus.notes if note not in corpus.gaps]
-    for line in notes + [f"fault: {fault}" for fault in faults]:
-        print(f"  {line}")
-    print(f"  {len(faults)} faults" if faults else "  no fault found")
-    return len(faults)
-
-
-def describe_files(corpus, root):
-    """Print the kinds of WAV, and the audio files that no list names."""
-    kinds = Counter()
-    for clip in corpus.ids:
-        with contextlib.suppress(ValueError, OSError):  # no WAV, or packing has named it
-            head = wav_header(root / clip)
-            kinds[f"{head.rate} Hz, {head.channels} channel, {head.bits}-bit {head.kind}"] += 1
-    for kind, count in kinds.most_common():
-        print(f"{count:,} clips of {kind}")
-    stray = sorted(set(find_audio(root)) - set(corpus.ids))
-    if stray:
-        print(f"{len(stray):,} audio files are in no list and not used, the first is {stray[0]}")
+def find_gaps(source, corpus, which, trials):
+    """Sentences on what the official corpus has and this one lacks."""
+    good = Counter(corpus.splits[corpus.length > 0])
+    good["all"] = good.total()
+    expect = source.expect and source.expect | {"all": sum(source.expect.values())}
+    label = lambda split: "fold " * split.isdigit() + split.rstrip("*")
+    gaps = [f"{label(split)}: expected {count:,} clips, found {good[split]:,}"
+            for split, count in expect.items() if count != good[split]]
+    file, count = source.lists.get(which, ("", trials))
+    return gaps + [f"{file}: expected {count:,} trials, found {trials:,}"] * (count != trials)
 
 
 def find_doubles(corpus):
@@ -1450,10 +1249,51 @@ def find_doubles(corpus):
     return doubles
 
 
+def describe_files(corpus, root):
+    """Print the kinds of WAV, and the audio files that no list names."""
+    kinds = Counter()
+    for clip in corpus.ids:
+        with contextlib.suppress(ValueError, OSError):  # no WAV, or packing has named it
+            rate, channels, kind, bits, _, _ = wav_header(root / clip)
+            kinds[f"{rate} Hz, {channels} channel, {bits}-bit {kind}"] += 1
+    for kind, count in kinds.most_common():
+        print(f"{count:,} clips of {kind}")
+    stray = sorted(set(find_audio(root)) - set(corpus.ids))
+    if stray:
+        print(f"{len(stray):,} audio files are in no list and not used, the first is {stray[0]}")
+
+
+def check(name, root, cache="cache", seed=0, trials="o"):
+    """Print what a corpus holds and every fault by name; return the number of faults."""
+    opened = functools.partial(open_corpus, name, root, cache, seed, trials=trials, train=False)
+    with contextlib.suppress(ValueError):  # packs anew what is bad; the next line says it all
+        opened()
+    corpus = opened(skip_bad=True)
+    faults = [*corpus.bad.values(), *corpus.gaps]
+    if CORPORA[name].rows and CORPORA[name].tree:
+        describe_files(corpus, Path(root))
+        faults += find_doubles(corpus)
+    print(f"{name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or training speakers")
+    for split in sorted(set(corpus.splits)):
+        clips = corpus.pick(split)
+        seconds = corpus.length[clips] / (100 if corpus.mels else RATE)  # frames or samples
+        counts = Counter(corpus.labels[clips].tolist()).values()
+        print(f"  {split:7s} {len(clips):7,} clips  {min(counts)} to {max(counts)} a class  "
+              f"{seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s shortest, "
+              f"median, longest  {seconds.sum() / 3600:.2f} h")
+    for split, pairs in corpus.trials.items():
+        same = sum(label for label, _, _ in pairs)
+        print(f"  {split} trials: {len(pairs):,}, {same:,} of one speaker")
+    notes = [f"note: {note}" for note in corpus.notes if note not in corpus.gaps]
+    for line in [*notes, *(f"fault: {fault}" for fault in faults), f"{len(faults)} faults"]:
+        print(f"  {line}")
+    return len(faults)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a corpus: counts, durations, faults.")
-    parser.add_argument("name", help=", ".join(CORPORA))
-    parser.add_argument("root", nargs="?", help="its folder; built-in corpora need none")
+    parser.add_argument("name", choices=CORPORA, metavar="NAME", help=", ".join(CORPORA))
+    parser.add_argument("root", metavar="ROOT", nargs="?", help="its folder; none if built in")
     parser.add_argument("--cache", default="cache", help="folder for packed corpora")
     parser.add_argument("--seed", type=int, default=0, help="draws validation and few-shot clips")
     parser.add_argument("--trials", default="o", help="VoxCeleb's list of trials: o, e or h")

@@ -58,68 +58,103 @@ def cache(tmp_path_factory):
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. data.py
-
-# (name, format code, bits, numpy type, one step of the scale)
-KINDS = [("8-bit", 1, 8, "u1", 2**-7), ("16-bit", 1, 16, "<i2", 2**-15),
-         ("24-bit", 1, 24, None, 2**-23), ("32-bit", 1, 32, "<i4", 2**-31),
-         ("float", 3, 32, "<f4", 1e-7), ("double", 3, 64, "<f8", 1e-7)]
+# 1. data.py: helpers first, then files, packing, splits, corpora, downloads, sounds, augmentation
 
 
-def wav_bytes(wave, rate=16000, code=1, bits=16, dtype="<i2", extensible=False):
+def wav_bytes(wave, rate=16000, code=1, bits=16, extensible=False):
     """A WAV file from floats (n, channels), written by hand as the format's specification says."""
     if code == 3:
-        body = wave.astype(dtype).tobytes()
-    elif bits == 8:
-        body = (np.round(wave * 128) + 128).clip(0, 255).astype("u1").tobytes()
-    elif bits == 24:
-        steps = np.round(wave * 2**23).clip(-(2**23), 2**23 - 1).astype("<i4").ravel()
-        body = b"".join(int(s).to_bytes(3, "little", signed=True) for s in steps)
+        body = wave.astype(f"<f{bits // 8}").tobytes()
     else:
-        top = 2.0 ** (bits - 1)
-        body = np.round(wave * top).clip(-top, top - 1).astype(dtype).tobytes()
+        top = 2 ** (bits - 1)
+        steps = np.round(wave * top).clip(-top, top - 1).astype(np.int64) + 128 * (bits == 8)
+        body = b"".join((int(s) % 2**bits).to_bytes(bits // 8, "little") for s in steps.ravel())
     channels, frame = wave.shape[1], wave.shape[1] * bits // 8
     tag = 0xFFFE if extensible else code
     form = struct.pack("<HHIIHH", tag, channels, rate, rate * frame, frame, bits)
-    if extensible:
-        form += struct.pack("<HHIH14x", 22, bits, 0, code)
+    form += struct.pack("<HHIH14x", 22, bits, 0, code) * extensible
     odd = b"LIST" + struct.pack("<I", 3) + b"abc\0"  # a chunk of odd size is padded
     form = b"fmt " + struct.pack("<I", len(form)) + form
     body = b"data" + struct.pack("<I", len(body)) + body
     return b"RIFF" + struct.pack("<I", 4 + len(form + odd + body)) + b"WAVE" + form + odd + body
 
 
-@pytest.mark.parametrize("extensible", [False, True])
-@pytest.mark.parametrize("name, code, bits, dtype, step", KINDS, ids=[kind[0] for kind in KINDS])
-def test_every_kind_of_wav_is_read_and_only_the_asked_segment(
-        tmp_path, name, code, bits, dtype, step, extensible):
-    wave, path = np.random.default_rng(0).uniform(-0.99, 0.99, (1000, 3)), tmp_path / "a.wav"
-    path.write_bytes(wav_bytes(wave, 44100, code, bits, dtype, extensible))
-    read, rate = data.read_wav(path)
-    assert read.shape == (3, 1000) and rate == 44100 and read.dtype == np.float32
-    np.testing.assert_allclose(read.T, wave, atol=step / 2 + 1e-7)
-    assert np.array_equal(data.read_wav(path, start=600, samples=300)[0], read[:, 600:900])
-    assert data.read_wav(path, start=990, samples=300)[0].shape == (3, 10)
-
-
 def broken_files(folder):
-    """name -> (bytes, part of the sentence that must answer)."""
-    good = wav_bytes(np.zeros((2000, 1)))
-    nan = wav_bytes(np.full((2000, 1), np.nan), code=3, bits=32, dtype="<f4")
-    files = {"empty.wav": (b"", "is empty"), "text.wav": (b"no audio at all", "not a WAV file"),
+    """Write one file of each fault; {name: part of the sentence that must answer}."""
+    zeros, good = np.zeros((2000, 1)), wav_bytes(np.zeros((2000, 1)))
+    files = {"empty.wav": (b"", "empty or not"), "text.wav": (b"no audio at all", "not a WAV file"),
              "cut.wav": (good[:-100], "truncated"), "header.wav": (good[:30], "truncated"),
-             "short.wav": (wav_bytes(np.zeros((100, 1))), "shorter than one frame"),
-             "none.wav": (wav_bytes(np.zeros((0, 1)), 44100), "shorter than one frame"),
-             "law.wav": (wav_bytes(np.zeros((2000, 1)), code=7), "neither PCM nor float"),
-             "nan.wav": (nan, "not finite"),
-             "rate.wav": (wav_bytes(np.zeros((2000, 1)), 0), "0 samples a second are no sound's")}
+             "short.wav": (wav_bytes(zeros[:100]), "shorter than one frame"),
+             "none.wav": (wav_bytes(zeros[:0], 44100), "shorter than one frame"),
+             "law.wav": (wav_bytes(zeros, code=7), "neither PCM nor float"),
+             "nan.wav": (wav_bytes(zeros + np.nan, code=3, bits=32), "not finite"),
+             "rate.wav": (wav_bytes(zeros, 0), "0 Hz is neither")}
     for name, (content, _) in files.items():
         (folder / name).write_bytes(content)
-    return files
+    return {name: sentence for name, (_, sentence) in files.items()}
+
+
+def corpus_of(waves, labels, splits):
+    """A corpus in memory, as open_corpus would return it."""
+    lengths = np.array([len(wave) for wave in waves])
+    ids, classes = [f"clip{i}" for i in range(len(waves))], [str(c) for c in sorted(set(labels))]
+    return data.Corpus("test", ids, np.array(labels), np.array(splits, object), classes,
+                       np.cumsum(lengths) - lengths, lengths, np.concatenate(waves).astype("<i2"))
+
+
+def folder_corpus(root, classes=3, clips=10):
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (root / f"class{label}").mkdir(parents=True)
+        for clip in range(clips):
+            tone = np.sin(np.arange(8000) * (label + 1) * 0.3)[:, None] * rng.uniform(0.1, 0.9)
+            (root / f"class{label}" / f"{clip}.wav").write_bytes(wav_bytes(tone))
+
+
+def few_voices(patch):
+    """`voices` with few training speakers; the held-out ones and their trials are the real ones."""
+    patch.setitem(data.VOICES, "train", (12, 4))
+    patch.setitem(data.VOICES, "valid", (4, 4))
+
+
+def write_table(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+
+
+def raising(error):
+    """A function that raises `error`, whatever it gets."""
+    def function(*arguments):
+        raise error
+
+    return function
+
+
+def people(corpus, split, part=0):
+    """The speakers of a split: a part of each clip's path."""
+    return {corpus.ids[i].split("/")[part] for i in corpus.pick(split)}
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """A folder corpus at `root`, and a function that opens it as a user would."""
+    folder_corpus(tmp_path / "root")
+    return tmp_path / "root", lambda **options: data.open_corpus(
+        "folder", tmp_path / "root", tmp_path / "cache", **options)
+
+
+@pytest.mark.parametrize("extensible", [False, True])
+@pytest.mark.parametrize("code, bits", [(1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)])
+def test_every_kind_of_wav_is_read(tmp_path, code, bits, extensible):
+    wave, path = np.random.default_rng(0).uniform(-0.99, 0.99, (1000, 3)), tmp_path / "a.wav"
+    path.write_bytes(wav_bytes(wave, 44100, code, bits, extensible))
+    read, rate = data.read_wav(path)
+    assert read.shape == (3, 1000) and rate == 44100 and read.dtype == np.float32
+    np.testing.assert_allclose(read.T, wave, atol=1e-7 + (2.0**-bits if code == 1 else 0))
 
 
 def test_broken_files_are_named_with_the_reason(tmp_path):
-    for name, (_, sentence) in broken_files(tmp_path).items():
+    for name, sentence in broken_files(tmp_path).items():
         with pytest.raises(ValueError, match=f"{name}: .*{sentence}"):
             data.read_audio(tmp_path / name)
 
@@ -160,29 +195,17 @@ def test_fbank_equals_kaldis(mels):
     assert data.fbank(waves).shape[1] == data.frames_of(9000) == (9000 - 400) // 160 + 1
 
 
-def corpus_of(waves, labels, splits):
-    """A corpus in memory, as open_corpus would return it."""
-    lengths = np.array([len(wave) for wave in waves])
-    ids, classes = [f"clip{i}" for i in range(len(waves))], [str(c) for c in sorted(set(labels))]
-    return data.Corpus("test", ids, np.array(labels), np.array(splits, object), classes,
-                       np.cumsum(lengths) - lengths, lengths, np.concatenate(waves).astype("<i2"))
-
-
-def test_features_of_silence_and_padding_are_asts_golden_values():
-    corpus = corpus_of([np.zeros(8000)], [0], ["train"])
-    batch, sound = data.load_batch(corpus, np.array([0]), 100), data.frames_of(8000)
+def test_features_of_silence_and_padding_are_asts_golden_values_and_utterances_have_no_mean():
+    silent = corpus_of([np.zeros(8000)], [0], ["train"])
+    batch, sound = data.load_batch(silent, np.array([0]), 100), data.frames_of(8000)
     x = data.features(batch, AST("nano"))  # (1, 100, 128)
     assert_close(x[0, :sound], torch.full((sound, 128), -1.27759), atol=1e-4, rtol=0)
     assert_close(x[0, sound:], torch.full((100 - sound, 128), 0.46703), atol=1e-4, rtol=0)
-
-
-def test_utterance_features_have_no_mean_and_short_clips_repeat():
-    rng = np.random.default_rng(0)
-    corpus = corpus_of([rng.integers(-999, 999, 5000)], [0], ["train"])
+    corpus = corpus_of([np.random.default_rng(0).integers(-999, 999, 5000)], [0], ["train"])
     batch = data.load_batch(corpus, np.array([0]), 50, repeat=True)
-    assert torch.equal(batch.x[0, :3000], batch.x[0, 5000:8000])
-    x = data.features(batch, slim("resnet34"))
-    assert_close(x.mean(1), torch.zeros(1, 40), atol=1e-5, rtol=0)
+    assert torch.equal(batch.x[0, :3000], batch.x[0, 5000:8000])  # short clips repeat
+    assert_close(data.features(batch, slim("resnet34")).mean(1), torch.zeros(1, 40),
+                 atol=1e-5, rtol=0)
 
 
 def test_batches_depend_on_seed_and_epoch_alone():
@@ -198,49 +221,72 @@ def test_batches_depend_on_seed_and_epoch_alone():
     assert all(sorted([*a.clips, *b.clips]) == sorted(c.clips) for a, b, c in zip(*shards, first))
 
 
-def folder_corpus(root, classes=3, clips=10):
-    rng = np.random.default_rng(0)
-    for label in range(classes):
-        (root / f"class{label}").mkdir(parents=True)
-        for clip in range(clips):
-            tone = np.sin(np.arange(8000) * (label + 1) * 0.3)[:, None] * rng.uniform(0.1, 0.9)
-            (root / f"class{label}" / f"{clip}.wav").write_bytes(wav_bytes(tone))
+def test_windows_of_a_loud_float_file_are_clipped_and_whole(tmp_path):
+    paths = [tmp_path / "a.wav", tmp_path / "b.wav"]
+    for path, samples in zip(paths, (16000, 3000)):
+        path.write_bytes(wav_bytes(np.full((samples, 1), 1.2), code=3, bits=32))
+    corpus = data.corpus_of_files(paths)
+    windows, owner = data.cut_windows(corpus, np.arange(2), 30)
+    assert (corpus.store == 32767).all() and owner.tolist() == [0, 0, 0, 0, 1]
+    assert windows.start.tolist() == [0, 5040, 10080, 16000 - 5040, 16000]
+    assert windows.length.tolist() == [5040, 5040, 5040, 5040, 3000]
 
 
-@pytest.fixture
-def opened(tmp_path):
-    """A folder corpus at `root`, and a function that opens it as a user would."""
-    folder_corpus(tmp_path / "root")
-    return tmp_path / "root", lambda **options: data.open_corpus(
-        "folder", tmp_path / "root", tmp_path / "cache", **options)
-
-
-def test_packing_happens_once_and_notices_a_changed_clip(opened, tmp_path, monkeypatch):
+def test_a_folder_is_split_by_class_packed_once_and_packed_anew_when_a_clip_changes(
+        opened, tmp_path, monkeypatch):
     root, open_it = opened
+    folder_corpus(root / "lonely", classes=1, clips=1)
     corpus, changed = open_it(), root / "class1/3.wav"
+    assert corpus.notes == ["1 classes have fewer than three clips and only train: lonely"]
     clip = corpus.ids.index("class1/3.wav")
-    start, length = corpus.start[clip], corpus.length[clip]
-    expected = data.read_audio(changed)
-    np.testing.assert_allclose(corpus.store[start : start + length] / 32768, expected, atol=2**-16)
-    sizes = {split: len(corpus.pick(split)) for split in ("train", "valid", "test")}
-    assert sizes == {"train": 21, "valid": 3, "test": 6}
+    wave = corpus.store[corpus.start[clip] :][: corpus.length[clip]]
+    np.testing.assert_allclose(wave / 32768, data.read_audio(changed), atol=2**-16)
+    assert [len(corpus.pick(split)) for split in ("train", "valid", "test")] == [22, 3, 6]
     with monkeypatch.context() as patch:  # the second time nothing is decoded
         patch.setattr(data, "read_audio", lambda path: pytest.fail(f"decoded {path} again"))
-        open_it()
+        patch.chdir(root)
+        assert data.open_corpus("folder", ".", tmp_path / "cache").ids == corpus.ids
     changed.write_bytes(wav_bytes(np.ones((9000, 1)) * 0.5))
     again = open_it()
     assert again.length[clip] == 9000 and again.store[again.start[clip]] == 16384
-    assert len(list((tmp_path / "cache").glob("*.pcm"))) == 1  # the old one is gone
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # the old one is gone
 
 
-def test_bad_clips_stop_before_training_or_are_left_out(opened):
+def test_two_programs_may_pack_one_corpus_at_the_same_time(opened, tmp_path, monkeypatch):
+    """The second begins and ends while the first decodes; on Windows it even holds the file."""
+    process, read, programs = os.getpid(), data.read_audio, []
+
+    def read_while_another_packs(path):
+        if not programs:
+            programs.append(None)
+            monkeypatch.setattr(os, "getpid", lambda: process + 1)
+            programs[0] = opened[1]()
+        return read(path)
+
+    def in_use(part, path):
+        if os.path.exists(path):
+            raise PermissionError(path)
+        os.rename(part, path)
+
+    monkeypatch.setattr(data, "read_audio", read_while_another_packs)
+    monkeypatch.setattr(os, "replace", in_use)
+    programs.append(opened[1]())
+    assert np.array_equal(programs[0].store, programs[1].store) and programs[1].store.any()
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_bad_clips_stop_before_training_or_are_left_out(opened, monkeypatch):
     root, open_it = opened
+    with monkeypatch.context() as patch:  # as before `pip install torchcodec`
+        patch.setattr(data, "read_audio", raising(ValueError("install a decoder")))
+        with pytest.raises(ValueError, match="30 of 30 clips .*(?s:.)*install a decoder"):
+            open_it()
+    assert not open_it().bad  # they are read again, though sizes and times are what they were
     files = broken_files(root / "class0")
     with pytest.raises(ValueError, match=f"{len(files)} of 39 clips of .*(?s:.)*--skip-bad"):
         open_it()
     corpus = open_it(skip_bad=True)
-    used = np.flatnonzero(corpus.splits != "bad")
-    assert len(used) == 30 and "9 unusable" in corpus.notes[0]
+    assert (corpus.splits != "bad").sum() == 30 and "9 unusable" in corpus.notes[0]
     # With trials the speakers split the clips: bad ones stay out, and so do their trials.
     (root / "trials.txt").write_text("1 class0/0.wav class0/1.wav\n0 class0/2.wav class1/3.wav\n"
                                      "1 class0/0.wav class0/cut.wav\n")
@@ -252,217 +298,229 @@ def test_bad_clips_stop_before_training_or_are_left_out(opened):
     assert (corpus.splits == "bad").sum() == (corpus.length == 0).sum() == len(files)
 
 
-def test_clips_that_can_be_read_after_all_are_packed_anew(opened, monkeypatch):
-    """As after `pip install torchcodec`: sizes and times of the files are what they were."""
-    def no_decoder(path):
-        raise ValueError("install a decoder")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "read_audio", no_decoder)
-        with pytest.raises(ValueError, match="30 of 30 clips .*(?s:.)*install a decoder"):
-            opened[1]()
-    assert not opened[1]().bad
-
-
 def test_a_full_disk_is_no_bad_clip_and_leaves_nothing_behind(opened, tmp_path, monkeypatch):
-    def full(wave):
-        raise OSError("No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(data, "to_int16", full)
+        patch.setattr(data, "to_int16", raising(OSError("No space left on device")))
         with pytest.raises(OSError, match="No space left"):
             opened[1](skip_bad=True)
     assert not list((tmp_path / "cache").iterdir()) and not opened[1]().bad
 
 
-@pytest.mark.parametrize("speakers, trials, sentence", [
-    (6, "1 class0/0.wav class0/1.wav\n", "test trials of folder are all of one kind"),
-    (4, "0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "2 speakers besides those"),
-    (6, "\n", "trials.txt: no trials"), (6, "1 a\n", "line 1: expected `1 id_a id_b`"),
-    (6, "\ufeff1 class0/0.wav class0/1.wav\n", "are all of one kind")])  # Excel's first bytes
+@pytest.mark.parametrize("speakers, clips, trials, sentence", [
+    (6, 3, "1 class0/0.wav class0/1.wav\n", "test trials of folder are all of one kind"),
+    (4, 3, "0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "2 speakers besides those"),
+    (6, 1, "0 class0/0.wav class1/0.wav\n1 class0/0.wav class0/0.wav", "2 clips of 2 held out"),
+    (6, 3, "1 class0/0.wav class9/1.wav\n", "name class9/1.wav, which folder lacks"),
+    (6, 3, "\n", "trials.txt: no trials"), (6, 3, "1 a\n", "line 1: expected `1 id_a id_b`"),
+    (6, 3, "\ufeff1 class0/0.wav class0/1.wav\n", "are all of one kind")])  # Excel's first bytes
 def test_trials_that_measure_nothing_are_refused_before_training(
-        tmp_path, speakers, trials, sentence):
-    folder_corpus(tmp_path / "root", classes=speakers, clips=3)
+        tmp_path, speakers, clips, trials, sentence):
+    folder_corpus(tmp_path / "root", speakers, clips)
     (tmp_path / "root/trials.txt").write_text(trials, encoding="utf-8")
     with pytest.raises(ValueError, match=sentence):
         data.open_corpus("folder", tmp_path / "root", tmp_path / "cache")
 
 
-def test_speakers_with_one_clip_each_make_no_validation_trials_and_that_is_said(tmp_path):
-    folder_corpus(tmp_path / "root", classes=6, clips=1)
-    (tmp_path / "root" / "trials.txt").write_text("0 class0/0.wav class1/0.wav\n")
-    with pytest.raises(ValueError, match="2 clips of 2 held-out speakers make no validation"):
-        data.open_corpus("folder", tmp_path / "root", tmp_path / "cache")
+def test_validation_trials_of_a_hundred_thousand_clips_fit_in_memory():
+    """All pairs of a tenth of VoxCeleb2 would take 80 GB."""
+    clips = [(f"clip{i}", f"speaker{i % 600}") for i in range(100_000)]
+    trials = data.make_trials(clips, np.random.default_rng(0))
+    assert len(trials) == len(set(trials)) == 4000
+    speaker = dict(clips)
+    assert all((speaker[a] == speaker[b]) == bool(same) for same, a, b in trials)
+    assert sum(same for same, _, _ in trials) == 2000 and all(a != b for _, a, b in trials)
 
 
-def test_the_root_may_be_the_working_folder(opened, tmp_path, monkeypatch):
-    monkeypatch.chdir(opened[0])
-    assert len(data.open_corpus("folder", ".", tmp_path / "cache").ids) == 30
+def folds_of(number, fold, valid=True):
+    """The folds that train, validate and test, of a corpus with three clips a fold."""
+    folds = [str(k) for k in range(1, number + 1) for _ in range(3)]
+    corpus = corpus_of([np.zeros(500)] * len(folds), ["a"] * len(folds), folds)
+    data.make_splits(corpus, 0, fold, few_shot=0, valid=valid, train=True)
+    return tuple("".join(sorted(set(np.array(folds)[corpus.splits == split]), key=int))
+                 for split in ("train", "valid", "test"))
 
 
-def test_windows_of_a_loud_float_file_are_clipped_and_whole(tmp_path):
-    for name, samples in (("a", 16000), ("b", 3000)):
-        (tmp_path / name).write_bytes(wav_bytes(np.full((samples, 1), 1.2), 16000, 3, 32, "<f4"))
-    for name in "ab":
-        (tmp_path / name).rename(tmp_path / f"{name}.wav")
-    corpus = data.corpus_of_files([tmp_path / "a.wav", tmp_path / "b.wav"])
-    windows, owner = data.cut_windows(corpus, np.arange(2), 30)
-    assert (corpus.store == 32767).all() and owner.tolist() == [0, 0, 0, 0, 1]
-    assert windows.start.tolist() == [0, 5040, 10080, 16000 - 5040, 16000]
-    assert windows.length.tolist() == [5040, 5040, 5040, 5040, 3000]
+def test_folds_rotate_as_in_p1_and_validation_is_never_the_test_fold():
+    rotation = [folds_of(5, fold) for fold in (5, 1, 2, 3, 4)]
+    assert rotation == [("123", "4", "5"), ("234", "5", "1"), ("345", "1", "2"),
+                        ("145", "2", "3"), ("125", "3", "4")]
+    assert folds_of(10, 1) == ("23456789", "10", "1") and folds_of(5, 2, False) == ("1345", "", "2")
+    assert (data.CORPORA["esc50"].folds, data.CORPORA["urbansound8k"].folds) == (5, 10)
 
 
-def test_check_names_each_fault(tmp_path, capsys):
-    folder_corpus(tmp_path / "root", classes=2)
-    (tmp_path / "root" / "lonely").mkdir()
-    (tmp_path / "root" / "lonely" / "1.wav").write_bytes(wav_bytes(np.ones((9000, 2)) / 3, 44100))
-    files = broken_files(tmp_path / "root" / "class0")
-    corpus = data.open_corpus("folder", tmp_path / "root", tmp_path / "cache", skip_bad=True)
-    twins = [corpus.ids[corpus.pick(split)[0]] for split in ("train", "test")]
-    (tmp_path / "root" / twins[1]).write_bytes((tmp_path / "root" / twins[0]).read_bytes())
-    assert data.check("folder", str(tmp_path / "root"), tmp_path / "cache") == len(files) + 1
-    printed = capsys.readouterr().out
-    assert all(twin in re.search("fault: .* is the same as .*", printed)[0] for twin in twins)
-    assert all(f"class0/{name}: " in printed for name in files)
-    assert "1 classes have fewer than three clips and only train: lonely" in printed
-    assert "44100 Hz, 2 channel" in printed
+def official_lists(name, root):
+    """The lists of a complete corpus without a single audio file, whose names it returns."""
+    if name == "esc50":
+        write_table(root / "meta/esc50.csv", "filename,fold,category", [
+            f"{i % 5 + 1}-{i}-A-{i % 50}.wav,{i % 5 + 1},c{i % 50}" for i in range(2000)])
+    elif name == "urbansound8k":
+        write_table(root / "metadata/UrbanSound8K.csv", "slice_file_name,fsID,fold,class", [
+            f"{i}-3-0-0.wav,{i},{i % 10 + 1},c{i // 10 % 10}" for i in range(8732)])
+    elif name == "fluentspeech":
+        for split, count in (("train", 23132), ("valid", 3118), ("test", 3793)):
+            write_table(root / f"data/{split}_data.csv",
+                        ",path,speakerId,transcription,action,object,location", [
+                            f'{i},wavs/speakers/s/{split}{i}.wav,s,"Turn, it on",a{i % 31},o,none'
+                            for i in range(count)])
+    elif name == "speechcommands":
+        files = [f"word{i % 35}/{i}_nohash_0.wav" for i in range(105829)]
+        write_table(root / "validation_list.txt", files[0], files[1:9981])
+        write_table(root / "testing_list.txt", files[9981], files[9982 : 9981 + 11005])
+        return files + ["_background_noise_/pink_noise.wav"]
+    return []
 
 
-def test_sounds_are_the_same_on_every_machine_and_twins_differ_by_order_alone(cache):
-    corpus = data.open_corpus("sounds", cache=cache)
-    assert {len(corpus.pick(s)) // 12 for s in ("train", "valid", "test")} == {80, 20, 40}
-    assert np.array_equal(data.sound("sounds/rain/train-3"), data.sound("sounds/rain/train-3"))
-    assert not set(data.SOURCE) & set(data.TARGET)
-    # The mean spectrum tells classes apart, but not twins: order is not in it.
-    clips = np.concatenate([corpus.pick("train"), corpus.pick("test")])
-    x = torch.cat([data.features(b, AST("nano")).mean(1)
-                   for b in data.batches(corpus, clips, 64, 98, train=False)])  # (clips, 128)
-    x = x - x.mean(1, keepdim=True)  # whatever the level
-    labels = torch.tensor(corpus.labels[clips])
-    fit = torch.tensor(corpus.splits[clips] == "train")
-
-    def told_apart(a, b):
-        """Accuracy of the nearest mean between two classes."""
-        a, b = corpus.classes.index(a), corpus.classes.index(b)
-        centres = torch.stack([x[fit & (labels == c)].mean(0) for c in (a, b)])
-        guess = [torch.cdist(x[~fit & (labels == c)], centres).argmin(1) for c in (a, b)]
-        return float(((guess[0] == 0).float().mean() + (guess[1] == 1).float().mean()) / 2)
-
-    plain = [name for name in corpus.classes if ">" not in name]
-    others = np.mean([told_apart(a, b) for i, a in enumerate(plain) for b in plain[:i]])
-    twins = np.mean([told_apart(name, ">".join(reversed(name.split(">"))))
-                     for name in ("ping>thud", "high>low", "slow>fast")])
-    assert others > 0.8 and twins < 0.65, (others, twins)
+@pytest.mark.parametrize("name, total, classes, split, part", [
+    ("esc50", 2000, 50, "3", 400), ("urbansound8k", 8732, 10, "3", None),
+    ("speechcommands", 105829, 35, "valid", 9981), ("fluentspeech", 30043, 31, "test", 3793)])
+def test_lists_give_the_official_counts_and_what_lacks_is_counted(
+        tmp_path, monkeypatch, name, total, classes, split, part):
+    files, source = official_lists(name, tmp_path), data.CORPORA[name]
+    monkeypatch.setattr(data, "find_audio", lambda root: files)
+    rows = source.rows(tmp_path)
+    assert len(rows) == len(set(rows)) == total and len({row[1] for row in rows}) == classes
+    corpus = corpus_of([np.zeros(1)] * total, [0] * total, [row[2] for row in rows])
+    assert data.find_gaps(source, corpus, "o", 0) == []
+    corpus.length[corpus.pick(split)[:2]] = 0
+    label = "fold 3" if split == "3" else split
+    parts = [f"{label}: expected {part:,} clips, found {part - 2:,}"] if part else []
+    assert data.find_gaps(source, corpus, "o", 0) == [
+        *parts, f"all: expected {total:,} clips, found {total - 2:,}"]
 
 
-def test_augmentation_hides_and_rolls_within_its_bounds():
-    torch.manual_seed(0)
-    x = torch.ones(200, 50, 40)
-    hidden = data.augment_features(x, spec_f=8, spec_t=10) == 0  # (B, T, F)
-    bands, stretches = hidden.all(1).sum(1), hidden.all(2).sum(1)
-    assert bands.max() <= 8 and stretches.max() <= 10 and bands.float().mean() > 2
-    assert data.augment_features(x) is x
-    ramp = torch.arange(50.0).expand(200, 50)[:, :, None]
-    rolled = data.augment_features(ramp, shift=5)[:, :, 0]  # (B, T)
-    assert rolled.sort(1).values.equal(ramp[:, :, 0])
-    start = (rolled.argmin(1) + 5) % 50
-    assert start.max() == 10 and start.min() == 0
-    wave, zeros = torch.ones(200, 100), torch.zeros(200, dtype=torch.int64)
-    louder = data.augment_waves(data.Batch(wave, zeros + 100, zeros, zeros.numpy()), 1, 0, gain=6.0)
-    decibels = 20 * louder.x.log10()  # a clip is louder as a whole, its padding stays silent
-    assert decibels.std(1).max() < 1e-4 and 5 < decibels.abs().max() <= 6
-
-
-def few_voices(patch):
-    """`voices` with few training speakers; the held-out ones and their trials are the real ones."""
-    patch.setitem(data.VOICES, "train", (12, 4))
-    patch.setitem(data.VOICES, "valid", (4, 4))
-
-
-def test_voices_are_told_apart_by_no_average_spectrum(tmp_path, monkeypatch):
-    few_voices(monkeypatch)
-    corpus = data.open_corpus("voices", cache=tmp_path)
-    speakers = {split: {corpus.ids[i].split("/")[1] for i in corpus.pick(split)}
-                for split in data.VOICES}
-    assert [len(s) for s in speakers.values()] == [12, 4, 20]
-    assert len(set.union(*speakers.values())) == 36  # nobody is in two splits
-    for trials in corpus.trials.values():
-        assert sum(label for label, _, _ in trials) == len(trials) / 2
-        assert all(label == (corpus.ids[a].split("/")[1] == corpus.ids[b].split("/")[1])
-                   for label, a, b in trials)
-    clip = int(corpus.pick("test")[7])
-    wave = corpus.store[corpus.start[clip] : corpus.start[clip] + corpus.length[clip]]
-    assert np.array_equal(wave, data.to_int16(data.voice(corpus.ids[clip])))  # alone, in any order
-    means = torch.zeros(len(corpus.ids), 80)
-    for length in np.unique(corpus.length):
-        group, frames = np.flatnonzero(corpus.length == length), data.frames_of(length)
-        for batch in data.batches(corpus, group, 64, frames, train=False):
-            means[batch.clips] = data.fbank(batch.x / 32768, 80).mean(1)
-    labels, left, right = (np.array(column) for column in zip(*corpus.trials["test"]))
-    for centre in (torch.zeros(80), means[corpus.pick("train")].mean(0)):
-        scores = F.cosine_similarity(means[left] - centre, means[right] - centre)
-        assert 0.2 < sv.equal_error_rate(scores.numpy(), labels) < 0.4
-
-
-def test_a_faster_voice_is_higher_and_another_speaker():
-    torch.manual_seed(0)
-    frames, labels = 100, torch.arange(30) % 5
-    size = data.samples_of(data.frames_at_speed(frames))
-    tone = 9000 * torch.sin(2 * math.pi * 1000 * torch.arange(size) / 16000).repeat(30, 1)
-    lengths = torch.tensor([size, 8000]).repeat(15)
-    batch = data.perturb_speed(data.Batch(tone, lengths, labels, np.arange(30)), frames, 5)
-    assert batch.x.shape == (30, data.samples_of(frames))
-    speed = torch.tensor([1, 0.9, 1.1])[batch.labels // 5]  # (B,)
-    assert (batch.labels % 5 == labels).all() and len(set(speed.tolist())) == 3
-    peak = torch.fft.rfft(batch.x * torch.hann_window(batch.x.shape[1])).abs().argmax(1)
-    assert_close(peak * 16000 / batch.x.shape[1], 1000 * speed, atol=2, rtol=0)
-    assert (batch.lengths[::2] == batch.x.shape[1]).all()
-    assert_close(batch.lengths[1::2].float(), 8000 / speed[1::2], atol=1, rtol=0)
-
-
-def test_a_room_is_a_convolution_that_keeps_the_direct_path_in_place_and_the_energy():
-    rng = np.random.default_rng(0)
-    x, rooms = rng.standard_normal((3, 500)), 0.1 * rng.standard_normal((3, 120))
-    rooms[range(3), [0, 40, 119]] = 2.0  # the direct path: at once, late, last of all
-    wet = data.reverberate(torch.from_numpy(x), torch.from_numpy(rooms)).numpy()
-    for row, delay in enumerate((0, 40, 119)):
-        expected = np.convolve(x[row], rooms[row])[delay : delay + 500]
-        expected *= np.linalg.norm(x[row]) / np.linalg.norm(expected)
-        np.testing.assert_allclose(wet[row], expected, atol=1e-9)
-    silent = data.reverberate(torch.zeros(3, 500), data.made_rooms(3, "cpu"))
-    assert (silent == 0).all()
-
-
-@pytest.mark.parametrize("kind", ["generated", "folder"])
-def test_noise_has_the_ratio_that_is_asked_for(tmp_path, kind):
-    torch.manual_seed(0)
-    folder_corpus(tmp_path / "noises", classes=1)
-    x, lengths = 1000 * torch.randn(20, data.samples_of(60)), torch.full((20,), 5000)
-    x[:, 5000:] = 0  # padding is no part of the signal's power
-    noise = kind if kind == "generated" else data.open_sounds(tmp_path / "noises", tmp_path / "c")
-    batch = data.distort(data.Batch(x, lengths, lengths, np.arange(20)), 0.6, noise, "", (7, 7))
-    added = (batch.x - x)[:, :5000].square().mean(1)  # (B,) power
-    assert (added > 0).sum() == 12  # a share of 60 %
-    ratio = 10 * (x.square().sum(1) / 5000 / added).log10()[added > 0]
-    assert_close(ratio, torch.full((12,), 7.0), atol=0.01, rtol=0)
-    both = data.distort(data.Batch(x, lengths, lengths, np.arange(20)), 1, noise, noise, (7, 7))
-    assert (both.x != x).any(1).all()
-    with pytest.raises(ValueError, match="no audio files below"):
-        data.open_sounds(tmp_path / "c")
+FEATURES = "id,speaker,split,start,frames"
 
 
 @pytest.mark.parametrize("header, row, kind, sentence", [
-    ("id,speaker", "a,b", np.int8, "expected columns id, speaker, split"),
-    ("id,speaker,split,start,frames", "", np.int8, "line 2: expected columns"),
-    ("id,speaker,split,start,frames", "a,b,train,5", np.int8, "line 2: expected columns"),
-    ("id,speaker,split,start,frames", "a,b,validation,0,5", np.int8, "split 'validation': exp"),
-    ("id,speaker,split,start,frames", "a,b,train,5,5", np.int8, "at least the 10 frames"),
-    ("id,speaker,split,start,frames", "a,b,train,0,9", np.float32, "expected int8")])
-def test_bad_feature_corpora_are_answered_with_a_sentence(tmp_path, header, row, kind, sentence):
+    ("id,speaker", "a,b", np.int8, "index.csv, line 2: no column 'split'"),
+    (FEATURES, "", np.int8, "index.csv: no rows"),
+    (FEATURES, "a,b,train,5", np.int8, "index.csv, line 2: no column 'frames'"),
+    (FEATURES, "a,b,validation,0,5", np.int8, r"splits \['validation'\].*expected train, valid"),
+    (FEATURES, "a,b,train,5,5", np.int8, "at least the 10 frames"),
+    (FEATURES, "a,b,train,0,9", np.float32, "float32 .* expected .* int8")])
+def test_bad_tables_and_features_are_answered_with_a_sentence(
+        tmp_path, header, row, kind, sentence):
     np.save(tmp_path / "features.npy", np.zeros((9, 4), kind))
-    (tmp_path / "index.csv").write_text(f"{header}\n{row}\n")
+    write_table(tmp_path / "index.csv", header, [row])
     with pytest.raises(ValueError, match=sentence):
         data.open_corpus("features", tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)no UrbanSound8K.csv there.*audio/fold1.*download"):
+        data.open_corpus("urbansound8k", tmp_path)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """ESC-50's layout in small with every kind of damage: (root, {clip: what must be said})."""
+    root, rng = tmp_path / "root", np.random.default_rng(0)
+    names = [f"{fold}-{i}.wav" for fold in range(1, 6) for i in range(12)]
+    write_table(root / "meta/esc50.csv", "filename,fold,category",
+                [f"{name},{name[0]},c{i % 2}" for i, name in enumerate(names)])
+    (root / "audio").mkdir()
+    noise = lambda channels: rng.uniform(-0.5, 0.5, (3000, channels))
+    for name in names:
+        (root / "audio" / name).write_bytes(wav_bytes(noise(1)))
+    files = broken_files(root / "audio")
+    for name, clip in zip(files, names):  # put the broken ones in the place of good ones
+        (root / "audio" / name).replace(root / "audio" / clip)
+    (root / "audio/5-0.wav").unlink()
+    (root / "audio/5-1.wav").write_bytes((root / "audio/1-11.wav").read_bytes())
+    (root / "audio/5-2.wav").write_bytes(wav_bytes(noise(2), 44100, bits=24))
+    (root / "audio/stray.wav").write_bytes(wav_bytes(noise(1)))
+    return root, dict(zip(names, files.values())) | {"5-0.wav": "listed, but missing"}
+
+
+def test_check_names_all_damage_of_an_official_corpus(damaged, tmp_path, capsys):
+    root, said = damaged
+    with pytest.raises(SystemExit, match="1"):
+        data.main(["esc50", str(root), "--cache", str(tmp_path / "cache")])
+    printed = capsys.readouterr().out
+    for sentence in (
+            *(f"fault: .*{clip}: .*{sentence}" for clip, sentence in said.items()),
+            "fault: all: expected 2,000 clips, found 50", "fault: fold 5: expected 400 clips, fou",
+            r"fault: audio/5-1.wav \(valid\) is the same as audio/1-11.wav \(test\)",
+            "1 clips of 44100 Hz, 2 channel, 24-bit pcm", "50 clips of 16000 Hz, 1 channel, 16-bit",
+            "train .* 18 to 18 a class .*0.19 / 0.19 / 0.19 s", "bad .*10 clips", "17 faults",
+            "1 audio files are in no list and not used, the first is audio/stray.wav"):
+        assert re.search(sentence, printed), (sentence, printed)
+
+
+def test_training_stops_before_the_first_step_or_leaves_damage_out(damaged, tmp_path, capsys):
+    root, said = damaged
+    arguments = ["--data", "esc50", "--root", str(root), "--cache", str(tmp_path / "cache"),
+                 "--init", "none", "--epochs", "1", "--steps", "1", "--frames", "20", "--rank", "1",
+                 "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"10 of 60 clips of esc50(?s:.)*1-0.wav(?s:.)*--skip-"):
+        train.main(arguments)
+    assert not (tmp_path / "out").exists()
+    train.main([*arguments, "--skip-bad", "--no-valid"])
+    printed = capsys.readouterr().out
+    assert "10 unusable clips are left out" in printed and "the last epoch is" in printed
+    assert "note: all: expected 2,000 clips, found 50" in printed
+
+
+@pytest.fixture
+def voxceleb(tmp_path):
+    """Two trees below one root, in two depths; the lists; speakers id1000x are VoxCeleb1's."""
+    root, rng = tmp_path / "root", np.random.default_rng(0)
+    for number in range(48):
+        place, clip = "dev/aac/id0000" if number > 15 else "vox1/wav/id1000", number % 4
+        path = root / f"{place}{number // 4}/video{clip}/0000{clip}.wav"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(wav_bytes(rng.uniform(-0.5, 0.5, (3000, 1))))
+    name = lambda speaker, clip: f"id1000{speaker}/video{clip}/0000{clip}.wav"
+    write_table(root / "veri_test2.txt", f"1 {name(0, 0)} {name(0, 1)}",
+                [f"0 {name(0, 0)} {name(1, 1)}"])
+    write_table(root / "list_test_hard2.txt", f"1 {name(0, 0)} {name(0, 1)}",
+                [f"0 {name(speaker, 0)} {name(3, 1)}" for speaker in range(3)])
+    return root, lambda **options: data.open_corpus("voxceleb", root, tmp_path / "cache", **options)
+
+
+def test_voxcelebs_test_speakers_never_train_and_that_is_said(voxceleb):
+    for trials, tested in (("o", 2), ("h", 4)):
+        corpus = voxceleb[1](trials=trials)
+        training, held, strangers = (people(corpus, s, -3) for s in ("train", "valid", "test"))
+        assert (len(training), len(held), len(strangers)) == (10 - tested, 2, tested)
+        assert len(training | held) == 12 - tested and len(corpus.classes) == 10 - tested
+        assert f"{tested} speakers are in the trials" in " ".join(corpus.notes)
+        assert corpus.trials["valid"]
+    assert corpus.ids[corpus.trials["test"][0][1]] == "vox1/wav/id10000/video0/00000.wav"
+    assert corpus.gaps == ["list_test_hard2.txt: expected 550,894 trials, found 4"]
+    assert data.find_gaps(data.CORPORA["voxceleb"], corpus, "h", 550894) == []
+    corpus = voxceleb[1](valid=False)
+    assert len(corpus.classes) == 10 and "valid" not in corpus.trials
+    for trials, sentence in (("x", "choose from o, e, h"),
+                             ("e", "(?s)no list_test_all2.txt there.*--download brings its lists")):
+        with pytest.raises(ValueError, match=sentence):
+            voxceleb[1](trials=trials)
+
+
+def test_a_voxceleb_clip_that_only_the_list_knows_is_missing(voxceleb):
+    root, open_it = voxceleb
+    with open(root / "veri_test2.txt", "a") as file:
+        file.write("\n0 id10000/video0/00000.wav id10002/video2/00002.wav\n")
+    (root / "vox1/wav/id10001/video1/00001.wav").unlink()
+    with pytest.raises(ValueError, match="(?s)1 of 48 clips.*id10001/video1/00001.wav: listed"):
+        open_it()
+    corpus = open_it(skip_bad=True)
+    assert len(corpus.trials["test"]) == 2 and len(corpus.bad) == 1
+
+
+@real_data
+@pytest.mark.parametrize("name, folder, sizes, classes", [
+    ("esc50", "ESC-50", [4, 10, 6], 4), ("speechcommands", "speech_commands_v0.02", [10, 5, 5], 9),
+    ("fsdd", "fsdd", [2430, 270, 300], 10), ("features", "korean220", None, 180)])
+def test_real_corpora_have_their_official_split(cache, name, folder, sizes, classes):
+    corpus = data.open_corpus(name, REAL / folder, cache)
+    splits = ("train", "valid", "test")
+    assert sizes in (None, [len(corpus.pick(split)) for split in splits]) and not corpus.bad
+    assert len(corpus.classes) == classes and corpus.store.std() > 5
+    if name == "fsdd":
+        assert {clip[-5] for clip in np.array(corpus.ids)[corpus.pick("test")]} == set("01234")
+    if name == "features":
+        speakers = [people(corpus, split) for split in splits]
+        assert [len(s) for s in speakers] == [180, 20, 20] and len(set.union(*speakers)) == 220
+        assert corpus.mels == 40 and len(corpus.trials["test"]) == 20000
+        assert sum(label for label, _, _ in corpus.trials["test"]) == 3800
 
 
 @pytest.fixture
@@ -493,25 +551,22 @@ BODY = np.random.default_rng(0).bytes(300_000)
 
 def test_a_download_is_whole_and_checked_or_answered_with_a_sentence(server, tmp_path):
     server.files["/a.zip"] = BODY
-    for sha256, asked in (("0" * 64, 1), (hashlib.sha256(BODY).hexdigest(), 2), ("", 2)):
-        if asked == 1:
-            with pytest.raises(ValueError, match="invalid hash value .*by hand and save it as .*a"):
-                data.download(f"{server.url}/a.zip", tmp_path / "a.zip", sha256)
-            assert not list(tmp_path.iterdir())
-        else:  # the last time it is there
-            path = data.download(f"{server.url}/a.zip", tmp_path / "a.zip", sha256)
-            assert path.read_bytes() == BODY
-        assert len(server.asked) == asked
+    get = lambda name, sha256="": data.download(f"{server.url}/{name}", tmp_path / name, sha256)
+    with pytest.raises(ValueError, match="invalid hash value .*by hand and save it as .*a"):
+        get("a.zip", "0" * 64)
+    assert not list(tmp_path.iterdir())
+    for sha256 in (hashlib.sha256(BODY).hexdigest(), ""):  # the second time it is there
+        assert get("a.zip", sha256).read_bytes() == BODY and len(server.asked) == 2
     with pytest.raises(ValueError, match=f"{server.url}/b .*404.*by hand"):
-        data.download(f"{server.url}/b", tmp_path / "b")
+        get("b")
     server.shutdown()
     server.server_close()
     with pytest.raises(ValueError, match=f"{server.url}/a .*refused.*by hand"):
-        data.download(f"{server.url}/a", tmp_path / "a")
+        get("a")
 
 
 def archive(kind, members, link=None):
-    """Bytes of a zip or tar.gz of {name: bytes}, and a link {name: target} of a kind."""
+    """Bytes of a zip or tar.gz of {name: bytes}, and a link (type, target)."""
     file = io.BytesIO()
     if kind == "zip":
         with zipfile.ZipFile(file, "w") as out:
@@ -530,11 +585,9 @@ def archive(kind, members, link=None):
     return file.getvalue()
 
 
-OUTSIDE = ["../evil", "a/../../evil", "/tmp/evil-of-the-tests", "C:/evil", "..\\evil"]
-
-
 @pytest.mark.parametrize("kind, name, link", [
-    *((kind, name, None) for kind in ("zip", "tar") for name in OUTSIDE),
+    *((kind, name, None) for kind in ("zip", "tar") for name in (
+        "../evil", "a/../../evil", "/tmp/evil-of-the-tests", "C:/evil", "..\\evil")),
     ("tar", "good", (tarfile.SYMTYPE, "../..")), ("tar", "good", (tarfile.LNKTYPE, "/etc/passwd")),
     ("tar", "good", (tarfile.FIFOTYPE, ""))])
 def test_an_archive_writes_nothing_outside_its_folder(tmp_path, kind, name, link):
@@ -542,61 +595,59 @@ def test_an_archive_writes_nothing_outside_its_folder(tmp_path, kind, name, link
     with contextlib.suppress(ValueError):  # tar refuses it, zip leaves the member out
         data.unpack(tmp_path / "a", tmp_path / "root")
     outside = [p for p in tmp_path.rglob("*") if tmp_path / "root" not in (p, *p.parents)]
-    assert {p.name for p in outside} <= {"a"} and not Path("/tmp/evil-of-the-tests").exists()
+    assert not outside and not Path("/tmp/evil-of-the-tests").exists()
     assert not any(p.is_symlink() or p.is_fifo() for p in tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_unpacking_takes_off_the_top_folder_and_a_damaged_archive_leaves_nothing(tmp_path, kind):
+def test_unpacking_takes_off_the_top_folder_and_a_damaged_archive_leaves_nothing(
+        tmp_path, kind, monkeypatch):
     body = archive(kind, {"top/a/b.wav": BODY, "top/list.txt": b"x", "__MACOSX/top": b""})
-    path, root = tmp_path / "archive", tmp_path / "root"
+    path, root, other = tmp_path / "archive", tmp_path / "root", tmp_path / "other"
     path.write_bytes(body)
     data.unpack(path, root)
     assert sorted(p.name for p in root.iterdir()) == ["a", "list.txt"]
-    assert (root / "a/b.wav").read_bytes() == BODY
+    assert (root / "a/b.wav").read_bytes() == BODY and not path.exists()
     damaged = bytearray(body)
     damaged[len(body) // 2] ^= 255
     for wrong in (body[:-50_000], bytes(damaged), b"<html>404</html>"):
         path.write_bytes(wrong)
         with pytest.raises(ValueError, match="archive is damaged .* the same command gets it"):
-            data.unpack(path, tmp_path / "other")
-        assert not list((tmp_path / "other").glob("*")) and not path.exists()
-
-
-OFFICIAL = [("esc50", "ESC-50", "zip", "ESC-50-master/", 2000),
-            ("speechcommands", "speech_commands_v0.02", "tar", "./", 105829),
-            ("fsdd", "fsdd", "zip", "free-spoken-digit-dataset-master/", 3000)]
+            data.unpack(path, other)
+        assert not list(other.glob("*")) and not path.exists()
+    path.write_bytes(body)
+    monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):  # which is no damage: the archive stays
+        data.unpack(path, other)
+    assert not list(other.glob("*")) and path.exists()
 
 
 @real_data
-@pytest.mark.parametrize("name, folder, kind, top, total", OFFICIAL)
+@pytest.mark.parametrize("name, folder, kind, top, total", [
+    ("esc50", "ESC-50", "zip", "ESC-50-master/", 2000),
+    ("speechcommands", "speech_commands_v0.02", "tar", "./", 105829),
+    ("fsdd", "fsdd", "zip", "free-spoken-digit-dataset-master/", 3000)])
 def test_download_brings_a_corpus_in_its_official_layout(
         server, tmp_path, monkeypatch, capsys, name, folder, kind, top, total):
     """The real clips, packed as the official archive is; dropped half way, then run again."""
-    files = [p for p in sorted((REAL / folder).rglob("*")) if p.is_file()][:60]
-    body = archive(kind, {top + p.relative_to(REAL / folder).as_posix(): p.read_bytes()
-                          for p in files})
+    paths = [p for p in sorted((REAL / folder).rglob("*")) if p.is_file()][:60]
+    files = {p.relative_to(REAL / folder).as_posix(): p.read_bytes() for p in paths}
+    body = archive(kind, {top + path: content for path, content in files.items()})
     server.files["/x." + kind], server.hang_up = body, True
-    source = data.CORPORA[name]
-    assert bool(source.sha256) == (name == "speechcommands")
+    checked = data.CORPORA[name].sha256 and hashlib.sha256(body).hexdigest()
+    assert bool(checked) == (name == "speechcommands")
     monkeypatch.setitem(data.CORPORA, name, replace(
-        source, address=f"{server.url}/x.{kind}",
-        sha256=source.sha256 and hashlib.sha256(body).hexdigest()))
-    cache, root = tmp_path / "cache", tmp_path / "new" / "root"
-    command = [name, str(root), "--cache", str(cache), "--download"]
-    with pytest.raises(SystemExit, match="invalid hash" if source.sha256 else "is damaged"):
-        data.main(command)
-    server.hang_up = False
-    for _ in range(2):  # the second time nothing is asked for
-        with pytest.raises(SystemExit):
-            data.main(command)
-    clips = sum(p.suffix == ".wav" for p in files)
-    printed = capsys.readouterr().out
-    assert f"fault: expected {total:,} clips, found {clips}" in printed
-    assert ("no checksum is known" in printed) == (not source.sha256)
-    assert len(server.asked) == 2
-    assert all((root / p.relative_to(REAL / folder)).read_bytes() == p.read_bytes() for p in files)
-    assert not list(cache.glob("*.zip*")) + list(cache.glob("*.gz*")) + list(root.glob(".*"))
+        data.CORPORA[name], address=f"{server.url}/x.{kind}", sha256=checked))
+    root, cache = tmp_path / "new/root", tmp_path / "cache"
+    for sentence in ("invalid hash" if checked else "is damaged", "1", "1"):
+        with pytest.raises(SystemExit, match=sentence):
+            data.main([name, str(root), "--cache", str(cache), "--download"])
+        server.hang_up = False
+    clips = sum(path.endswith(".wav") for path in files)
+    assert f"fault: all: expected {total:,} clips, found {clips}" in capsys.readouterr().out
+    assert len(server.asked) == 2 and [p.suffix for p in cache.iterdir()] == [".packed"]
+    assert {path: (root / path).read_bytes() for path in files} == files  # once for two calls
+    assert not list(root.glob(".*"))
 
 
 @pytest.mark.parametrize("name, sentence", [
@@ -607,234 +658,117 @@ def test_what_cannot_be_downloaded_is_answered_with_where_to_ask(name, sentence)
         data.download_corpus(name, "")
 
 
-def write_table(path, header, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+def test_sounds_are_the_same_on_every_machine_and_twins_differ_by_order_alone(cache):
+    corpus = data.open_corpus("sounds", cache=cache)
+    assert [len(corpus.pick(s)) // 12 for s in ("train", "valid", "test")] == [80, 20, 40]
+    assert np.array_equal(data.sound("sounds/rain/train-3"), data.sound("sounds/rain/train-3"))
+    assert not set(data.SOURCE) & set(data.TARGET)
+    # The mean spectrum tells classes apart, but not twins: order is not in it.
+    clips = np.concatenate([corpus.pick("train"), corpus.pick("test")])
+    batch = data.load_batch(corpus, clips, 98)
+    x = data.features(batch, AST("nano")).mean(1)  # (clips, 128)
+    x = x - x.mean(1, keepdim=True)  # whatever the level
+    fit = torch.tensor(corpus.splits[clips] == "train")
+
+    def told_apart(a, b):
+        """Accuracy of the nearest mean between two classes."""
+        rows = [batch.labels == corpus.classes.index(name) for name in (a, b)]
+        centres = torch.stack([x[fit & row].mean(0) for row in rows])
+        guess = [torch.cdist(x[~fit & row], centres).argmin(1).float().mean() for row in rows]
+        return float((1 - guess[0] + guess[1]) / 2)
+
+    plain = [name for name in corpus.classes if ">" not in name]
+    others = np.mean([told_apart(a, b) for i, a in enumerate(plain) for b in plain[:i]])
+    twins = np.mean([told_apart(name, ">".join(reversed(name.split(">"))))
+                     for name in ("ping>thud", "high>low", "slow>fast")])
+    assert others > 0.8 and twins < 0.65, (others, twins)
 
 
-def official_lists(name, root):
-    """The lists of a complete corpus without a single audio file, whose names it returns."""
-    if name == "esc50":
-        write_table(root / "meta/esc50.csv", "filename,fold,target,category,esc10,src_file,take", [
-            f"{i % 5 + 1}-{i}-A-{i % 50}.wav,{i % 5 + 1},{i % 50},c{i % 50},False,{i},A"
-            for i in range(2000)])
-    elif name == "urbansound8k":
-        write_table(root / "metadata/UrbanSound8K.csv",
-                    "slice_file_name,fsID,start,end,salience,fold,classID,class", [
-                        f"{i}-3-0-0.wav,{i},0.0,4.0,1,{i % 10 + 1},{i // 10 % 10},c{i // 10 % 10}"
-                        for i in range(8732)])
-    elif name == "fluentspeech":
-        for split, count in (("train", 23132), ("valid", 3118), ("test", 3793)):
-            write_table(root / f"data/{split}_data.csv",
-                        ",path,speakerId,transcription,action,object,location", [
-                            f'{i},wavs/speakers/s/{split}{i}.wav,s,"Turn, it on",a{i % 31},o,none'
-                            for i in range(count)])
-    elif name == "speechcommands":
-        files = [f"word{i % 35}/{i}_nohash_0.wav" for i in range(105829)]
-        write_table(root / "validation_list.txt", files[0], files[1:9981])
-        write_table(root / "testing_list.txt", files[9981], files[9982 : 9981 + 11005])
-        return files + ["_background_noise_/pink_noise.wav"]
-    return []
+def test_voices_are_told_apart_by_no_average_spectrum(tmp_path, monkeypatch):
+    few_voices(monkeypatch)
+    corpus = data.open_corpus("voices", cache=tmp_path)
+    speakers = [people(corpus, split, 1) for split in data.VOICES]
+    assert [len(s) for s in speakers] == [12, 4, 20] and len(set.union(*speakers)) == 36
+    speaker = [clip.split("/")[1] for clip in corpus.ids]
+    for trials in corpus.trials.values():
+        assert sum(label for label, _, _ in trials) == len(trials) / 2
+        assert all(label == (speaker[a] == speaker[b]) for label, a, b in trials)
+    clip = int(corpus.pick("test")[7])
+    wave = corpus.store[corpus.start[clip] :][: corpus.length[clip]]
+    assert np.array_equal(wave, data.to_int16(data.voice(corpus.ids[clip])))  # alone, in any order
+    means = torch.zeros(len(corpus.ids), 80)
+    for length in np.unique(corpus.length):
+        group, frames = np.flatnonzero(corpus.length == length), data.frames_of(length)
+        for batch in data.batches(corpus, group, 64, frames, train=False):
+            means[batch.clips] = data.fbank(batch.x / 32768, 80).mean(1)
+    labels, left, right = (np.array(column) for column in zip(*corpus.trials["test"]))
+    for centre in (torch.zeros(80), means[corpus.pick("train")].mean(0)):
+        scores = F.cosine_similarity(means[left] - centre, means[right] - centre)
+        assert 0.2 < sv.equal_error_rate(scores.numpy(), labels) < 0.4
 
 
-@pytest.mark.parametrize("name, total, classes, part", [
-    ("esc50", 2000, 50, ("fold 3", 400)), ("urbansound8k", 8732, 10, None),
-    ("speechcommands", 105829, 35, ("split valid", 9981)),
-    ("fluentspeech", 30043, 31, ("split test", 3793))])
-def test_lists_give_the_official_counts_and_what_lacks_is_named(
-        tmp_path, monkeypatch, name, total, classes, part):
-    files, source = official_lists(name, tmp_path), data.CORPORA[name]
-    monkeypatch.setattr(data, "find_audio", lambda root: files)
-    rows = source.rows(tmp_path)
-    assert len(rows) == len(set(rows)) == total and len({row[1] for row in rows}) == classes
-    assert data.find_gaps(source, rows, {}, "o", 0) == []
-    split = dict(zip(("fold 3", "split valid", "split test"), ("3", "valid", "test")))
-    lost = [row[0] for row in rows if not part or row[2] == split[part[0]]][:2]
-    said = data.find_gaps(source, rows, {clip: clip + data.MISSING for clip in lost}, "o", 0)
-    assert said[0] == (f"expected {total:,} clips, found {total - 2:,}: missing "
-                       + ", ".join(sorted(lost)))
-    assert said[1:] == ([f"{part[0]}: expected {part[1]:,} clips, found {part[1] - 2:,}"]
-                        if part else [])
+def test_augmentation_hides_and_rolls_within_its_bounds():
+    torch.manual_seed(0)
+    x = torch.ones(200, 50, 40)
+    hidden = data.augment_features(x, spec_f=8, spec_t=10) == 0  # (B, T, F)
+    bands, stretches = hidden.all(1).sum(1), hidden.all(2).sum(1)
+    assert bands.max() <= 8 and stretches.max() <= 10 and bands.float().mean() > 2
+    assert data.augment_features(x) is x
+    ramp = torch.arange(50.0).expand(200, 50)[:, :, None]
+    rolled = data.augment_features(ramp, shift=5)[:, :, 0]  # (B, T)
+    assert rolled.sort(1).values.equal(ramp[:, :, 0])
+    start = (rolled.argmin(1) + 5) % 50
+    assert start.max() == 10 and start.min() == 0
+    wave, zeros = torch.ones(200, 100), torch.zeros(200, dtype=torch.int64)
+    louder = data.augment_waves(data.Batch(wave, zeros + 100, zeros, zeros.numpy()), 1, 0, gain=6.0)
+    decibels = 20 * louder.x.log10()  # a clip is louder as a whole, its padding stays silent
+    assert decibels.std(1).max() < 1e-4 and 5 < decibels.abs().max() <= 6
 
 
-def folds_of(number, **options):
-    """{split: folds in it} of a corpus with three clips a fold."""
-    folds = [str(k) for k in range(1, number + 1) for _ in range(3)]
-    corpus = corpus_of([np.zeros(500)] * len(folds), ["a"] * len(folds), folds)
-    data.make_splits(corpus, 0, few_shot=0, train=True, **{"valid": True} | options)
-    return {split: "".join(sorted(set(np.array(folds)[corpus.splits == split]), key=int))
-            for split in ("train", "valid", "test")}
+def test_a_faster_voice_is_higher_and_another_speaker():
+    torch.manual_seed(0)
+    frames, labels = 100, torch.arange(30) % 5
+    size = data.samples_of(data.frames_at_speed(frames))
+    tone = 9000 * torch.sin(2 * math.pi * 1000 * torch.arange(size) / 16000).repeat(30, 1)
+    lengths = torch.tensor([size, 8000]).repeat(15)
+    batch = data.perturb_speed(data.Batch(tone, lengths, labels, np.arange(30)), frames, 5)
+    assert batch.x.shape == (30, data.samples_of(frames))
+    speed = torch.tensor([1, 0.9, 1.1])[batch.labels // 5]  # (B,)
+    assert (batch.labels % 5 == labels).all() and len(set(speed.tolist())) == 3
+    peak = torch.fft.rfft(batch.x * torch.hann_window(batch.x.shape[1])).abs().argmax(1)
+    assert_close(peak * 16000 / batch.x.shape[1], 1000 * speed, atol=2, rtol=0)
+    assert (batch.lengths[::2] == batch.x.shape[1]).all()
+    assert_close(batch.lengths[1::2].float(), 8000 / speed[1::2], atol=1, rtol=0)
 
 
-def test_folds_rotate_as_in_p1_and_validation_is_never_the_test_fold():
-    rotation = [folds_of(5, fold=fold) for fold in (5, 1, 2, 3, 4)]
-    assert ["".join(sorted(r["train"])) for r in rotation] == ["123", "234", "345", "145", "125"]
-    assert [r["valid"] for r in rotation] == list("45123")
-    assert [r["test"] for r in rotation] == list("51234")
-    assert folds_of(10, fold=1) == dict(train="23456789", valid="10", test="1")
-    assert folds_of(5, fold=2, valid=False) == dict(train="1345", valid="", test="2")
-    assert (data.CORPORA["esc50"].folds, data.CORPORA["urbansound8k"].folds) == (5, 10)
-
-
-def test_a_table_without_its_columns_is_named(tmp_path):
-    write_table(tmp_path / "meta/esc50.csv", "filename,label", ["a.wav,1"])
-    with pytest.raises(ValueError, match="esc50.csv, line 2: expected columns filename, categ"):
-        data.open_corpus("esc50", tmp_path)
-    with pytest.raises(ValueError, match=r"(?s)UrbanSound8K.csv is missing.*audio/fold1.*download"):
-        data.open_corpus("urbansound8k", tmp_path)
-
-
-@pytest.fixture
-def damaged(tmp_path):
-    """ESC-50's layout in small with every kind of damage: (root, {clip: what must be said})."""
-    root, rng = tmp_path / "root", np.random.default_rng(0)
-    names = [f"{fold}-{i}.wav" for fold in range(1, 6) for i in range(12)]
-    write_table(root / "meta/esc50.csv", "filename,fold,category",
-                [f"{name},{name[0]},c{i % 2}" for i, name in enumerate(names)])
-    (root / "audio").mkdir()
-    noise = lambda channels: rng.uniform(-0.5, 0.5, (3000, channels))
-    for name in names:
-        (root / "audio" / name).write_bytes(wav_bytes(noise(1)))
-    files = broken_files(root / "audio")
-    for name, clip in zip(files, names):  # put the broken ones in the place of good ones
-        (root / "audio" / name).replace(root / "audio" / clip)
-    said = {clip: sentence for clip, (_, sentence) in zip(names, files.values())}
-    (root / "audio/5-0.wav").unlink()
-    (root / "audio/5-1.wav").write_bytes((root / "audio/1-11.wav").read_bytes())
-    (root / "audio/5-2.wav").write_bytes(wav_bytes(noise(2), 44100, bits=24))
-    (root / "audio/stray.wav").write_bytes(wav_bytes(noise(1)))
-    return root, said
-
-
-def test_check_names_all_damage_of_an_official_corpus(damaged, tmp_path, capsys):
-    root, said = damaged
-    assert data.check("esc50", str(root), tmp_path / "cache") == len(said) + 7
-    printed = capsys.readouterr().out
-    for clip, sentence in said.items():
-        assert re.search(f"fault: .*{clip}: .*{sentence}", printed), clip
-    for sentence in (
-            "fault: expected 2,000 clips, found 59: missing audio/5-0.wav",
-            "fault: fold 5: expected 400 clips, found 11",
-            r"fault: audio/5-1.wav \(valid\) is the same as audio/1-11.wav \(test\)",
-            "1 clips of 44100 Hz, 2 channel, 24-bit pcm",
-            "1 audio files are in no list and not used, the first is audio/stray.wav"):
-        assert re.search(sentence, printed), sentence
-
-
-def test_training_stops_before_the_first_step_or_leaves_damage_out(damaged, tmp_path, capsys):
-    root, said = damaged
-    arguments = ["--data", "esc50", "--root", str(root), "--cache", str(tmp_path / "cache"),
-                 "--init", "none", "--epochs", "1", "--steps", "1", "--frames", "20", "--rank", "1",
-                 "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match=r"10 of 60 clips of esc50(?s:.)*1-0.wav(?s:.)*--skip-"):
-        train.main(arguments)
-    assert not (tmp_path / "out").exists()
-    train.main([*arguments, "--skip-bad", "--no-valid"])
-    printed = capsys.readouterr().out
-    assert "10 unusable clips are left out" in printed and "the last epoch is" in printed
-    assert "note: expected 2,000 clips, found 59: missing audio/5-0.wav" in printed
-
-
-def voxceleb_tree(root, clips=4):
-    """Two trees below one root, in two depths; the lists; speakers id1000x are VoxCeleb1's."""
+def test_a_room_is_a_convolution_that_keeps_the_direct_path_in_place_and_the_energy():
     rng = np.random.default_rng(0)
-    for number in range(12):
-        place = "vox1/wav/id1000" if number < 4 else "dev/aac/id0000"
-        for clip in range(clips):
-            path = root / f"{place}{number}/video{clip}/0000{clip}.wav"
-            path.parent.mkdir(parents=True)
-            path.write_bytes(wav_bytes(rng.uniform(-0.5, 0.5, (3000, 1))))
-    name = lambda speaker, clip: f"id1000{speaker}/video{clip}/0000{clip}.wav"
-    write_table(root / "veri_test2.txt", f"1 {name(0, 0)} {name(0, 1)}",
-                [f"0 {name(0, 0)} {name(1, 1)}"])
-    write_table(root / "list_test_hard2.txt", f"1 {name(0, 0)} {name(0, 1)}",
-                [f"0 {name(speaker, 0)} {name(3, 1)}" for speaker in range(3)])
+    x, rooms = rng.standard_normal((3, 500)), 0.1 * rng.standard_normal((3, 120))
+    rooms[range(3), [0, 40, 119]] = 2.0  # the direct path: at once, late, last of all
+    wet = data.reverberate(torch.from_numpy(x), torch.from_numpy(rooms)).numpy()
+    for row, delay in enumerate((0, 40, 119)):
+        expected = np.convolve(x[row], rooms[row])[delay : delay + 500]
+        expected *= np.linalg.norm(x[row]) / np.linalg.norm(expected)
+        np.testing.assert_allclose(wet[row], expected, atol=1e-9)
+    assert (data.reverberate(torch.zeros(3, 500), data.make_rooms(3, "cpu")) == 0).all()
 
 
-def test_voxcelebs_test_speakers_never_train_and_that_is_said(tmp_path):
-    root = tmp_path / "root"
-    voxceleb_tree(root)
-    speakers = {}
-    for trials, tested in (("o", 2), ("h", 4)):
-        corpus = data.open_corpus("voxceleb", root, tmp_path / "cache", trials=trials)
-        for split in ("train", "valid", "test"):
-            speakers[split] = {corpus.ids[i].split("/")[-3] for i in corpus.pick(split)}
-        assert len(speakers["test"]) == tested and len(corpus.classes) == 12 - tested - 2
-        assert len(speakers["train"] | speakers["valid"]) == 12 - tested
-        assert f"{tested} speakers are in the trials" in " ".join(corpus.notes)
-        assert len(speakers["valid"]) == 2 and corpus.trials["valid"]
-    assert corpus.ids[corpus.trials["test"][0][1]] == "vox1/wav/id10000/video0/00000.wav"
-    assert "list_test_hard2.txt: expected 550,894 trials, found 4" in corpus.gaps
-    corpus = data.open_corpus("voxceleb", root, tmp_path / "cache", valid=False)
-    assert len(corpus.classes) == 10 and "valid" not in corpus.trials
-    for trials, sentence in (("x", "choose from o, e, h"),
-                             ("e", "(?s)no list_test_all2.txt there.*--download brings the lists")):
-        with pytest.raises(ValueError, match=sentence):
-            data.open_corpus("voxceleb", root, tmp_path / "cache", trials=trials)
-
-
-def test_a_voxceleb_clip_that_only_the_list_knows_is_missing(tmp_path):
-    root = tmp_path / "root"
-    voxceleb_tree(root)
-    with open(root / "veri_test2.txt", "a") as file:
-        file.write("\n0 id10000/video0/00000.wav id10002/video2/00002.wav\n")
-    (root / "vox1/wav/id10001/video1/00001.wav").unlink()
-    with pytest.raises(ValueError, match="(?s)1 of 48 clips.*id10001/video1/00001.wav: missing"):
-        data.open_corpus("voxceleb", root, tmp_path / "cache")
-    corpus = data.open_corpus("voxceleb", root, tmp_path / "cache", skip_bad=True)
-    assert len(corpus.trials["test"]) == 2
-    assert "expected 48 clips, found 47: missing id10001/video1/00001.wav" in corpus.gaps
-
-
-def test_a_complete_list_of_trials_leaves_no_gap(tmp_path):
-    clips = [f"id1{speaker:04d}/v/{i:05d}.wav" for speaker in range(40) for i in range(20)]
-    pairs = [(a, b) for i, a in enumerate(clips) for b in clips[:i]][:37611]
-    lines = [f"{int(a[:7] == b[:7])} {a} {b}" for a, b in pairs]
-    write_table(tmp_path / "veri_test2.txt", "", lines)
-    rows = [(f"wav/{clip}", clip[:7], "any") for clip in clips]
-    source = data.CORPORA["voxceleb"]
-    rows, trials = data.add_trials(source, tmp_path, rows, "o")
-    assert len(trials) == 37611 and trials[0][1].startswith("wav/id1") and len(rows) == 800
-    assert data.find_gaps(source, rows, {}, "o", len(trials)) == []
-    assert "expected 37,611 trials, found 37,610" in data.find_gaps(source, rows, {}, "o", 37610)[0]
-
-
-def test_validation_trials_of_a_hundred_thousand_clips_fit_in_memory():
-    """All pairs of a tenth of VoxCeleb2 would take 80 GB."""
-    clips = [(f"clip{i}", f"speaker{i % 600}") for i in range(100_000)]
-    trials = data.make_trials(clips, np.random.default_rng(0))
-    assert len(trials) == len(set(trials)) == 4000
-    speaker = dict(clips)
-    assert all((speaker[a] == speaker[b]) == bool(same) for same, a, b in trials)
-    assert sum(same for same, _, _ in trials) == 2000 and all(a != b for _, a, b in trials)
-
-
-@real_data
-@pytest.mark.parametrize("name, folder, sizes", [
-    ("esc50", "ESC-50", {"train": 4, "valid": 10, "test": 6}),
-    ("speechcommands", "speech_commands_v0.02", {"train": 10, "valid": 5, "test": 5})])
-def test_real_clips_have_their_official_split(cache, name, folder, sizes):
-    corpus = data.open_corpus(name, REAL / folder, cache)
-    assert {split: len(corpus.pick(split)) for split in sizes} == sizes and not corpus.bad
-    assert (corpus.length > 10000).all() and corpus.store.std() > 100
-
-
-@real_data
-def test_fsdd_has_its_official_split(cache):
-    corpus = data.open_corpus("fsdd", REAL / "fsdd", cache)
-    tested = [corpus.ids[i] for i in corpus.pick("test")]
-    assert len(corpus.ids) == 3000 and len(tested) == 300 and len(corpus.classes) == 10
-    assert all(int(clip.split("_")[-1][:-4]) < 5 for clip in tested)
-
-
-@real_data
-def test_features_corpus_holds_out_speakers_for_validation():
-    corpus = data.open_corpus("features", REAL / "korean220")
-    speakers = {split: {corpus.ids[i].split("/")[0] for i in corpus.pick(split)}
-                for split in ("train", "valid", "test")}
-    assert [len(s) for s in speakers.values()] == [180, 20, 20]
-    assert not speakers["train"] & speakers["valid"] and corpus.mels == 40
-    assert len(corpus.trials["test"]) == 20000 and sum(t[0] for t in corpus.trials["test"]) == 3800
+@pytest.mark.parametrize("kind", ["generated", "folder"])
+def test_noise_has_the_ratio_that_is_asked_for(tmp_path, kind):
+    torch.manual_seed(0)
+    folder_corpus(tmp_path / "noises", classes=1)
+    x, lengths = 1000 * torch.randn(20, data.samples_of(60)), torch.full((20,), 5000)
+    x[:, 5000:] = 0  # padding is no part of the signal's power
+    noise = kind if kind == "generated" else data.open_sounds(tmp_path / "noises", tmp_path / "c")
+    added = data.add_noise_and_rooms(x, lengths, noise, "", 0.6, (7, 7)) - x
+    added = added[:, :5000].square().mean(1)  # (B,) power
+    assert (added > 0).sum() == 12  # a share of 60 %
+    ratio = 10 * (x.square().sum(1) / 5000 / added).log10()[added > 0]
+    assert_close(ratio, torch.full((12,), 7.0), atol=0.01, rtol=0)
+    both = data.add_noise_and_rooms(x, lengths, noise, noise, 1, (7, 7))
+    assert (both != x).any(1).all()
+    with pytest.raises(ValueError, match="no audio files below"):
+        data.open_sounds(tmp_path / "c")
 
 
 # --------------------------------------------------------------------------------------------------
