@@ -225,8 +225,8 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, s
         corpus = (open_features(root) if name == "features" else
                   open_clips(name, root, cache, skip_bad, trials))
     except FileNotFoundError as error:
-        raise ValueError(f"--root {root}: no {Path(error.filename).name} there.\n"
-                         + how_to_get(source)) from error
+        raise ValueError(f"--root {root}: no clips of {name} there ({Path(error.filename).name} is "
+                         f"missing).\n{how_to_get(source)}") from error
     return make_splits(corpus, seed, 1 if fold is None else fold, few_shot, valid, train)
 
 
@@ -1090,6 +1090,8 @@ def read_trials(path):
 def open_features(root):
     """Return a corpus of ready log-mel features: features.npy (frames, F) int8, one step 0.1 of a
     natural logarithm; index.csv, a row a clip; trials.txt. Raises ValueError for another shape."""
+    if not (root / "features.npy").is_file():
+        raise ValueError(f"--root {root}: no features.npy there.\n{CORPORA['features'].tree}")
     store = np.load(root / "features.npy", mmap_mode="r")
     rows = table(root / "index.csv", "{id}", "{speaker}", "{split}", "{start}", "{frames}")
     ids, speakers, splits, start, length = (list(column) for column in zip(*rows))

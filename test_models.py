@@ -404,7 +404,7 @@ def test_bad_tables_and_features_are_answered_with_a_sentence(
     write_table(tmp_path / "index.csv", header, [row])
     with pytest.raises(ValueError, match=sentence):
         data.open_corpus("features", tmp_path)
-    with pytest.raises(ValueError, match=r"(?s)no UrbanSound8K.csv there.*audio/fold1.*download"):
+    with pytest.raises(ValueError, match=r"(?s)UrbanSound8K.csv is missing.*audio/fold1.*download"):
         data.open_corpus("urbansound8k", tmp_path)
 
 
@@ -489,7 +489,7 @@ def test_voxcelebs_test_speakers_never_train_and_that_is_said(voxceleb):
     corpus = voxceleb[1](valid=False)
     assert len(corpus.classes) == 10 and "valid" not in corpus.trials
     for trials, sentence in (("x", "choose from o, e, h"),
-                             ("e", "(?s)no list_test_all2.txt there.*--download brings its lists")):
+                             ("e", "(?s)list_test_all2.txt is missing.*--download brings its lists")):
         with pytest.raises(ValueError, match=sentence):
             voxceleb[1](trials=trials)
 
