@@ -1,7 +1,7 @@
 """Audio on disk -> packed corpus -> batches -> log-mel features, for every model of this project.
 
 Sections 1 audio files, 2 the packed corpus, 3 splits, 4 batches, 5 features, 6 augmentation,
-         7 built-in corpora, 8 corpora, 9 getting and checking a corpus
+         7 built-in corpora, 8 corpora, 9 getting and checking a corpus, 10 figures
 Axes     B batch, T frames (25 ms every 10 ms), F mel bins, C classes or speakers.
 
 The first use of a corpus decodes every clip once, to 16 kHz mono int16, into one packed file. From
@@ -23,6 +23,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -157,6 +158,7 @@ def find_audio(root):
 
 # --------------------------------------------------------------------------------------------------
 # 2. The packed corpus: every clip decoded once, side by side in one file
+
 
 @dataclass
 class Corpus:
@@ -1292,6 +1294,54 @@ def check(name, root, cache="cache", seed=0, trials="o"):
     return len(faults)
 
 
+# --------------------------------------------------------------------------------------------------
+# 10. Figures: matplotlib is asked for only here, and only by --figure
+
+
+def check_figure(path):
+    """Raise a sentence, before any work, for a figure that could not be drawn or written."""
+    path = Path(path)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--figure {path}: expected a name that ends in .png, .svg or .pdf")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--figure {path}: there is no folder {path.parent}, or it is read-only")
+    if not importlib.util.find_spec("matplotlib"):
+        raise ValueError("--figure needs matplotlib: pip install matplotlib")
+
+
+@contextlib.contextmanager
+def figure(path, rows=1, columns=1, size=(7, 4)):
+    """Give matplotlib axes (an array of them if there are several); write them to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws without a screen
+    from matplotlib import pyplot
+
+    sheet, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained")
+    yield axes
+    sheet.savefig(path, dpi=110)
+    pyplot.close(sheet)
+    print(f"drawn: {path}")
+
+
+def draw_spectrograms(corpus, path, count=6):
+    """Draw a training clip of some classes, twins in order first; below each augmented."""
+    train = corpus.pick("train")
+    names = sorted(corpus.classes, key=lambda name: (">" not in name, name))[:count]
+    clips = [train[corpus.labels[train] == corpus.classes.index(name)][0] for name in names]
+    frames = 300 if corpus.mels else int(min(300, frames_of(corpus.length[clips].max())))
+    batch = load_batch(corpus, np.array(clips), frames)
+    x = batch.x.float() * 0.1 if corpus.mels else fbank(batch.x / 32768)  # (B, T, F)
+    augmented = augment_features(x - x.mean(), frames // 4, spec_f=24, spec_t=frames // 5)
+    with figure(path, 2, len(names), (1.6 * len(names), 3.6)) as axes:
+        for row, values in zip(axes.reshape(2, -1), (x, augmented + x.mean())):
+            for axis, name, picture in zip(row, names, values):
+                axis.imshow(picture.T, origin="lower", aspect="auto", cmap="magma",
+                            extent=(0, frames / 100, 0, x.shape[2]))
+                axis.set(title=name, xlabel="seconds", ylabel="mel bin")
+                axis.label_outer()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a corpus: counts, durations, faults.")
     parser.add_argument("name", choices=CORPORA, metavar="NAME", help=", ".join(CORPORA))
@@ -1300,11 +1350,18 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="draws validation and few-shot clips")
     parser.add_argument("--trials", default="o", help="VoxCeleb's list of trials: o, e or h")
     parser.add_argument("--download", action="store_true", help="get it first, where that is free")
+    parser.add_argument("--figure", help="draw spectrograms into this .png, .svg or .pdf")
     args = parser.parse_args(argv)
     try:
+        if args.figure:
+            check_figure(args.figure)
         if args.download:
             download_corpus(args.name, args.root, args.cache)
-        sys.exit(1 if check(args.name, args.root, args.cache, args.seed, args.trials) else 0)
+        faults = check(args.name, args.root, args.cache, args.seed, args.trials)
+        if args.figure:
+            draw_spectrograms(open_corpus(args.name, args.root, args.cache, args.seed, skip_bad=True,
+                                          trials=args.trials, train=False), args.figure)
+        sys.exit(1 if faults else 0)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
