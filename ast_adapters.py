@@ -57,7 +57,7 @@ PATCH = 16
 def attend(q, k, v):
     """Attention of each head, softmax(q k^T / sqrt(d)) v: (B, H, N, d = D/H) -> the same shape."""
     scores = q.shape[2] * k.shape[2]  # of one head: N x N; prefixes make k and v longer than q
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or scores > 2**21:
+    if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or scores > 2**21:
         return F.scaled_dot_product_attention(q, k, v)
     # In bf16 on a CPU the formula is two to three times as fast as torch's kernel, if only a few
     # heads are taken at a time: their scores stay in the cache. It keeps all scores for the
