@@ -1,31 +1,35 @@
-"""Speaker verification made lightweight: three hosts and one plug-and-play module.
+"""Speaker verification made lightweight: three hosts and one module that lightens any of them.
 
-An encoder maps log-mel features (B, T, F) to a speaker embedding (B, E); two utterances
-are compared by the cosine of their embeddings. Each host here can be lightened: its
-features are split into S subsets of channels, each subset is updated with what the other
-subsets know, and the updated subsets go independently through the next block, which is
-then 1/S as wide and about 1/S as costly. At S = 1 the host is the plain published one.
+An encoder maps log-mel features (B, T, F) to a speaker embedding (B, E). Two utterances are
+compared by the cosine of their embeddings. To lighten a host, its features are split into S
+subsets of channels. Each subset is updated with what the other subsets know. The updated
+subsets go independently through the next block, which is then 1/S as wide and costs about
+1/S. At S = 1 the host is the plain published one.
 
-Paper: "Lightweight Speaker Verification Using Transformation Module with Feature
-Partition and Fusion", arXiv 2312.03324.
+Paper: "Lightweight Speaker Verification Using Transformation Module with Feature Partition
+and Fusion", arXiv 2312.03324.
 
-Sections: 1 lightening (fusion, and the wrapper that makes any block S narrow ones), 2 pooling,
-3 ResNet34, 4 ECAPA-TDNN, 5 AMCRN, 6 training head (AAM-softmax), 7 scoring (EER, minDCF,
-thresholds, adaptive s-norm), 8 cost, 9 demo: the table that `python lightweight_sv.py` prints, and
-`python lightweight_sv.py scores.txt [trials.txt]`.
+Sections: 1 lightening, 2 convolution over time and pooling, 3 ResNet34, 4 ECAPA-TDNN, 5 AMCRN,
+6 training head (AAM-softmax), 7 scoring (EER, minDCF, thresholds, adaptive s-norm), 8 cost,
+9 command line: `python lightweight_sv.py` prints the cost of each host, and
+`python lightweight_sv.py scores.txt [trials.txt]` prints error rates.
 
-Axis letters: B batch, T frames, F mel bins, D width (channels), E embedding size,
-C speakers, S subsets, N positions of a map (T in a 1-D host, F x T in a 2-D one).
+Axis letters: B batch, T frames, F mel bins, D width (channels), E embedding size, C speakers,
+S subsets, H rows of a map (mel bins in ResNet34, one row in the other hosts).
 
-Reconstruction: the paper's equations are not public to us; its abstract is. It names the
-steps above, the hosts and six operations: convolution, pooling, mean, concatenation,
-normalisation, element-wise summation. `TransformationModule` is ours, made of these six
-and a softmax; the sizes of AMCRN are ours too. Measured on real speech (README, section 5),
-a split host made fewer errors than the whole one and than one narrowed to its cost; that
-fusion adds to this is not shown: with and without it, five paired seeds are equal.
+Memory order: every map is (B, D, H, T) and lies in memory as (B, H, T, D), which torch calls
+channels_last: the channels of one position are neighbours. On two CPU cores this order makes
+XXX
 
-Does not: read audio or make features (data.py), train (train.py), load anybody's weights,
-score by PLDA.
+Reconstruction: we know the paper's abstract, not its equations. The abstract names the steps
+above, the hosts and six operations: convolution, pooling, mean, concatenation, normalisation,
+element-wise summation. `TransformationModule` is ours, made of these six and a softmax. The
+sizes of AMCRN are ours too. On real speech (README, section 5) a split host made fewer errors
+than the whole host and than a host narrowed to the same cost. Fusion is not shown to help: with
+and without it, five paired seeds are equal.
+
+Does not: read audio or make features (data.py), train (train.py), load published weights, score
+by PLDA.
 """
 
 import copy
@@ -44,63 +48,72 @@ import torch.nn.functional as F
 # -----------------------------------------------------------------------------
 # 1. Lightening: fuse S subsets of the channels, then run S narrow blocks on them.
 #
-# Channels are ordered by subset: the first D/S channels are subset 1, and so on. Every
-# block below takes `groups`: a block of S groups *is* S narrow blocks side by side, each
-# with its own weights, because a grouped convolution keeps the groups apart and the rest of
-# a block works channel by channel or group by group. One utterance takes less time so than
-# in a Python loop over S small blocks, whose convolutions are too short for their calls.
+# Channels are ordered by subset: the first D/S channels are subset 1, and so on. Every block
+# below takes `groups`. A block of S groups is S narrow blocks side by side, each with its own
+# weights: a grouped convolution keeps the groups apart, and the rest of a block works channel
+# by channel or group by group. This is faster than a Python loop over S small blocks.
+
+
+def split(x, subsets):
+    """(B, D, H, T) -> (B, H, T, S, D/S), the order of the memory."""
+    return x.movedim(1, -1).unflatten(-1, (subsets, -1))
+
+
+def join(parts):
+    """The inverse of split: (B, H, T, S, D/S) -> (B, D, H, T)."""
+    return parts.flatten(-2).movedim(-1, 1)
 
 
 class TransformationModule(nn.Module):
-    """Updates every subset with what the subsets have in common:
+    """Update every subset x_s with a mean m of all subsets:
 
-        m = mean over subsets of a_s x_s        y_s = x_s + gamma_s norm(m)
+        m = sum over s of a_s x_s        y_s = x_s + gamma_s norm(m)
 
-    The weights a come from all subsets at once: their means over positions (pooling) are
-    concatenated, and a 1x1 convolution makes one number for each subset of them. gamma is
-    zero at the start, so the module begins as the identity; gamma has a gradient at once,
-    the gate from the second step on. Convolving the maps as well (each x_s, or m) cost time
-    and lowered no error in one to three short runs each: a hint, not a result.
+    The weights a_s are positive and sum to one. A 1x1 convolution computes them from the
+    means of all channels over all positions (pooling). gamma is zero at the start, so the
+    module begins as the identity. gamma has a gradient at the first step, the gate from the
+    second step on. Convolving x_s or m as well cost time and lowered no error (one to three
+    short runs each: a hint, not a result).
     """
 
     def __init__(self, channels, subsets):
         super().__init__()
         self.subsets, narrow = subsets, channels // subsets
         self.gate = nn.Conv1d(channels, subsets, 1)
-        self.norm = nn.BatchNorm1d(narrow, affine=False)
+        self.norm = nn.BatchNorm2d(narrow, affine=False)
         self.gamma = nn.Parameter(torch.zeros(subsets, narrow, 1))
 
     def forward(self, x):
-        parts = x.flatten(2).unflatten(1, (self.subsets, -1))       # (B, S, D/S, N)
-        pooled = parts.mean(dim=-1, keepdim=True).flatten(1, 2)     # (B, D, 1)
+        parts = split(x, self.subsets)                              # (B, H, T, S, D/S)
+        pooled = parts.mean(dim=(1, 2)).flatten(1).unsqueeze(-1)    # (B, D, 1)
         weights = self.gate(pooled).squeeze(-1).softmax(dim=1)      # (B, S), sum 1: a mean
-        mean = torch.einsum("bs,bsdn->bdn", weights, parts)         # (B, D/S, N)
-        fused = self.norm(mean).unsqueeze(1)                        # (B, 1, D/S, N)
-        return torch.addcmul(parts, self.gamma, fused).reshape(x.shape)     # (B, D, ...)
+        mean = torch.einsum("bs,bhtsd->bhtd", weights, parts)       # (B, H, T, D/S)
+        fused = split(self.norm(mean.movedim(-1, 1)), 1)            # (B, H, T, 1, D/S)
+        return join(torch.addcmul(parts, self.gamma.squeeze(-1), fused))    # (B, D, H, T)
 
 
 class PlainMean(nn.Module):
-    """The simplest fusion, kept for comparison: y_s = x_s + mean over subsets of x. Not the
-    identity at the start."""
+    """The simplest fusion, for comparison: y_s = x_s + mean of all subsets. It does not start
+    as the identity."""
 
     def __init__(self, channels, subsets):
         super().__init__()
         self.subsets = subsets
 
     def forward(self, x):
-        parts = x.unflatten(1, (self.subsets, -1))                  # (B, S, D/S, ...)
-        return (parts + parts.mean(dim=1, keepdim=True)).flatten(1, 2)
+        parts = split(x, self.subsets)                              # (B, H, T, S, D/S)
+        return join(parts + parts.mean(dim=3, keepdim=True))        # (B, D, H, T)
 
 
-# with "none", the other comparison, the subsets never hear of each other before the pooling
+# "none" is the other comparison: no subset hears of another one before the pooling
 FUSIONS = {"module": TransformationModule, "mean": PlainMean, "none": nn.Identity}
 
 
 class Lightened(nn.Module):
-    """Any block, lightened: fusion in front, then S narrow copies of the block.
+    """Any block, lightened: a fusion, then S narrow copies of the block.
 
-    With own weights the copies are the groups of one block. With `share` there is a single
-    narrow block and the subsets go through it as if they were S times as many utterances.
+    With own weights the copies are the groups of one block. With `share` there is one narrow
+    block, and the subsets go through it like S times as many utterances.
     """
 
     def __init__(self, block, d_in, d_out, subsets, share, fusion, **options):
@@ -110,13 +123,16 @@ class Lightened(nn.Module):
         self.block = block(d_in // fold, d_out // fold, groups=subsets // fold, **options)
 
     def forward(self, x):
-        x = self.fuse(x).unflatten(1, (self.fold, -1)).flatten(0, 1)    # shared: (B*S, D/S, ...)
-        x = self.block(x)
-        return x.unflatten(0, (-1, self.fold)).flatten(1, 2)        # (B, D, ...)
+        x = self.fuse(x)
+        if self.fold == 1:
+            return self.block(x)
+        x = split(x, self.fold).movedim(3, 0).flatten(0, 1)         # (S*B, H, T, D/S)
+        x = self.block(x.movedim(-1, 1)).movedim(1, -1)
+        return join(x.unflatten(0, (self.fold, -1)).movedim(0, 3))  # (B, D, H, T)
 
 
 def lighten(block, d_in, d_out, subsets=1, share=False, fusion="module", **options):
-    """The block a host asks for: plain when subsets is 1, else lightened."""
+    """Return the block that a host asks for: plain when subsets is 1, else lightened."""
     if fusion not in FUSIONS:
         raise ValueError(f"unknown fusion {fusion!r}, expected one of: {', '.join(FUSIONS)}")
     if subsets == 1:
@@ -124,18 +140,8 @@ def lighten(block, d_in, d_out, subsets=1, share=False, fusion="module", **optio
     return Lightened(block, d_in, d_out, subsets, share, fusion, **options)
 
 
-def join(maps, subsets):
-    """Concatenates maps subset by subset, so that subset s stays together.
-
-    >>> join([torch.tensor([[1, 2]]), torch.tensor([[3, 4]])], subsets=2).tolist()
-    [[1, 3, 2, 4]]
-    """
-    parts = [x.unflatten(1, (subsets, -1)) for x in maps]           # each (B, S, D/S, ...)
-    return torch.cat(parts, dim=2).flatten(1, 2)                    # (B, sum of D, ...)
-
-
 def check_subsets(subsets, **sizes):
-    """Refuses a number of subsets that does not divide every size, and says which would."""
+    """Refuse a number of subsets that does not divide every size, and say which ones do."""
     common = gcd(*sizes.values())
     if subsets < 1 or common % subsets:
         fit = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
@@ -143,48 +149,73 @@ def check_subsets(subsets, **sizes):
         raise ValueError(f"subsets={subsets} does not divide {named}; these would: {fit}")
 
 
-def as_channels(x, mels):
-    """(B, T, F) -> (B, F, T), the layout of torch's convolutions, after a check of F."""
+def as_map(x, mels):
+    """Features (B, T, F) as a map of one row (B, F, 1, T): a view, already in channels_last."""
     if x.dim() != 3 or x.shape[2] != mels:
         raise ValueError(f"expected features (batch, frames, {mels} mel bins), "
                          f"got {tuple(x.shape)}")
-    return x.transpose(1, 2)                                        # (B, F, T)
+    return x.transpose(1, 2).unsqueeze(2)
 
 
 # -----------------------------------------------------------------------------
-# 2. Pooling: statistics over time turn any number of frames into one vector.
+# 2. Convolution over time, and pooling: statistics that turn any number of frames into one vector.
+
+
+class Conv(nn.Conv1d):
+    """A convolution over time that keeps the length of a map (B, D, 1, T)."""
+
+    def __init__(self, d_in, d_out, groups=1, kernel=1, dilation=1, bias=True):
+        super().__init__(d_in, d_out, kernel, dilation=dilation, groups=groups, bias=bias,
+                         padding=dilation * (kernel // 2))
+
+    def forward(self, x, weight=None):
+        weight = (self.weight if weight is None else weight).unsqueeze(2)   # a kernel of one row
+        # A kernel of size one has no gaps to dilate. But on one thread torch runs it by oneDNN
+        # only if it is dilated, XXX
+        dilation = 2 if x.is_cpu and weight.shape[-1] == 1 else self.dilation[0]
+        return F.conv2d(x, weight, self.bias, 1, (0, self.padding[0]), (1, dilation), self.groups)
+
+
+class ContextConv(Conv):
+    """A 1x1 convolution of every frame beside a context (B, 2*D) that all frames share. The
+    context's part of the product is computed once, not for each frame."""
+
+    def forward(self, x, context):
+        frames, shared = self.weight.split([x.shape[1], context.shape[1]], dim=1)
+        return super().forward(x, frames) + F.linear(context, shared.squeeze(-1))[..., None, None]
 
 
 def mean_and_std(x, weights=None):
     """Mean and deviation over time, side by side; `weights` (none: equal) sum to one.
 
-    In float32 also under autocast: a difference of squares has no bits to spare.
+    In float32 also under autocast: a difference of squares needs all the digits.
     """
     x = x.float()
-    weighted = x / x.shape[-1] if weights is None else x * weights.float()  # (B, D, T)
-    mean, square = weighted.sum(dim=-1), (weighted * x).sum(dim=-1)         # (B, D) each
+    weighted = x / x.shape[-1] if weights is None else x * weights.float()      # (B, D, H, T)
+    mean, square = weighted.sum(dim=-1), (weighted * x).sum(dim=-1)             # (B, D, H) each
     # the clamp keeps the root's gradient finite where a channel is constant
-    return torch.cat([mean, (square - mean * mean).clamp(min=1e-7).sqrt()], dim=1)  # (B, 2*D)
+    std = (square - mean * mean).clamp(min=1e-7).sqrt()
+    return torch.cat([mean.flatten(1), std.flatten(1)], dim=1)      # (B, 2*D*H)
 
 
 class AttentivePooling(nn.Module):
     """Attentive statistics pooling: each channel weighs the frames in its own way.
 
-    The scorer sees a frame beside the mean and deviation of the whole utterance (the global
-    context), so that a frame can be judged by how unusual it is.
+    The scorer sees each frame beside the mean and deviation of the whole utterance (the
+    context), so it can judge how unusual the frame is.
     """
 
     def __init__(self, channels, bottleneck=128):
         super().__init__()
-        self.down = nn.Conv1d(3 * channels, bottleneck, 1)
+        self.down = ContextConv(3 * channels, bottleneck)
         # no bias: the same number added to all frames cancels in the softmax over them
-        self.up = nn.Conv1d(bottleneck, channels, 1, bias=False)
+        self.up = Conv(bottleneck, channels, bias=False)
 
     def forward(self, x):
         context = mean_and_std(x).to(x.dtype)                       # (B, 2*D)
-        context = context.unsqueeze(-1).expand(-1, -1, x.shape[-1])         # (B, 2*D, T)
-        scores = self.up(torch.tanh(self.down(torch.cat([x, context], dim=1))))
-        return mean_and_std(x, scores.softmax(dim=-1))              # (B, D, T) -> (B, 2*D)
+        scores = self.up(torch.tanh(self.down(x, context)))         # (B, D, 1, T)
+        # in the order of the memory, (B, T, 1, D), the softmax makes no copy
+        return mean_and_std(x, scores.transpose(1, 3).softmax(dim=1).transpose(1, 3))   # (B, 2*D)
 
 
 # -----------------------------------------------------------------------------
@@ -199,19 +230,22 @@ class BasicBlock(nn.Module):
         conv = partial(nn.Conv2d, bias=False, groups=groups)
         self.conv1, self.norm1 = conv(d_in, d_out, 3, stride, padding=1), nn.BatchNorm2d(d_out)
         self.conv2, self.norm2 = conv(d_out, d_out, 3, padding=1), nn.BatchNorm2d(d_out)
-        self.shortcut = nn.Identity()
+        self.stride, self.shortcut = stride, nn.Identity()
         if stride != 1 or d_in != d_out:
-            self.shortcut = nn.Sequential(conv(d_in, d_out, 1, stride), nn.BatchNorm2d(d_out))
+            self.shortcut = nn.Sequential(conv(d_in, d_out, 1), nn.BatchNorm2d(d_out))
 
     def forward(self, x):
         y = self.norm1(self.conv1(x)).relu_()
-        return (self.norm2(self.conv2(y)) + self.shortcut(x)).relu_()
+        # the stride is taken here: torch 2.11's own in a 1x1 convolution of less than 16 channels
+        # corrupts memory on the CPU, in the backward pass and this order of memory
+        x = self.shortcut(x[:, :, ::self.stride, ::self.stride])
+        return self.norm2(self.conv2(y)).add_(x).relu_()
 
 
 class ResNet34(nn.Module):
     """3, 4, 6 and 3 basic blocks of 1, 2, 4 and 8 times the width.
 
-    Lightened, every block is split by channel. The stem stays whole (its input is a single
+    Lightened, every block is split by channel. The stem stays whole (its input has one
     channel), and so do the pooling and the last linear layer.
 
     >>> ResNet34(subsets=4)(torch.randn(2, 200, 80)).shape
@@ -239,31 +273,29 @@ class ResNet34(nn.Module):
         self.embed = nn.Linear(2 * d_in * rows, embed_dim)
 
     def forward(self, x):
-        x = as_channels(x, self.mels).unsqueeze(1)                  # (B, 1, F, T)
-        x = self.norm(self.stem(x)).relu_()                         # (B, D, F, T)
-        x = self.trunk(x).flatten(1, 2)                             # (B, 8*D * F/8, T/8)
-        return self.embed(mean_and_std(x))                          # (B, E)
+        x = as_map(x, self.mels).transpose(2, 3).contiguous()       # (B, F, T, 1)
+        x = self.norm(self.stem(x.movedim(3, 1))).relu_()           # (B, D, F, T)
+        return self.embed(mean_and_std(self.trunk(x)))              # (B, 8*D, F/8, T/8) -> (B, E)
 
 
 # -----------------------------------------------------------------------------
-# 4. ECAPA-TDNN: dilated 1-D convolutions, several scales and channel gates in each block.
+# 4. ECAPA-TDNN: dilated convolutions over time, several scales and channel gates in each block.
 
 
 class ConvReluNorm(nn.Module):
-    """Convolution over time that keeps the length, ReLU, BatchNorm: the brick of ECAPA."""
+    """Convolution over time, ReLU and (if `norm`) BatchNorm: the brick of ECAPA."""
 
-    def __init__(self, d_in, d_out, groups=1, kernel=1, dilation=1):
+    def __init__(self, d_in, d_out, groups=1, kernel=1, dilation=1, norm=True):
         super().__init__()
-        self.conv = nn.Conv1d(d_in, d_out, kernel, dilation=dilation, groups=groups,
-                              padding=dilation * (kernel // 2))
-        self.norm = nn.BatchNorm1d(d_out)
+        self.conv = Conv(d_in, d_out, groups, kernel, dilation)
+        self.norm = nn.BatchNorm2d(d_out) if norm else nn.Identity()
 
     def forward(self, x):
         return self.norm(self.conv(x).relu_())
 
 
 class Res2Conv(nn.Module):
-    """Convolutions in a chain over `scale` slices: each slice sees further than the last.
+    """Convolutions in a chain over `scale` slices: each slice sees further than the last one.
 
     The slices are cut inside every group, so that the groups stay apart.
     """
@@ -275,24 +307,24 @@ class Res2Conv(nn.Module):
                                    for _ in range(scale - 1))
 
     def forward(self, x):
-        slices = x.unflatten(1, (self.groups, self.scale, -1)).unbind(dim=2)
-        done, y = [], 0                                             # slices: (B, G, D/G/scale, T)
+        slices = split(x, self.groups).chunk(self.scale, dim=-1)    # (B, 1, T, G, D/G/scale) each
+        done, y = [], 0
         for conv, part in zip(self.chain, slices):
-            y = conv((part + y).flatten(1, 2)).unflatten(1, (self.groups, -1))
+            y = split(conv(join(part + y)), self.groups)
             done.append(y)
-        return torch.stack([*done, slices[-1]], dim=2).flatten(1, 3)    # (B, D, T)
+        return join(torch.cat([*done, slices[-1]], dim=-1))         # (B, D, 1, T)
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a gate computed from all channels' means (of its group)."""
+    """Scale each channel by a gate computed from all channels' means (of its group)."""
 
     def __init__(self, channels, groups, bottleneck):
         super().__init__()
-        self.down = nn.Conv1d(channels, groups * bottleneck, 1, groups=groups)
-        self.up = nn.Conv1d(groups * bottleneck, channels, 1, groups=groups)
+        self.down = Conv(channels, groups * bottleneck, groups)
+        self.up = Conv(groups * bottleneck, channels, groups)
 
     def forward(self, x):
-        gate = self.up(self.down(x.mean(dim=-1, keepdim=True)).relu_())     # (B, D, 1)
+        gate = self.up(self.down(x.mean(dim=-1, keepdim=True)).relu_())     # (B, D, 1, 1)
         return x * torch.sigmoid(gate)
 
 
@@ -310,23 +342,13 @@ class SERes2Block(nn.Module):
         return x + self.path(x)
 
 
-class ConvRelu(nn.Module):
-    """The layer that aggregates the blocks' outputs: a 1x1 convolution and a ReLU."""
-
-    def __init__(self, d_in, d_out, groups=1):
-        super().__init__()
-        self.conv = nn.Conv1d(d_in, d_out, 1, groups=groups)
-
-    def forward(self, x):
-        return self.conv(x).relu_()
-
-
 class ECAPA_TDNN(nn.Module):
     """Stem, three SE-Res2 blocks, aggregation of all three, attentive pooling, embedding.
 
-    Lightened, the mel axis is split into bands, the aggregation is a block like the others,
-    and the bottleneck of each squeeze-excitation is divided among the subsets, which must
-    divide the width of a scale (width / 8). Pooling and the last linear layer stay whole.
+    Lightened, the mel axis is split into bands, the aggregation (1x1 convolution, ReLU) is a
+    block like the others, and the bottleneck of each squeeze-excitation is divided among the
+    subsets, which must divide the width of a scale (width / 8). Pooling and the last linear
+    layer stay whole.
 
     >>> ECAPA_TDNN(width=64, subsets=2)(torch.randn(2, 200, 80)).shape
     torch.Size([2, 192])
@@ -342,23 +364,22 @@ class ECAPA_TDNN(nn.Module):
         check_subsets(subsets, mels=mels, scale=width // 8)
         self.mels, self.embed_dim, self.subsets = mels, embed_dim, subsets
         aggregate = min(1536, 3 * width)
-        split = partial(lighten, subsets=subsets, share=share, fusion=fusion)
-        self.stem = split(ConvReluNorm, mels, width, kernel=5)
+        light = partial(lighten, subsets=subsets, share=share, fusion=fusion)
+        self.stem = light(ConvReluNorm, mels, width, kernel=5)
         self.blocks = nn.ModuleList(
-            split(SERes2Block, width, width, dilation=dilation, bottleneck=128 // subsets)
+            light(SERes2Block, width, width, dilation=dilation, bottleneck=128 // subsets)
             for dilation in (2, 3, 4))
-        self.aggregate = split(ConvRelu, 3 * width, aggregate)
+        self.aggregate = light(ConvReluNorm, 3 * width, aggregate, norm=False)
         self.pool = AttentivePooling(aggregate)
         self.norm = nn.BatchNorm1d(2 * aggregate)
         self.embed = nn.Linear(2 * aggregate, embed_dim)
 
     def forward(self, x):
-        x = self.stem(as_channels(x, self.mels))                    # (B, D, T)
-        outputs = []
+        x, outputs = self.stem(as_map(x, self.mels)), []            # (B, D, 1, T)
         for block in self.blocks:
             x = block(x)
-            outputs.append(x)
-        x = self.aggregate(join(outputs, self.subsets))             # (B, 3*D, T)
+            outputs.append(split(x, self.subsets))
+        x = self.aggregate(join(torch.cat(outputs, dim=-1)))        # (B, 3*D, 1, T)
         return self.embed(self.norm(self.pool(x)))                  # (B, E)
 
 
@@ -375,12 +396,13 @@ class MultiScaleBlock(nn.Module):
         self.scales = nn.ModuleList(ConvReluNorm(d_in, d_out // len(kernels), groups, kernel)
                                     for kernel in kernels)
         self.mix = ConvReluNorm(d_out, d_out, groups)
-        self.gate = nn.Conv1d(d_out, groups, 1, groups=groups)
+        self.gate = Conv(d_out, groups, groups)
 
     def forward(self, x):
-        x = self.mix(join([scale(x) for scale in self.scales], self.groups))    # (B, D, T)
-        gate = torch.sigmoid(self.gate(x)).unsqueeze(2)             # (B, G, 1, T)
-        return (x.unflatten(1, (self.groups, -1)) * gate).flatten(1, 2)         # (B, D, T)
+        scales = [split(scale(x), self.groups) for scale in self.scales]
+        x = self.mix(join(torch.cat(scales, dim=-1)))               # (B, D, 1, T)
+        gate = torch.sigmoid(self.gate(x))                          # (B, G, 1, T)
+        return join(split(x, self.groups) * split(gate, self.groups))       # (B, D, 1, T)
 
 
 class RecurrentBlock(nn.Module):
@@ -393,9 +415,10 @@ class RecurrentBlock(nn.Module):
                                    for _ in range(groups))
 
     def forward(self, x):
-        parts = x.transpose(1, 2).chunk(len(self.lstms), dim=2)     # G of (B, T, D/G)
-        y = torch.cat([lstm(part)[0] for lstm, part in zip(self.lstms, parts)], dim=2)
-        return x + y.transpose(1, 2)                                # (B, D, T)
+        frames = x.squeeze(2).transpose(1, 2)                       # (B, T, D)
+        parts = zip(self.lstms, frames.chunk(len(self.lstms), dim=2))
+        y = torch.cat([lstm(part)[0] for lstm, part in parts], dim=2)
+        return x + y.transpose(1, 2).unsqueeze(2)                   # (B, D, 1, T)
 
 
 class AMCRN(nn.Module):
@@ -415,16 +438,16 @@ class AMCRN(nn.Module):
         super().__init__()
         check_subsets(subsets, mels=mels, width=width)
         self.mels, self.embed_dim = mels, embed_dim
-        split = partial(lighten, subsets=subsets, share=share, fusion=fusion)
-        self.multiscale = split(MultiScaleBlock, mels, 4 * width)
-        self.recurrent = split(RecurrentBlock, 4 * width, 4 * width)
+        light = partial(lighten, subsets=subsets, share=share, fusion=fusion)
+        self.multiscale = light(MultiScaleBlock, mels, 4 * width)
+        self.recurrent = light(RecurrentBlock, 4 * width, 4 * width)
         self.pool = AttentivePooling(4 * width)
         self.embed = nn.Linear(8 * width, embed_dim, bias=False)    # the norm has one
         self.norm = nn.BatchNorm1d(embed_dim)
 
     def forward(self, x):
-        x = self.multiscale(as_channels(x, self.mels))              # (B, 4*D, T)
-        return self.norm(self.embed(self.pool(self.recurrent(x))))  # (B, E)
+        x = self.recurrent(self.multiscale(as_map(x, self.mels)))   # (B, 4*D, 1, T)
+        return self.norm(self.embed(self.pool(x)))                  # (B, E)
 
 
 MODELS = {"amcrn": AMCRN, "resnet34": ResNet34, "ecapa-tdnn": ECAPA_TDNN}
