@@ -1,31 +1,26 @@
-"""Speaker verification made lightweight: three hosts and one plug-and-play module.
+"""Speaker verification made lightweight: three hosts and one module that lightens any of them.
 
-An encoder maps log-mel features (B, T, F) to a speaker embedding (B, E); two utterances
-are compared by the cosine of their embeddings. Each host here can be lightened: its
-features are split into S subsets of channels, each subset is updated with what the other
-subsets know, and the updated subsets go independently through the next block, which is
-then 1/S as wide and about 1/S as costly. At S = 1 the host is the plain published one.
+An encoder maps log-mel features (B, T, F) to a speaker embedding (B, E). Two utterances are
+compared by the cosine of their embeddings. To lighten a host, its features are split into S subsets
+of channels. Each subset is updated with what the other subsets know. The updated subsets go through
+the next block independently: it is 1/S as wide and costs about 1/S. At S = 1 the host is plain.
 
-Paper: "Lightweight Speaker Verification Using Transformation Module with Feature
-Partition and Fusion", arXiv 2312.03324.
+Paper: "Lightweight Speaker Verification Using Transformation Module with Feature Partition and
+Fusion", arXiv 2312.03324. We know its abstract, not its equations. `TransformationModule` and the
+sizes of AMCRN are our reconstruction. The module uses the operations that the abstract names:
+convolution, pooling, mean, concatenation, normalisation, element-wise summation; and a softmax.
 
-Sections: 1 lightening (fusion, and the wrapper that makes any block S narrow ones), 2 pooling,
-3 ResNet34, 4 ECAPA-TDNN, 5 AMCRN, 6 training head (AAM-softmax), 7 scoring (EER, minDCF,
-thresholds, adaptive s-norm), 8 cost, 9 demo: the table that `python lightweight_sv.py` prints, and
-`python lightweight_sv.py scores.txt [trials.txt]`.
+Measured on real speech (README, section 5): a split host made fewer errors than the whole host and
+than a host narrowed to the same cost. Fusion is not shown to help: five paired seeds are equal.
 
-Axis letters: B batch, T frames, F mel bins, D width (channels), E embedding size,
-C speakers, S subsets, N positions of a map (T in a 1-D host, F x T in a 2-D one).
+Sections: 1 lightening, 2 convolution over time and pooling, 3 ResNet34, 4 ECAPA-TDNN, 5 AMCRN,
+6 training head, 7 scoring, 8 cost, 9 command line: `python lightweight_sv.py` prints what each host
+costs, `python lightweight_sv.py scores.txt [trials.txt]` prints error rates.
 
-Reconstruction: the paper's equations are not public to us; its abstract is. It names the
-steps above, the hosts and six operations: convolution, pooling, mean, concatenation,
-normalisation, element-wise summation. `TransformationModule` is ours, made of these six
-and a softmax; the sizes of AMCRN are ours too. Measured on real speech (README, section 5),
-a split host made fewer errors than the whole one and than one narrowed to its cost; that
-fusion adds to this is not shown: with and without it, five paired seeds are equal.
+Axis letters: B batch, T frames, F mel bins, D width (channels), E embedding size, C speakers,
+S subsets, H rows of a map (mel bins in ResNet34, one row in the other hosts).
 
-Does not: read audio or make features (data.py), train (train.py), load anybody's weights,
-score by PLDA.
+Does not: read audio or make features (data.py), train (train.py), load weights, score by PLDA.
 """
 
 import copy
@@ -44,23 +39,34 @@ import torch.nn.functional as F
 # -----------------------------------------------------------------------------
 # 1. Lightening: fuse S subsets of the channels, then run S narrow blocks on them.
 #
-# Channels are ordered by subset: the first D/S channels are subset 1, and so on. Every
-# block below takes `groups`: a block of S groups *is* S narrow blocks side by side, each
-# with its own weights, because a grouped convolution keeps the groups apart and the rest of
-# a block works channel by channel or group by group. One utterance takes less time so than
-# in a Python loop over S small blocks, whose convolutions are too short for their calls.
+# Channels are ordered by subset: the first D/S channels are subset 1, and so on. A block with S
+# `groups` is S narrow blocks side by side, each with its own weights. Grouped convolutions keep the
+# groups apart; the rest of a block works channel by channel or group by group.
+#
+# Every map is (B, D, H, T). In memory the channels of one position are neighbours: (B, H, T, D),
+# torch's channels_last. Code that splits channels works in this order, which saves copies of maps.
+
+
+def split(x, subsets):
+    """(B, D, H, T) -> (B, H, T, S, D/S), the order of the memory."""
+    return x.movedim(1, -1).unflatten(-1, (subsets, -1))
+
+
+def join(parts):
+    """The inverse of split: (B, H, T, S, D/S) -> (B, D, H, T)."""
+    return parts.flatten(-2).movedim(-1, 1)
 
 
 class TransformationModule(nn.Module):
-    """Updates every subset with what the subsets have in common. p is a subset's mean over
-    positions (pooling):
+    """Update every subset with what the subsets have in common. p_s is the mean of a subset over
+    all positions (pooling):
 
-        m = mean over subsets of a_s p_s        y_s = x_s + gamma_s norm(m)
+        m = sum over s of a_s p_s        y_s = x_s + gamma_s norm(m)
 
-    The weights a come from all subsets at once: a 1x1 convolution of the concatenated p makes one
-    number for each subset. gamma is zero at the start, so the module begins as the identity; gamma
-    has a gradient at once, the gate from the second step on. The maps themselves are read once and
-    written once: mixing maps instead of their means cost half of a light ResNet34's step.
+    The weights a_s sum to one; a 1x1 convolution computes them from p_1 ... p_S side by side.
+    gamma is zero at the start, so the module begins as the identity. gamma has a gradient at the
+    first step, the gate from the second step on. To mix the maps themselves, instead of their
+    means, cost half of a light ResNet34's training step.
     """
 
     def __init__(self, channels, subsets):
@@ -71,37 +77,34 @@ class TransformationModule(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        positions = range(2, x.ndim)                                # T, or F and T
-        pooled = x.mean(dim=tuple(positions)).unsqueeze(-1)         # (B, D, 1)
-        weights = self.gate(pooled).softmax(dim=1)                  # (B, S, 1), sum 1: a mean
-        parts = pooled.squeeze(-1).unflatten(1, (self.subsets, -1))  # (B, S, D/S)
+        pooled = x.mean(dim=(2, 3))                                 # (B, D)
+        weights = self.gate(pooled.unsqueeze(-1)).softmax(dim=1)    # (B, S, 1), sum 1: a mean
+        parts = pooled.unflatten(1, (self.subsets, -1))             # (B, S, D/S)
         mean = self.norm((weights * parts).sum(dim=1))              # (B, D/S)
         update = self.gamma * mean.repeat(1, self.subsets)          # (B, D)
-        return x + update[(...,) + (None,) * len(positions)]        # (B, D, ...)
+        return x + update[..., None, None]                          # (B, D, H, T)
 
 
 class PlainMean(nn.Module):
-    """The simplest fusion, kept for comparison: y_s = x_s + mean over subsets of x. Not the
-    identity at the start."""
+    """The simplest fusion, for comparison: y_s = x_s + mean of all subsets."""
 
     def __init__(self, channels, subsets):
         super().__init__()
         self.subsets = subsets
 
     def forward(self, x):
-        parts = x.unflatten(1, (self.subsets, -1))                  # (B, S, D/S, ...)
-        return (parts + parts.mean(dim=1, keepdim=True)).flatten(1, 2)
+        parts = split(x, self.subsets)                              # (B, H, T, S, D/S)
+        return join(parts + parts.mean(dim=3, keepdim=True))        # (B, D, H, T)
 
 
-# with "none", the other comparison, the subsets never hear of each other before the pooling
+# "none" is the other comparison: no subset hears of another one before the pooling
 FUSIONS = {"module": TransformationModule, "mean": PlainMean, "none": nn.Identity}
 
 
 class Lightened(nn.Module):
-    """Any block, lightened: fusion in front, then S narrow copies of the block.
+    """Any block, lightened: a fusion, then S narrow copies of the block, side by side as groups.
 
-    With own weights the copies are the groups of one block. With `share` there is a single
-    narrow block and the subsets go through it as if they were S times as many utterances.
+    With `share` there is one narrow block; the subsets pass it like S times as many utterances.
     """
 
     def __init__(self, block, d_in, d_out, subsets, share, fusion, **options):
@@ -111,13 +114,13 @@ class Lightened(nn.Module):
         self.block = block(d_in // fold, d_out // fold, groups=subsets // fold, **options)
 
     def forward(self, x):
-        x = self.fuse(x).unflatten(1, (self.fold, -1)).flatten(0, 1)    # shared: (B*S, D/S, ...)
-        x = self.block(x)
-        return x.unflatten(0, (-1, self.fold)).flatten(1, 2)        # (B, D, ...)
+        x = split(self.fuse(x), self.fold).movedim(3, 0).flatten(0, 1)      # (fold*B, H, T, D/fold)
+        x = self.block(x.movedim(-1, 1)).movedim(1, -1)
+        return join(x.unflatten(0, (self.fold, -1)).movedim(0, 3))          # (B, D, H, T)
 
 
 def lighten(block, d_in, d_out, subsets=1, share=False, fusion="module", **options):
-    """The block a host asks for: plain when subsets is 1, else lightened."""
+    """Return the block that a host asks for: plain when subsets is 1, else lightened."""
     if fusion not in FUSIONS:
         raise ValueError(f"unknown fusion {fusion!r}, expected one of: {', '.join(FUSIONS)}")
     if subsets == 1:
@@ -125,18 +128,8 @@ def lighten(block, d_in, d_out, subsets=1, share=False, fusion="module", **optio
     return Lightened(block, d_in, d_out, subsets, share, fusion, **options)
 
 
-def join(maps, subsets):
-    """Concatenates maps subset by subset, so that subset s stays together.
-
-    >>> join([torch.tensor([[1, 2]]), torch.tensor([[3, 4]])], subsets=2).tolist()
-    [[1, 3, 2, 4]]
-    """
-    parts = [x.unflatten(1, (subsets, -1)) for x in maps]           # each (B, S, D/S, ...)
-    return torch.cat(parts, dim=2).flatten(1, 2)                    # (B, sum of D, ...)
-
-
 def check_subsets(subsets, **sizes):
-    """Refuses a number of subsets that does not divide every size, and says which would."""
+    """Refuse a number of subsets that does not divide every size, and say which ones do."""
     common = gcd(*sizes.values())
     if subsets < 1 or common % subsets:
         fit = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
@@ -144,48 +137,66 @@ def check_subsets(subsets, **sizes):
         raise ValueError(f"subsets={subsets} does not divide {named}; these would: {fit}")
 
 
-def as_channels(x, mels):
-    """(B, T, F) -> (B, F, T), the layout of torch's convolutions, after a check of F."""
+def as_map(x, mels):
+    """Features (B, T, F) as a map of one row (B, F, 1, T): a view, already in channels_last."""
     if x.dim() != 3 or x.shape[2] != mels:
-        raise ValueError(f"expected features (batch, frames, {mels} mel bins), "
-                         f"got {tuple(x.shape)}")
-    return x.transpose(1, 2)                                        # (B, F, T)
+        raise ValueError(f"expected features (batch, frames, {mels} mel bins), got {(*x.shape,)}")
+    return x.transpose(1, 2).unsqueeze(2)
 
 
 # -----------------------------------------------------------------------------
-# 2. Pooling: statistics over time turn any number of frames into one vector.
+# 2. Convolution over time, and pooling: statistics that turn any number of frames into one vector.
+
+
+class Conv(nn.Conv1d):
+    """A convolution over time that keeps the length of a map (B, D, 1, T)."""
+
+    def __init__(self, d_in, d_out, groups=1, kernel=1, dilation=1, bias=True):
+        super().__init__(d_in, d_out, kernel, dilation=dilation, groups=groups, bias=bias,
+                         padding=dilation * (kernel // 2))
+
+    def forward(self, x, weight=None):
+        weight = (self.weight if weight is None else weight).unsqueeze(2)   # a kernel of one row
+        # Dilation does nothing to a kernel of one. But with it torch calls oneDNN for single
+        # utterances on one thread too, which takes half the time.
+        dilation = 2 if x.is_cpu and weight.shape[-1] == 1 else self.dilation[0]
+        return F.conv2d(x, weight, self.bias, 1, (0, self.padding[0]), (1, dilation), self.groups)
+
+
+class ContextConv(Conv):
+    """A 1x1 convolution of every frame beside a context (B, 2*D) that all frames share: the
+    context's part is computed once."""
+
+    def forward(self, x, context):
+        frames, shared = self.weight.split([x.shape[1], context.shape[1]], dim=1)
+        return super().forward(x, frames) + F.linear(context, shared.squeeze(-1))[..., None, None]
 
 
 def mean_and_std(x, weights=None):
-    """Mean and deviation over time, side by side; `weights` (none: equal) sum to one.
-
-    In float32 also under autocast: a difference of squares has no bits to spare.
-    """
-    x = x.float()
-    weighted = x / x.shape[-1] if weights is None else x * weights.float()  # (B, D, T)
-    mean, square = weighted.sum(dim=-1), (weighted * x).sum(dim=-1)         # (B, D) each
+    """Mean and deviation over time, side by side; `weights` (none: equal) sum to one."""
+    x = x.float()       # under autocast too: a difference of squares needs all the digits
+    weighted = x / x.shape[-1] if weights is None else x * weights.float()      # (B, D, H, T)
+    mean, square = weighted.sum(dim=-1), (weighted * x).sum(dim=-1)             # (B, D, H) each
     # the clamp keeps the root's gradient finite where a channel is constant
-    return torch.cat([mean, (square - mean * mean).clamp(min=1e-7).sqrt()], dim=1)  # (B, 2*D)
+    std = (square - mean * mean).clamp(min=1e-7).sqrt()
+    return torch.cat([mean.flatten(1), std.flatten(1)], dim=1)      # (B, 2*D*H)
 
 
 class AttentivePooling(nn.Module):
-    """Attentive statistics pooling: each channel weighs the frames in its own way.
-
-    The scorer sees a frame beside the mean and deviation of the whole utterance (the global
-    context), so that a frame can be judged by how unusual it is.
-    """
+    """Attentive statistics pooling: each channel weighs the frames in its own way, by scores that
+    compare each frame with the mean and deviation of the whole utterance (the context)."""
 
     def __init__(self, channels, bottleneck=128):
         super().__init__()
-        self.down = nn.Conv1d(3 * channels, bottleneck, 1)
+        self.down = ContextConv(3 * channels, bottleneck)
         # no bias: the same number added to all frames cancels in the softmax over them
-        self.up = nn.Conv1d(bottleneck, channels, 1, bias=False)
+        self.up = Conv(bottleneck, channels, bias=False)
 
     def forward(self, x):
         context = mean_and_std(x).to(x.dtype)                       # (B, 2*D)
-        context = context.unsqueeze(-1).expand(-1, -1, x.shape[-1])         # (B, 2*D, T)
-        scores = self.up(torch.tanh(self.down(torch.cat([x, context], dim=1))))
-        return mean_and_std(x, scores.softmax(dim=-1))              # (B, D, T) -> (B, 2*D)
+        scores = self.up(torch.tanh(self.down(x, context)))         # (B, D, 1, T)
+        # in the order of the memory, (B, T, 1, D), the softmax makes no copy
+        return mean_and_std(x, scores.transpose(1, 3).softmax(dim=1).transpose(1, 3))   # (B, 2*D)
 
 
 # -----------------------------------------------------------------------------
@@ -200,20 +211,22 @@ class BasicBlock(nn.Module):
         conv = partial(nn.Conv2d, bias=False, groups=groups)
         self.conv1, self.norm1 = conv(d_in, d_out, 3, stride, padding=1), nn.BatchNorm2d(d_out)
         self.conv2, self.norm2 = conv(d_out, d_out, 3, padding=1), nn.BatchNorm2d(d_out)
-        self.shortcut = nn.Identity()
+        self.stride, self.shortcut = stride, nn.Identity()
         if stride != 1 or d_in != d_out:
-            self.shortcut = nn.Sequential(conv(d_in, d_out, 1, stride), nn.BatchNorm2d(d_out))
+            self.shortcut = nn.Sequential(conv(d_in, d_out, 1), nn.BatchNorm2d(d_out))
 
     def forward(self, x):
         y = self.norm1(self.conv1(x)).relu_()
-        return (self.norm2(self.conv2(y)) + self.shortcut(x)).relu_()
+        # the shortcut's stride is taken here, because a 1x1 convolution with a stride and less
+        # than 16 channels corrupts memory in torch 2.11 (CPU, channels_last, backward pass)
+        x = self.shortcut(x[:, :, ::self.stride, ::self.stride])
+        return self.norm2(self.conv2(y)).add_(x).relu_()
 
 
 class ResNet34(nn.Module):
     """3, 4, 6 and 3 basic blocks of 1, 2, 4 and 8 times the width.
 
-    Lightened, every block is split by channel. The stem stays whole (its input is a single
-    channel), and so do the pooling and the last linear layer.
+    Lightened, every block is split. Stem, pooling and the last linear layer stay whole.
 
     >>> ResNet34(subsets=4)(torch.randn(2, 200, 80)).shape
     torch.Size([2, 256])
@@ -221,8 +234,7 @@ class ResNet34(nn.Module):
 
     normalise = "utterance"
 
-    def __init__(self, mels=80, width=32, embed_dim=256, subsets=1, share=False,
-                 fusion="module"):
+    def __init__(self, mels=80, width=32, embed_dim=256, subsets=1, share=False, fusion="module"):
         super().__init__()
         check_subsets(subsets, width=width)
         self.mels, self.embed_dim = mels, embed_dim
@@ -240,34 +252,29 @@ class ResNet34(nn.Module):
         self.embed = nn.Linear(2 * d_in * rows, embed_dim)
 
     def forward(self, x):
-        x = as_channels(x, self.mels).unsqueeze(1)                  # (B, 1, F, T)
-        x = self.norm(self.stem(x)).relu_()                         # (B, D, F, T)
-        x = self.trunk(x).flatten(1, 2)                             # (B, 8*D * F/8, T/8)
-        return self.embed(mean_and_std(x))                          # (B, E)
+        x = as_map(x, self.mels).transpose(2, 3).contiguous()       # (B, F, T, 1)
+        x = self.norm(self.stem(x.movedim(3, 1))).relu_()           # (B, D, F, T)
+        return self.embed(mean_and_std(self.trunk(x)))              # (B, 8*D, F/8, T/8) -> (B, E)
 
 
 # -----------------------------------------------------------------------------
-# 4. ECAPA-TDNN: dilated 1-D convolutions, several scales and channel gates in each block.
+# 4. ECAPA-TDNN: dilated convolutions over time, several scales and channel gates in each block.
 
 
 class ConvReluNorm(nn.Module):
-    """Convolution over time that keeps the length, ReLU, BatchNorm: the brick of ECAPA."""
+    """Convolution over time, ReLU and (if `norm`) BatchNorm: the brick of ECAPA."""
 
-    def __init__(self, d_in, d_out, groups=1, kernel=1, dilation=1):
+    def __init__(self, d_in, d_out, groups=1, kernel=1, dilation=1, norm=True):
         super().__init__()
-        self.conv = nn.Conv1d(d_in, d_out, kernel, dilation=dilation, groups=groups,
-                              padding=dilation * (kernel // 2))
-        self.norm = nn.BatchNorm1d(d_out)
+        self.conv = Conv(d_in, d_out, groups, kernel, dilation)
+        self.norm = nn.BatchNorm2d(d_out) if norm else nn.Identity()
 
     def forward(self, x):
         return self.norm(self.conv(x).relu_())
 
 
 class Res2Conv(nn.Module):
-    """Convolutions in a chain over `scale` slices: each slice sees further than the last.
-
-    The slices are cut inside every group, so that the groups stay apart.
-    """
+    """Convolutions in a chain over `scale` slices of a group: each sees further than the last."""
 
     def __init__(self, channels, groups, dilation, scale):
         super().__init__()
@@ -276,24 +283,24 @@ class Res2Conv(nn.Module):
                                    for _ in range(scale - 1))
 
     def forward(self, x):
-        slices = x.unflatten(1, (self.groups, self.scale, -1)).unbind(dim=2)
-        done, y = [], 0                                             # slices: (B, G, D/G/scale, T)
+        slices = split(x, self.groups).chunk(self.scale, dim=-1)    # (B, 1, T, G, D/G/scale) each
+        done, y = [], 0
         for conv, part in zip(self.chain, slices):
-            y = conv((part + y).flatten(1, 2)).unflatten(1, (self.groups, -1))
+            y = split(conv(join(part + y)), self.groups)
             done.append(y)
-        return torch.stack([*done, slices[-1]], dim=2).flatten(1, 3)    # (B, D, T)
+        return join(torch.cat([*done, slices[-1]], dim=-1))         # (B, D, 1, T)
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a gate computed from all channels' means (of its group)."""
+    """Scale each channel by a gate computed from all channels' means (of its group)."""
 
     def __init__(self, channels, groups, bottleneck):
         super().__init__()
-        self.down = nn.Conv1d(channels, groups * bottleneck, 1, groups=groups)
-        self.up = nn.Conv1d(groups * bottleneck, channels, 1, groups=groups)
+        self.down = Conv(channels, groups * bottleneck, groups)
+        self.up = Conv(groups * bottleneck, channels, groups)
 
     def forward(self, x):
-        gate = self.up(self.down(x.mean(dim=-1, keepdim=True)).relu_())     # (B, D, 1)
+        gate = self.up(self.down(x.mean(dim=-1, keepdim=True)).relu_())     # (B, D, 1, 1)
         return x * torch.sigmoid(gate)
 
 
@@ -311,23 +318,12 @@ class SERes2Block(nn.Module):
         return x + self.path(x)
 
 
-class ConvRelu(nn.Module):
-    """The layer that aggregates the blocks' outputs: a 1x1 convolution and a ReLU."""
-
-    def __init__(self, d_in, d_out, groups=1):
-        super().__init__()
-        self.conv = nn.Conv1d(d_in, d_out, 1, groups=groups)
-
-    def forward(self, x):
-        return self.conv(x).relu_()
-
-
 class ECAPA_TDNN(nn.Module):
     """Stem, three SE-Res2 blocks, aggregation of all three, attentive pooling, embedding.
 
-    Lightened, the mel axis is split into bands, the aggregation is a block like the others,
-    and the bottleneck of each squeeze-excitation is divided among the subsets, which must
-    divide the width of a scale (width / 8). Pooling and the last linear layer stay whole.
+    Lightened, the mel axis is split into bands, the aggregation (1x1 convolution, ReLU) is a block
+    like the others, and the subsets share the bottlenecks of squeeze-excitation. Pooling and the
+    last linear layer stay whole.
 
     >>> ECAPA_TDNN(width=64, subsets=2)(torch.randn(2, 200, 80)).shape
     torch.Size([2, 192])
@@ -335,31 +331,29 @@ class ECAPA_TDNN(nn.Module):
 
     normalise = "utterance"
 
-    def __init__(self, mels=80, width=512, embed_dim=192, subsets=1, share=False,
-                 fusion="module"):
+    def __init__(self, mels=80, width=512, embed_dim=192, subsets=1, share=False, fusion="module"):
         super().__init__()
         if width % 8:
             raise ValueError(f"ECAPA-TDNN cuts its width into 8 scales: {width} is no multiple")
         check_subsets(subsets, mels=mels, scale=width // 8)
         self.mels, self.embed_dim, self.subsets = mels, embed_dim, subsets
         aggregate = min(1536, 3 * width)
-        split = partial(lighten, subsets=subsets, share=share, fusion=fusion)
-        self.stem = split(ConvReluNorm, mels, width, kernel=5)
+        light = partial(lighten, subsets=subsets, share=share, fusion=fusion)
+        self.stem = light(ConvReluNorm, mels, width, kernel=5)
         self.blocks = nn.ModuleList(
-            split(SERes2Block, width, width, dilation=dilation, bottleneck=128 // subsets)
+            light(SERes2Block, width, width, dilation=dilation, bottleneck=128 // subsets)
             for dilation in (2, 3, 4))
-        self.aggregate = split(ConvRelu, 3 * width, aggregate)
+        self.aggregate = light(ConvReluNorm, 3 * width, aggregate, norm=False)
         self.pool = AttentivePooling(aggregate)
         self.norm = nn.BatchNorm1d(2 * aggregate)
         self.embed = nn.Linear(2 * aggregate, embed_dim)
 
     def forward(self, x):
-        x = self.stem(as_channels(x, self.mels))                    # (B, D, T)
-        outputs = []
+        x, outputs = self.stem(as_map(x, self.mels)), []            # (B, D, 1, T)
         for block in self.blocks:
             x = block(x)
-            outputs.append(x)
-        x = self.aggregate(join(outputs, self.subsets))             # (B, 3*D, T)
+            outputs.append(split(x, self.subsets))
+        x = self.aggregate(join(torch.cat(outputs, dim=-1)))        # (B, 3*D, 1, T)
         return self.embed(self.norm(self.pool(x)))                  # (B, E)
 
 
@@ -376,12 +370,13 @@ class MultiScaleBlock(nn.Module):
         self.scales = nn.ModuleList(ConvReluNorm(d_in, d_out // len(kernels), groups, kernel)
                                     for kernel in kernels)
         self.mix = ConvReluNorm(d_out, d_out, groups)
-        self.gate = nn.Conv1d(d_out, groups, 1, groups=groups)
+        self.gate = Conv(d_out, groups, groups)
 
     def forward(self, x):
-        x = self.mix(join([scale(x) for scale in self.scales], self.groups))    # (B, D, T)
-        gate = torch.sigmoid(self.gate(x)).unsqueeze(2)             # (B, G, 1, T)
-        return (x.unflatten(1, (self.groups, -1)) * gate).flatten(1, 2)         # (B, D, T)
+        scales = [split(scale(x), self.groups) for scale in self.scales]
+        x = self.mix(join(torch.cat(scales, dim=-1)))               # (B, D, 1, T)
+        gate = torch.sigmoid(self.gate(x))                          # (B, G, 1, T)
+        return join(split(x, self.groups) * split(gate, self.groups))       # (B, D, 1, T)
 
 
 class RecurrentBlock(nn.Module):
@@ -394,16 +389,16 @@ class RecurrentBlock(nn.Module):
                                    for _ in range(groups))
 
     def forward(self, x):
-        parts = x.transpose(1, 2).chunk(len(self.lstms), dim=2)     # G of (B, T, D/G)
-        y = torch.cat([lstm(part)[0] for lstm, part in zip(self.lstms, parts)], dim=2)
-        return x + y.transpose(1, 2)                                # (B, D, T)
+        frames = x.squeeze(2).transpose(1, 2)                       # (B, T, D)
+        parts = zip(self.lstms, frames.chunk(len(self.lstms), dim=2))
+        y = torch.cat([lstm(part)[0] for lstm, part in parts], dim=2)
+        return x + y.transpose(1, 2).unsqueeze(2)                   # (B, D, 1, T)
 
 
 class AMCRN(nn.Module):
     """Multi-scale block, recurrent block, attentive pooling, embedding with BatchNorm.
 
-    The order of the parts is the authors' (arXiv 2306.00426), the sizes are ours. `width` is
-    that of one scale; the blocks are four times as wide.
+    The order of the parts is the authors' (arXiv 2306.00426). `width` is that of one scale.
 
     >>> AMCRN(width=32, subsets=2)(torch.randn(2, 200, 80)).shape
     torch.Size([2, 192])
@@ -411,21 +406,20 @@ class AMCRN(nn.Module):
 
     normalise = "utterance"
 
-    def __init__(self, mels=80, width=128, embed_dim=192, subsets=1, share=False,
-                 fusion="module"):
+    def __init__(self, mels=80, width=128, embed_dim=192, subsets=1, share=False, fusion="module"):
         super().__init__()
         check_subsets(subsets, mels=mels, width=width)
         self.mels, self.embed_dim = mels, embed_dim
-        split = partial(lighten, subsets=subsets, share=share, fusion=fusion)
-        self.multiscale = split(MultiScaleBlock, mels, 4 * width)
-        self.recurrent = split(RecurrentBlock, 4 * width, 4 * width)
+        light = partial(lighten, subsets=subsets, share=share, fusion=fusion)
+        self.multiscale = light(MultiScaleBlock, mels, 4 * width)
+        self.recurrent = light(RecurrentBlock, 4 * width, 4 * width)
         self.pool = AttentivePooling(4 * width)
         self.embed = nn.Linear(8 * width, embed_dim, bias=False)    # the norm has one
         self.norm = nn.BatchNorm1d(embed_dim)
 
     def forward(self, x):
-        x = self.multiscale(as_channels(x, self.mels))              # (B, 4*D, T)
-        return self.norm(self.embed(self.pool(self.recurrent(x))))  # (B, E)
+        x = self.recurrent(self.multiscale(as_map(x, self.mels)))   # (B, 4*D, 1, T)
+        return self.norm(self.embed(self.pool(x)))                  # (B, E)
 
 
 MODELS = {"amcrn": AMCRN, "resnet34": ResNet34, "ecapa-tdnn": ECAPA_TDNN}
@@ -435,11 +429,10 @@ MODELS = {"amcrn": AMCRN, "resnet34": ResNet34, "ecapa-tdnn": ECAPA_TDNN}
 
 
 class AAMSoftmax(nn.Module):
-    """Logits s cos(theta) of the angle to every speaker's direction; with labels given, the
-    true speaker's is s cos(theta + m), so that it must win by a margin of m radians.
+    """Logits s cos(theta) of the angle to every speaker's direction. With labels, the true
+    speaker's logit is s cos(theta + m): it must win by a margin of m radians.
 
-    `margin` is a plain attribute: a loop may set it from the step before each call. It is
-    not part of the state, so a resumed run has to set it again.
+    A loop may set `margin` before each call. It is not saved in the state.
     """
 
     def __init__(self, embed_dim, classes, margin=0.2, scale=30.0):
@@ -454,23 +447,21 @@ class AAMSoftmax(nn.Module):
         if labels is None:
             return self.scale * cosine                              # (B, C)
         true = cosine.gather(1, labels[:, None])
-        return self.scale * cosine.scatter(1, labels[:, None], self.add_margin(true))
-
-    def add_margin(self, cosine):
-        """cos(theta + m), and a straight line where theta + m would pass pi and turn up."""
         # the clamp: at theta = 0 the root would have an infinite slope, and 0 * inf is NaN
-        sine = (1 - cosine * cosine).clamp(min=1e-7).sqrt()
-        shifted = cosine * cos(self.margin) - sine * sin(self.margin)
-        return torch.where(cosine > cos(pi - self.margin), shifted,
-                           cosine - self.margin * sin(self.margin))
+        sine = (1 - true * true).clamp(min=1e-7).sqrt()
+        shifted = true * cos(self.margin) - sine * sin(self.margin)         # cos(theta + m)
+        # a straight line where theta + m would pass pi and the cosine would rise again
+        line = true - self.margin * sin(self.margin)
+        shifted = torch.where(true > cos(pi - self.margin), shifted, line)
+        return self.scale * cosine.scatter(1, labels[:, None], shifted)
 
 
 # -----------------------------------------------------------------------------
 # 7. Scoring: how well scores separate same-speaker trials from the others.
 #
-# All in float64. A trial is accepted when its score is at least the threshold. Every
-# distinct score is one threshold (ties are one point, so their order cannot matter), and one
-# above the highest ends the curve; rates are fractions from 0 to 1.
+# All in float64; rates are fractions from 0 to 1. A trial is accepted when its score is at least
+# the threshold. Every distinct score is one threshold, so the order of ties cannot matter. One
+# more threshold above the highest score ends the curve.
 
 
 def check_trials(scores, labels):
@@ -488,7 +479,7 @@ def check_trials(scores, labels):
 
 
 def error_curve(scores, labels):
-    """thresholds, P_miss and P_fa at each, from accepting everything to accepting nothing.
+    """Return thresholds, P_miss and P_fa at each, from accepting everything to nothing.
 
     >>> [a.tolist() for a in error_curve([0.1, 0.5, 0.5], [0, 1, 0])]
     [[0.1, 0.5, 0.5000000000000001], [0.0, 0.0, 1.0], [1.0, 0.5, 0.0]]
@@ -498,19 +489,14 @@ def error_curve(scores, labels):
     scores, labels = scores[order], labels[order]
     first = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # where a new score begins
     thresholds = np.r_[scores[first], np.nextafter(scores[-1], np.inf)]
-    below = np.r_[first, len(scores)]                               # trials that are rejected
-    missed = np.r_[0, np.cumsum(labels)][below]                     # targets among them
+    rejected = np.r_[first, len(scores)]                            # trials below each threshold
+    missed = np.r_[0, np.cumsum(labels)][rejected]                  # targets among them
     targets, others = missed[-1], len(scores) - missed[-1]
-    p_miss = missed / targets
-    p_fa = (others - (below - missed)) / others
-    return thresholds, p_miss, p_fa
+    return thresholds, missed / targets, (others - (rejected - missed)) / others
 
 
 def equal_error_rate(scores, labels):
-    """The rate, a fraction from 0 to 1, at which P_miss equals P_fa.
-
-    Between the last point with P_miss < P_fa and the next one the curve is a straight line.
-    """
+    """The rate at which P_miss equals P_fa; between two points the curve is a straight line."""
     _, p_miss, p_fa = error_curve(scores, labels)
     gap = p_miss - p_fa                                             # rises from -1 to 1
     i = np.searchsorted(gap, 0)                                     # first point not below 0
@@ -527,8 +513,7 @@ def min_dcf(scores, labels, p_target):
 
 
 def threshold_at(scores, labels):
-    """The score to decide at, where the two error rates are closest. Fit it on other trials than
-    those reported."""
+    """The score where the two error rates are closest. Do not report errors on the same trials."""
     thresholds, p_miss, p_fa = error_curve(scores, labels)
     return float(thresholds[np.abs(p_miss - p_fa).argmin()])
 
@@ -551,14 +536,13 @@ def error_rates(scores, labels, threshold=None):
 
 
 def adaptive_s_norm(scores, pairs, embeddings, cohort, top_n=300, ddof=0):
-    """Each score measured against how its two sides score with the strangers closest to them:
+    """Measure each score against how its two sides score with the strangers closest to them:
 
         half the sum, over both sides, of (score - mean) / std
 
-    with the mean and the standard deviation (ddof 0: divided by n) of that side's `top_n`
-    highest cosines with the cohort, or with all of a smaller cohort. `pairs` (trials, 2)
-    are rows of `embeddings`; `cohort` are embeddings of other speakers (utterances, or one
-    mean for each speaker). Each utterance meets the cohort once, in slices.
+    mean and std (divided by n - ddof) are of that side's `top_n` highest cosines with the
+    cohort. `pairs` (trials, 2) are rows of `embeddings`. `cohort` are embeddings of other
+    speakers: utterances, or one mean for each speaker.
     """
     def unit(x):
         x = np.asarray(x, dtype=np.float64)
@@ -575,7 +559,7 @@ def adaptive_s_norm(scores, pairs, embeddings, cohort, top_n=300, ddof=0):
         mean[i:i + 1024], std[i:i + 1024] = top.mean(axis=1), top.std(axis=1, ddof=ddof)
     if not std.all():
         raise ValueError("s-norm: the cohort is equally far from an utterance, so there is no "
-                         "deviation to measure by; is it one speaker, or too small?")
+                         "deviation; is it one speaker, or too small?")
     sides = (np.asarray(scores, dtype=np.float64)[:, None] - mean[pairs]) / std[pairs]
     return sides.mean(axis=1)                                       # (trials, 2) -> (trials,)
 
@@ -587,8 +571,7 @@ def adaptive_s_norm(scores, pairs, embeddings, cohort, top_n=300, ddof=0):
 def layer_macs(layer, x, y):
     """Multiply-accumulates of one call of a layer that maps x to y; biases are not counted."""
     if isinstance(layer, nn.LSTM):
-        steps = x.numel() // x.shape[-1]
-        directions = 2 if layer.bidirectional else 1
+        steps, directions = x.numel() // x.shape[-1], 1 + layer.bidirectional
         sizes = [layer.input_size] + [directions * layer.hidden_size] * (layer.num_layers - 1)
         # four gates, each a matrix for the input and one for the last hidden state
         return sum(steps * directions * 4 * layer.hidden_size * (size + layer.hidden_size)
@@ -602,8 +585,8 @@ def layer_macs(layer, x, y):
 def count_macs(encoder, frames):
     """Multiply-accumulates for one utterance: convolutions, linear layers and LSTMs.
 
-    Sums that are not layers (means, gates, the attention product of a transformer, LoRA's
-    products) are left out, as in the published counts. Works on a copy: the encoder is not touched.
+    As in the published counts, a layer counts for all its frames, and sums that are not layers
+    (means, gates, the attention product of a transformer, LoRA's products) do not count.
     """
     encoder, total = copy.deepcopy(encoder).eval(), []
     for layer in encoder.modules():
@@ -615,70 +598,64 @@ def count_macs(encoder, frames):
     return sum(total)
 
 
-def median_ms(work, repeats):
-    """Median milliseconds of work() on one CPU thread; the first calls also set things up."""
-    threads, taken = torch.get_num_threads(), []
-    torch.set_num_threads(1)
+def time_ms(encoder, frames, batch=1, repeats=15):
+    """Median milliseconds of a copy on the CPU: of one utterance on one thread, or, for a batch of
+    more, of a training step (forward and backward) on all threads."""
+    training, threads, taken = batch > 1, torch.get_num_threads(), []
+    encoder = copy.deepcopy(encoder).cpu().train(training)
+    x = torch.randn(batch, frames, encoder.mels)
+    torch.set_num_threads(threads if training else 1)
     try:
-        for _ in range(repeats + 2):
+        for _ in range(repeats + 1):                                # the first call sets things up
             start = time.perf_counter()
-            work()
+            with torch.inference_mode(not training):
+                y = encoder(x)
+            if training:
+                y.sum().backward()
             taken.append(1000 * (time.perf_counter() - start))
     finally:
         torch.set_num_threads(threads)
-    return statistics.median(taken[2:])
-
-
-@torch.inference_mode()
-def latency_ms(encoder, frames, repeats=15):
-    """Milliseconds for one utterance, by a copy in eval mode."""
-    encoder, x = copy.deepcopy(encoder).cpu().eval(), torch.zeros(1, frames, encoder.mels)
-    return median_ms(lambda: encoder(x), repeats)
-
-
-def step_ms(encoder, frames, batch=8, repeats=5):
-    """Milliseconds for the forward and backward pass of a batch, by a copy in training mode."""
-    encoder, x = copy.deepcopy(encoder).cpu().train(), torch.randn(batch, frames, encoder.mels)
-    return median_ms(lambda: encoder(x).sum().backward(), repeats)
+    return statistics.median(taken[1:])
 
 
 def complexity(encoder, frames=200):
     """What an encoder costs: parameters, multiply-accumulates at `frames`, latency."""
     return {"parameters": sum(p.numel() for p in encoder.parameters()),
             "macs": count_macs(encoder, frames),
-            "latency_ms": latency_ms(encoder, frames)}
+            "latency_ms": time_ms(encoder, frames)}
 
 
 # -----------------------------------------------------------------------------
-# 9. Demo: what lightening saves, for each host.
+# 9. Command line: what lightening saves, and the error rates of a score file.
 
 
 def print_costs():
-    """Hosts x subsets: the last columns are relative to the plain host. A step is a batch of 8."""
-    print(f"{'host':18s}{'subsets':>8s}{'params M':>10s}{'MMAC 2 s':>10s}{'MMAC 3 s':>10s}"
-          f"{'ms 2 s':>8s}{'step ms':>9s}{'params':>9s}{'MACs':>6s}{'ms':>6s}{'step':>6s}")
-    for name, subsets, width in (("resnet34", (1, 2, 4, 8), 32), ("ecapa-tdnn", (1, 2, 4, 8), 512),
-                                 ("amcrn", (1, 2, 4, 8), 128), ("ecapa-tdnn", (1,), 1024)):
-        for s in subsets:
+    """Print hosts x subsets. The last columns are relative to the plain host."""
+    print(f"200 frames; step: a batch of 32 on {torch.get_num_threads()} threads; ms: one thread\n"
+          f"{'host':18s}{'subsets':>8s}{'params M':>10s}{'MMAC 2 s':>10s}{'MMAC 3 s':>10s}"
+          f"{'ms':>8s}{'step ms':>9s}{'params':>9s}{'MACs':>6s}{'ms':>6s}{'step':>6s}")
+    hosts = (("resnet34", 32), ("ecapa-tdnn", 512), ("amcrn", 128), ("ecapa-tdnn", 1024))
+    for name, width in hosts:
+        for s in (1, 2, 4, 8) if width < 1024 else (1,):
             encoder = MODELS[name](width=width, subsets=s)
-            cost = complexity(encoder, frames=200) | {"step_ms": step_ms(encoder, frames=200)}
+            cost = complexity(encoder) | {"step_ms": time_ms(encoder, 200, batch=32, repeats=3)}
             host = cost if s == 1 else host
-            parameters, macs, latency, step = (cost[key] / host[key] for key in cost)
+            ratios = [cost[key] / host[key] for key in cost]
             print(f"{name + ' ' + str(width):18s}{s:8d}{cost['parameters'] / 1e6:10.3f}"
                   f"{cost['macs'] / 1e6:10.1f}{count_macs(encoder, frames=300) / 1e6:10.1f}"
                   f"{cost['latency_ms']:8.1f}{cost['step_ms']:9.0f}"
-                  f"{parameters:9.2f}{macs:6.2f}{latency:6.2f}{step:6.2f}")
+                  "{:9.2f}{:6.2f}{:6.2f}{:6.2f}".format(*ratios))
 
 
 def read_scores(path, trials=None):
-    """A file of lines `id_a id_b score label` -> (scores, labels).
+    """Read lines `id_a id_b score label` as (scores, labels).
 
-    With `trials`, a file of lines `label id_a id_b`, it must hold the same trials in the same
-    order. Raises ValueError with the first line that has another form or belongs to another trial.
+    `trials`, lines `label id_a id_b`, must name the same trials in the same order. A ValueError
+    names the first line that is not as expected.
     """
-    scores, labels = [], []
     read = lambda name: Path(name).read_text(encoding="utf-8").splitlines()
     wanted = [line.split() for line in read(trials) if line.strip()] if trials else []
+    scores, labels = [], []
     for number, line in enumerate(read(path), 1):
         try:
             a, b, score, label = line.split()
@@ -687,24 +664,23 @@ def read_scores(path, trials=None):
         except (ValueError, KeyError):
             raise ValueError(f"{path}, line {number}: expected `id_a id_b score label`, "
                              f"got {line!r}") from None
-        if trials and [label, a, b] != (wanted[number - 1] if number <= len(wanted) else None):
+        if trials and [[label, a, b]] != wanted[number - 1:number]:
             raise ValueError(f"{path}, line {number}: {a} {b} {label} is not trial {number} of "
                              f"{trials}")
-    if trials and len(scores) < len(wanted):
+    if len(scores) < len(wanted):
         raise ValueError(f"{path} scores {len(scores)} of the {len(wanted)} trials of {trials}")
     return scores, labels
 
 
 def main(arguments):
-    """Without arguments the costs; with a score file (and its trials) the error rates."""
+    """Without arguments print the costs; with a score file (and its trials) the error rates."""
     if not arguments:
         return print_costs()
     try:
         scores, labels = read_scores(*arguments[:2])
+        costs = ", ".join(f"minDCF(p {p}) {min_dcf(scores, labels, p):.4f}" for p in (0.01, 0.05))
         print(f"{len(scores):,} trials, {sum(labels):,} of one speaker: "
-              f"EER {100 * equal_error_rate(scores, labels):.3f} %, "
-              f"minDCF(p 0.01) {min_dcf(scores, labels, 0.01):.4f}, "
-              f"minDCF(p 0.05) {min_dcf(scores, labels, 0.05):.4f}")
+              f"EER {100 * equal_error_rate(scores, labels):.3f} %, {costs}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

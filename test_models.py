@@ -1153,24 +1153,19 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("name, width, millions, giga", [
-    ("resnet34", 32, 6.634, 4.528), ("ecapa-tdnn", 512, 6.191, 1.037),
-    ("ecapa-tdnn", 1024, 14.657, 2.649)])
-def test_plain_hosts_have_the_published_counts(name, width, millions, giga):
-    encoder = sv.MODELS[name](width=width)
-    assert parameters(encoder) / 1e6 == pytest.approx(millions, rel=0.002)
-    assert sv.count_macs(encoder, frames=200) / 1e9 == pytest.approx(giga, rel=0.002)
+@pytest.mark.parametrize("name, width, subsets, millions, giga, room", [
+    ("resnet34", 32, 1, 6.634, 4.528, 0.002), ("ecapa-tdnn", 512, 1, 6.191, 1.037, 0.002),
+    ("ecapa-tdnn", 1024, 1, 14.657, 2.649, 0.002), ("resnet34", 32, 4, 2.7, 1.25, 0.1),
+    ("ecapa-tdnn", 512, 4, 3.0, 0.45, 0.2)])
+def test_hosts_have_the_published_counts_and_light_ones_keep_their_budget(
+        name, width, subsets, millions, giga, room):
+    encoder = sv.MODELS[name](width=width, subsets=subsets)
+    counts = parameters(encoder) / 1e6, sv.count_macs(encoder, frames=200) / 1e9
+    assert counts == pytest.approx((millions, giga), rel=room)
+    assert subsets == 1 or (counts[0] <= millions and counts[1] <= giga)
 
 
-@pytest.mark.parametrize("name, millions, giga", [("resnet34", 2.7, 1.25),
-                                                  ("ecapa-tdnn", 3.0, 0.45)])
-def test_four_subsets_keep_the_budget_modules_included(name, millions, giga):
-    encoder = sv.MODELS[name](subsets=4)
-    assert parameters(encoder) <= millions * 1e6
-    assert sv.count_macs(encoder, frames=200) <= giga * 1e9
-
-
-@pytest.mark.parametrize("shape", [(3, 24, 50), (3, 24, 5, 10)])
+@pytest.mark.parametrize("shape", [(3, 24, 1, 50), (3, 24, 5, 10)])
 def test_module_starts_as_the_identity_and_moves_after_one_step(shape):
     module, x = sv.TransformationModule(24, subsets=4), torch.randn(shape)
     assert torch.equal(module(x), x)
@@ -1182,81 +1177,76 @@ def test_module_starts_as_the_identity_and_moves_after_one_step(shape):
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("name", HOSTS)
-def test_every_parameter_has_a_gradient_by_the_second_step(name, share):
-    encoder, x = slim(name, subsets=2, share=share), torch.randn(4, 60, 40)
+def test_every_parameter_has_a_gradient_by_the_second_step_under_autocast_too(name, share):
+    encoder, x, y = slim(name, subsets=2, share=share), torch.randn(4, 60, 40), torch.arange(4)
     head = sv.AAMSoftmax(24, 5)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        F.cross_entropy(head(encoder(x), torch.arange(4)), torch.arange(4)).backward()
+        F.cross_entropy(head(encoder(x), y), y).backward()
         optimizer.step()
-    silent = [n for n, p in encoder.named_parameters()
-              if p.grad is None or p.grad.abs().max() < 1e-7]   # a dead bias has rounding noise
-    assert not silent
-
-
-@pytest.mark.parametrize("name", HOSTS)
-def test_bfloat16_autocast_trains_and_weights_reload(name, tmp_path):
-    encoder, x, y = slim(name, subsets=4), torch.randn(4, 60, 40), torch.arange(4)
+    assert not [n for n, p in encoder.named_parameters()    # a dead bias has rounding noise
+                if p.grad is None or p.grad.abs().max() < 1e-7]
     with torch.autocast("cpu", torch.bfloat16):
-        F.cross_entropy(sv.AAMSoftmax(24, 5)(encoder(x), y), y).backward()
+        F.cross_entropy(head(encoder(x), y), y).backward()
     assert all(torch.isfinite(p.grad).all() for p in encoder.parameters())
-    torch.save(encoder.state_dict(), tmp_path / "w.pt")
-    again = slim(name, subsets=4)
-    again.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
-    assert_close(again.eval()(x), encoder.eval()(x))
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_lighter_shared_and_plain_fusions_run_and_shrink(name):
+def test_every_fusion_runs_shrinks_the_host_and_reloads(name):
     x, sizes = torch.randn(2, 60, 40), []
     for options in (dict(), dict(subsets=4), dict(subsets=4, fusion="none"),
-                    dict(subsets=4, share=True)):
-        encoder = slim(name, **options).eval()
+                    dict(subsets=4, fusion="mean"), dict(subsets=4, share=True)):
+        encoder, again = slim(name, **options).train(), slim(name, **options).eval()
         assert encoder(x).shape == (2, encoder.embed_dim) and encoder.mels == 40
+        again.load_state_dict(encoder.state_dict())
+        assert_close(again(x), encoder.eval()(x))
         sizes.append(parameters(encoder))
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
-    mean = slim(name, subsets=4, fusion="mean")
-    assert parameters(mean) == sizes[2] and torch.isfinite(mean(x)).all()
+    plain, module, none, mean, shared = sizes
+    assert plain > module > none == mean > shared
 
 
 BLOCKS = [(sv.BasicBlock, 16, 32, dict(stride=2), (2, 16, 6, 10)),
-          (sv.SERes2Block, 32, 32, dict(dilation=2, bottleneck=4), (2, 32, 20)),
-          (sv.MultiScaleBlock, 16, 32, {}, (2, 16, 20)),
-          (sv.RecurrentBlock, 32, 32, {}, (2, 32, 20))]
+          (sv.SERes2Block, 32, 32, dict(dilation=2, bottleneck=4), (2, 32, 1, 20)),
+          (sv.MultiScaleBlock, 16, 32, {}, (2, 16, 1, 20)),
+          (sv.RecurrentBlock, 32, 32, {}, (2, 32, 1, 20))]
 
 
 @pytest.mark.parametrize("block, d_in, d_out, options, shape", BLOCKS)
-def test_groups_of_a_block_never_hear_of_each_other(block, d_in, d_out, options, shape):
-    """Own weights: changing one subset changes this subset of the output and no other."""
+def test_groups_never_hear_of_each_other_and_shared_ones_have_the_same_weights(
+        block, d_in, d_out, options, shape):
     torch.manual_seed(0)
     module, x = block(d_in, d_out, groups=2, **options).eval(), torch.randn(shape)
     changed = x.clone()
     changed[:, :d_in // 2] += 1
     before, after = module(x).chunk(2, dim=1), module(changed).chunk(2, dim=1)
     assert torch.equal(before[1], after[1]) and not torch.allclose(before[0], after[0])
-    narrow = block(d_in // 2, d_out // 2, **options)
-    assert parameters(module) == 2 * parameters(narrow)
-
-
-@pytest.mark.parametrize("block, d_in, d_out, options, shape", BLOCKS)
-def test_share_gives_every_subset_the_same_weights(block, d_in, d_out, options, shape):
+    assert parameters(module) == 2 * parameters(block(d_in // 2, d_out // 2, **options))
     light = sv.Lightened(block, d_in, d_out, 2, True, "none", **options).eval()
-    x = torch.randn(shape)
     x[:, d_in // 2:] = x[:, :d_in // 2]
     y = light(x).chunk(2, dim=1)
-    assert torch.equal(y[0], y[1]) and torch.allclose(y[0], light.block(x[:, :d_in // 2]))
+    assert_close(y[0], y[1])
+    assert_close(y[0], light.block(x[:, :d_in // 2]))
+
+
+@pytest.mark.parametrize("kernel, dilation, groups", [(1, 1, 1), (1, 1, 4), (5, 1, 1), (3, 4, 2)])
+def test_convolutions_are_those_of_torch(kernel, dilation, groups):
+    conv, x = sv.Conv(8, 16, groups, kernel, dilation), torch.randn(1, 8, 20)
+    assert_close(conv(x.unsqueeze(2)).squeeze(2), nn.Conv1d.forward(conv, x))
+    context = torch.randn(1, 16)
+    beside = torch.cat([x, context.unsqueeze(2).expand(-1, -1, 20)], dim=1)
+    conv = sv.ContextConv(24, 5)
+    assert_close(conv(x.unsqueeze(2), context).squeeze(2), nn.Conv1d.forward(conv, beside))
 
 
 def test_attentive_pooling_by_hand():
     pool = sv.AttentivePooling(3, bottleneck=4)
     nn.init.zeros_(pool.up.weight)                      # equal scores: plain mean and deviation
-    x = torch.randn(2, 3, 9)
-    expected = torch.cat([x.mean(-1), x.std(-1, correction=0)], dim=1)
+    x = torch.randn(2, 3, 1, 9)
+    expected = torch.cat([x.mean(-1), x.std(-1, correction=0)], dim=1).squeeze(2)
     assert_close(pool(x), expected)
     assert_close(sv.mean_and_std(x), expected)
-    weights = torch.tensor([0.25, 0.75])
-    stats = sv.mean_and_std(torch.tensor([[[1.0, 3.0]]]), weights)
+    stats = sv.mean_and_std(torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([0.25, 0.75]))
     assert_close(stats, torch.tensor([[2.5, math.sqrt(0.25 * 2.25 + 0.75 * 0.25)]]))
 
 
@@ -1284,7 +1274,7 @@ def test_macs_by_hand_and_no_trace_left():
     toy, threads = Toy(), torch.get_num_threads()
     conv, linear = 50 * 8 * 3 * 3, 50 * 10 * 7
     lstm = 50 * 2 * 4 * 5 * ((8 + 5) + (10 + 5))        # frames, directions, gates, layers
-    cost = sv.complexity(toy, frames=50) | {"step_ms": sv.step_ms(toy, frames=50, repeats=1)}
+    cost = sv.complexity(toy, frames=50) | {"step_ms": sv.time_ms(toy, 50, batch=2, repeats=1)}
     assert cost["macs"] == conv + linear + lstm and cost["latency_ms"] > 0 < cost["step_ms"]
     assert all(p.grad is None for p in toy.parameters())
     assert toy.training and torch.get_num_threads() == threads
@@ -1301,14 +1291,10 @@ def test_aam_softmax_by_hand():
     assert_close(head(x, torch.tensor([0])), plain)
     head.margin = 0.0
     assert_close(head(x, torch.tensor([0])), head(x))
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_aam_softmax_gradient_is_finite_when_parallel(sign):
-    head = sv.AAMSoftmax(4, 3)
-    x = (sign * head.weight.detach()[:1] * 5).requires_grad_()
-    F.cross_entropy(head(x, torch.tensor([0])), torch.tensor([0])).backward()
-    assert torch.isfinite(x.grad).all() and torch.isfinite(head.weight.grad).all()
+    for sign in (1, -1):                                # the gradient where both are parallel
+        x = (sign * head.weight.detach()[:1]).requires_grad_()
+        F.cross_entropy(head(x, torch.tensor([0])), torch.tensor([0])).backward()
+        assert torch.isfinite(x.grad).all() and torch.isfinite(head.weight.grad).all()
 
 
 def draw(seed, targets, others, shift):
