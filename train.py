@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=2 train.py ...            # the same loop in several processes
 
 Sections  1 settings, 2 the loop, 3 evaluation, 4 the model, 5 files of a run, 6 a run, 7 tables of
-          runs, 8 using a checkpoint, 9 the profile, 10 machines, 11 the command line
+          runs, 8 using a checkpoint, 9 the profile, 10 the machine, 11 the command line
 Axes      B batch, T frames, F mel bins, D width, E embedding, C classes or speakers
 
 Every setting is a field of Config, hence a flag. A setting that is left out comes from the preset
@@ -21,14 +21,11 @@ A run leaves in its folder: config.json, log.jsonl, last.pt (everything `--resum
 
 Differs from P1's code: validation selects, the test split is scored once, with a copy of the best
 weights; scales, biases and norms have no weight decay, which would pull scales of one towards zero.
-
 Does not: split one model over several GPUs, search hyper-parameters, or log to a service.
 """
 
 import argparse
-import contextlib
 import csv
-import hashlib
 import inspect
 import io
 import itertools
@@ -63,9 +60,8 @@ import data
 import lightweight_sv
 from ast_adapters import AST, METHODS, LinearHead, adapt
 
-LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()  # by torchrun
-RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # the number of this process
-WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # how many there are
+RANK = int(os.environ.get("RANK", 0))  # the number of this process; torchrun sets both
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 # tqdm's None shows a bar in a terminal and nothing in a file; only the first process shows one.
 progress = partial(tqdm, leave=False, disable=True if RANK else None)
 
@@ -75,16 +71,17 @@ progress = partial(tqdm, leave=False, disable=True if RANK else None)
 MODELS = [f"ast-{size}" for size in ast_adapters.SIZES] + list(lightweight_sv.MODELS)
 DEVICES, FOLDS = ("auto", "cpu", "cuda", "mps"), ("all", *map(str, range(1, 11)))
 METHOD_OPTIONS = sorted({name for _, options in METHODS.values() for name in options})
+SPEAKER_OPTIONS = ("subsets", "share", "fusion", "width", "embed_dim")
 MODES = ("compare", "sweep", "profile", "evaluate", "predict", "verify", "embed")  # or: train
-RUNS = ("train", "compare", "sweep")  # who reads a setting: these,
-TRAINING, TEST, ANY = (*RUNS, "profile"), (*RUNS, "profile", "evaluate"), ("train", *MODES)  # or
+RUNS = ("train", "compare", "sweep")
+TRAINING, TEST, ANY = (*RUNS, "profile"), (*RUNS, "profile", "evaluate"), ("train", *MODES)
 
 
 def opt(default, **rules):
-    """A field of Config with rules, which `check` applies to what is typed: `choices`, `least` and
-    `most` (its values), `item` (type of a list's items), `modes` that read it (else TRAINING), the
-    kind of `model` that reads it, `needs` (flags of which one must be set), `corpus` (what the
-    corpus must have), `passing` (it may differ between a run and its continuation)."""
+    """A field of Config with rules for what is typed: `choices`, `least` and `most` (its values),
+    `item` (type of a list's items), `modes` that read it (else TRAINING), the kind of `model` that
+    reads it, `needs` (one of these flags), `corpus` (what the corpus must have), `passing` (it may
+    differ between a run and its continuation)."""
     return field(default=default, metadata=rules)
 
 
@@ -101,10 +98,10 @@ class Config:
     model: str = opt("ast-nano", choices=MODELS)  # the encoder
     method: str = opt("conformer", choices=METHODS, model="ast")  # how to adapt an AST
     init: str = ""  # checkpoint to start from; audioset, audioset-16: downloaded; none: random
-    compare: bool = False  # run every method and print one table
+    compare: bool = opt(False, model="ast")  # run every method and print one table
     sweep: str = ""  # FIELD=v1,v2,...: one run a value, one table
     profile: bool = False  # print where the time of a training step goes; nothing is written
-    seeds: int = opt(1, least=1, modes=RUNS, passing=True)  # repeat with so many seeds: mean and deviation
+    seeds: int = opt(1, least=1, modes=RUNS, passing=True)  # so many runs: mean and deviation
     out: str = opt("", modes=(*RUNS, "embed"), passing=True)  # folder; empty: out/ and a name
     resume: bool = opt(False, modes=RUNS, passing=True)  # go on where the run in --out stopped
     # Data
@@ -112,7 +109,7 @@ class Config:
     root: str = opt("", modes=TEST, passing=True)  # folder of the corpus
     download: bool = opt(False, passing=True)  # bring it to --root first, where that is free
     cache: str = opt("cache", modes=TEST, passing=True)  # for packed corpora and the nano AST
-    fold: str = opt(None, choices=FOLDS, modes=TEST, corpus="folds")  # test fold of a corpus with folds
+    fold: str = opt(None, choices=FOLDS, modes=TEST, corpus="folds")  # the one that tests
     valid: bool = True  # select the best epoch on validation clips; else these train too
     trials: str = opt("o", choices=("o", "e", "h"), modes=TEST, corpus="lists")  # VoxCeleb's list
     few_shot: int = opt(0, least=0)  # train on so many clips a class, drawn by the seed; 0: all
@@ -135,7 +132,7 @@ class Config:
     noise: str = opt("", corpus="rows")  # a folder of noises, such as MUSAN's, or generated
     reverb: str = opt("", corpus="rows")  # a folder of impulse responses of rooms, or generated
     distorted: float = opt(0.6, least=0, most=1, needs="noise reverb")  # share of clips with either
-    snr: list = opt((0.0, 15.0), item=float, needs="noise")  # lowest and highest signal-to-noise ratio in dB
+    snr: list = opt((0.0, 15.0), item=float, needs="noise")  # signal-to-noise ratio in dB: from, to
     # Options of AST and its methods
     rank: int = opt(None, model="ast")  # adapters, LoRA: width of the bottleneck
     where: str = opt(None, model="ast")  # adapters: ffn, mhsa or both
@@ -160,11 +157,11 @@ class Config:
     margin_rise: float = opt(0.0, least=0, most=1)  # share of the steps in which it rises from 0
     # Machine
     device: str = opt("auto", choices=DEVICES, modes=ANY, passing=True)  # where to compute
-    bf16: bool = opt(None, modes=ANY)  # autocast to bfloat16; left out: where it is fast
+    bf16: bool = opt(None, modes=TEST)  # autocast to bfloat16; left out: where it is fast
     compile: bool = opt(False, passing=True)  # torch.compile: slow first step, faster epochs
     # Use of a checkpoint
     evaluate: str = ""  # test this best.pt
-    durations: list = opt((), item=seconds, least=0.16, modes=("evaluate",))  # of a test segment
+    durations: list = opt((), item=seconds, least=0.16, modes=("evaluate",))  # of a test, or full
     as_norm: bool = opt(False, modes=("evaluate",))  # s-norm, its cohort from training speakers
     predict: list = opt((), needs="checkpoint")  # name the classes of these files or folders
     verify: list = opt((), needs="checkpoint")  # is the last of these files the others' speaker?
@@ -179,9 +176,14 @@ class Config:
 
     @property
     def options(self):
-        """The options of an AST's method that are set."""
-        options = {name: getattr(self, name) for name in METHOD_OPTIONS}
-        return {name: value for name, value in options.items() if value is not None}
+        """The options that are set, of a speaker model or of an AST's method."""
+        names = SPEAKER_OPTIONS if self.speaker else METHOD_OPTIONS
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def name(self):
+        """The model, and how it is adapted."""
+        return self.model if self.speaker else f"{self.model}-{self.method}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def fit(cfg, corpus, model, augment_waves, out, device):
         # A resumed epoch draws what it would have drawn; each process draws its own.
         torch.manual_seed(1000 * cfg.seed + epoch + 10**9 * RANK)
         model.train()
-        start, losses, seen = time.time(), [], 0
+        start, losses = time.time(), []
         batches = data.batches(inputs, clips, cfg.batch_size, frames, cfg.seed, epoch,
                                repeat=cfg.speaker, shard=(RANK, WORLD), steps=cfg.steps)
         for i, batch in enumerate(progress(batches, f"epoch {epoch + 1}", per_epoch)):
@@ -218,8 +220,7 @@ def fit(cfg, corpus, model, augment_waves, out, device):
             loss.backward()
             optimiser.step()
             losses.append(loss.item())
-            seen += len(y) * WORLD
-        speed = seen / (time.time() - start)
+        speed = per_epoch * min(cfg.batch_size, len(clips)) / (time.time() - start)
         valid = evaluate(cfg, inputs, model, "valid", device, frames)
         score = valid.get("score", epoch)  # nothing to select on: the last epoch is the best
         if score > state["best"]:
@@ -247,11 +248,10 @@ def learning_rate(cfg, step, steps):
 def make_optimiser(cfg, model, device):
     """AdamW on what trains. Only matrices, kernels and the like decay: weight decay would pull
     scales that start at one (LayerNorm, SSF, IA3, DoRA's magnitude) towards zero."""
-    decays = {True: [], False: []}
-    for p in model.parameters():
-        if p.requires_grad:
-            decays[sum(size > 1 for size in p.shape) > 1].append(p)
-    groups = [dict(params=decays[True]), dict(params=decays[False], weight_decay=0.0)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if sum(size > 1 for size in p.shape) > 1]
+    others = [p for p in trained if sum(size > 1 for size in p.shape) <= 1]
+    groups = [dict(params=matrices), dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-6,
                              weight_decay=cfg.weight_decay, fused=device.type != "mps")
 
@@ -302,7 +302,7 @@ def evaluate(cfg, corpus, model, split, device, frames=None, threshold=None):
     """Return the results of one split, {} of an empty one; "score" is what selection maximises."""
     clips = corpus.pick(split)
     if split in corpus.trials:
-        return evaluate_trials(cfg, corpus, model, split, device, None, threshold)
+        return evaluate_trials(cfg, corpus, model, split, device, threshold=threshold)
     if corpus.trials or not len(clips):
         return {}
     chances = class_probabilities(cfg, corpus, model, clips, device, frames or cfg.frames)
@@ -327,7 +327,8 @@ def class_probabilities(cfg, corpus, model, clips, device, frames):
     return sum_over_ranks(total) / owner.bincount()[:, None]
 
 
-def evaluate_trials(cfg, corpus, model, split, device, frames, threshold=None, strangers=None):
+def evaluate_trials(cfg, corpus, model, split, device, frames=None, threshold=None,
+                    strangers=None):
     """Return the error rates of the cosine scores of a split's trials, and the scores.
 
     frames: cut utterances to so many (None: whole); threshold: judges test trials (validation
@@ -369,12 +370,9 @@ def embeddings(cfg, corpus, model, clips, device, frames=None):
 def cohort(cfg, corpus, model, device, each=20):
     """Return one mean embedding for every training speaker, of up to `each` utterances: (C, E)."""
     train = np.random.default_rng(cfg.seed).permutation(corpus.pick("train"))
-    clips = np.concatenate([train[corpus.labels[train] == c][:each]
-                            for c in range(len(corpus.classes))])
-    labels = torch.from_numpy(corpus.labels[clips])
-    unit = embeddings(cfg, corpus, model, clips, device)
-    sums = torch.zeros(len(corpus.classes), unit.shape[1]).index_add(0, labels, unit)
-    return sums / labels.bincount()[:, None]
+    chosen = [train[corpus.labels[train] == c][:each] for c in range(len(corpus.classes))]
+    unit = embeddings(cfg, corpus, model, np.concatenate(chosen), device)
+    return torch.stack([own.mean(0) for own in unit.split([len(clips) for clips in chosen])])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -401,10 +399,7 @@ def make_model(cfg, about, pretrained=None):
     """
     torch.manual_seed(cfg.seed)
     if cfg.speaker:
-        sizes = {k: getattr(cfg, k) for k in ("width", "embed_dim") if getattr(cfg, k)}
-        encoder = lightweight_sv.MODELS[cfg.model](
-            mels=about["mels"] or 80, subsets=cfg.subsets, share=cfg.share, fusion=cfg.fusion,
-            **sizes)
+        encoder = lightweight_sv.MODELS[cfg.model](mels=about["mels"] or 80, **cfg.options)
     else:
         encoder = AST(**about["settings"])
         if pretrained:
@@ -424,26 +419,21 @@ def build_model(cfg, corpus):
     if not cfg.speaker:
         return make_model(cfg, about, None if cfg.init == "none" else pretrained_file(cfg))
     model = make_model(cfg, about)
-    if cfg.init not in ("", "none"):
-        _, before, saved = load_checkpoint(cfg.init, "cpu")
-        try:
-            model.encoder.load_state_dict(before.encoder.state_dict())
-        except RuntimeError as error:
-            raise ValueError(f"--init {cfg.init} holds another model than --model {cfg.model} with "
-                             "these sizes") from error
-        if saved["classes"] == corpus.classes:  # of speakers at three speeds, those at their own
-            for ours, theirs in zip(model.head.parameters(), before.head.parameters()):
-                ours.data[: len(theirs)] = theirs.data[: len(ours)]
+    if cfg.init in ("", "none"):
+        return model
+    _, before, saved = load_checkpoint(cfg.init, "cpu")
+    try:
+        model.encoder.load_state_dict(before.encoder.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"--init {cfg.init} holds another model than this {cfg.model}") from error
+    if saved["classes"] == corpus.classes:  # of speakers at three speeds, those at their own
+        for ours, theirs in zip(model.head.parameters(), before.head.parameters()):
+            ours.data[: len(theirs)] = theirs.data[: len(ours)]
     return model
 
 
 def load_checkpoint(path, device):
-    """Read best.pt; return the Config it was trained with, its model in eval mode, what it holds.
-
-    Raises ValueError, with the reason, for a file that is absent, damaged or holds something else.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path!r}")
+    """Read best.pt; return the Config of its training, its model in eval mode, what it holds."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         cfg = Config(**saved["config"])
@@ -454,8 +444,8 @@ def load_checkpoint(path, device):
         saved["epoch"], saved["threshold"]
     except Exception as error:  # what a wrong file raises depends on what it holds
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(f"{path} is no best.pt of this program: it is damaged, of another one, or "
-                         f"holds code, which is never run ({reason})") from error
+        raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
+                         f"is never run ({reason})") from error
     return cfg, model.to(device).eval(), saved
 
 
@@ -469,11 +459,10 @@ def pretrained_file(cfg):
     if not cfg.init and not on_first_rank(file.exists):
         print("making the nano AST: training on the source classes of `sounds`, once")
         with tempfile.TemporaryDirectory(dir=cfg.cache) as out:  # two programs may make it at once
-            out = Path(on_first_rank(lambda: out))
-            run(Config(data="sounds-source", method="full", init="none", out=str(out), resume=True,
-                       cache=cfg.cache, device=cfg.device,
+            run(Config(data="sounds-source", method="full", init="none", cache=cfg.cache,
+                       out=on_first_rank(lambda: out), device=cfg.device,
                        batch_size=math.ceil(NANO_RECIPE["batch_size"] / WORLD) * WORLD))
-            on_first_rank(lambda: os.replace(out / "best.pt", file))
+            on_first_rank(lambda: os.replace(f"{out}/best.pt", file))
     return file
 
 
@@ -492,18 +481,16 @@ def save(path, value):
         part.write_bytes(content.getbuffer())
         os.replace(part, path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error}): what was there before is whole; "
                       "make room and go on with --resume") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def checkpoint(cfg, corpus, model, epoch, valid):
     """Return everything that using the model needs, no more: plain values and tensors."""
-    encoder = model.encoder
-    return dict(config=asdict(cfg), classes=corpus.classes, mels=corpus.mels,
-                trials=bool(corpus.trials), settings=getattr(encoder, "settings", {}),
-                adaptation=getattr(encoder, "adaptation", {}), encoder=encoder.state_dict(),
+    about = {name: getattr(model.encoder, name, {}) for name in ("settings", "adaptation")}
+    return dict(about, config=asdict(cfg), classes=corpus.classes, mels=corpus.mels,
+                trials=bool(corpus.trials), encoder=model.encoder.state_dict(),
                 head=model.head.state_dict(), epoch=epoch, threshold=valid.get("threshold"))
 
 
@@ -529,9 +516,9 @@ def load_last(out, corpus, model, optimiser):
 def run_folder(cfg, name):
     """Make the folder of a run and return it: --out, or out/ and the first free name. Raises
     ValueError where it holds another run, or this one without --resume: nothing is overwritten."""
-    names = [Path(f"out/{name}"), *(Path(f"out/{name}-{number}") for number in range(2, 10_000))]
-    free = names[0] if cfg.resume else next(path for path in names if not path.exists())
-    out = Path(cfg.out) if cfg.out else on_first_rank(lambda: free)
+    names = (f"out/{name}" + f"-{n}" * (n > 1) for n in itertools.count(1))
+    free = next(path for path in names if cfg.resume or not Path(path).exists())
+    out = Path(cfg.out or on_first_rank(lambda: free))
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: expected a folder, or a new name")
     if not RANK and (out / "config.json").exists():
@@ -539,11 +526,12 @@ def run_folder(cfg, name):
         mine = json.loads(json.dumps(asdict(cfg)))  # JSON makes lists of tuples
         changes = [f"{f.name} {theirs.get(f.name)!r} -> {mine[f.name]!r}" for f in fields(Config)
                    if not f.metadata.get("passing") and theirs.get(f.name) != mine[f.name]]
-        if changes or not cfg.resume:
-            holds = (f"a run with another configuration ({', '.join(changes)})" if changes else
-                     "this run already (--resume goes on with it)")
-            raise ValueError(f"--out {out} holds {holds}: choose another --out")
-    on_first_rank(lambda: out.mkdir(parents=True, exist_ok=True))
+        if changes:
+            raise ValueError(f"--out {out} holds a run with another configuration "
+                             f"({', '.join(changes)}): choose another --out")
+        if not cfg.resume:
+            raise ValueError(f"--out {out} holds this run already: --resume goes on with it")
+    out.mkdir(parents=True, exist_ok=True)
     save(out / "config.json", json.dumps(asdict(cfg), indent=1))
     return out
 
@@ -551,15 +539,14 @@ def run_folder(cfg, name):
 # --------------------------------------------------------------------------------------------------
 # 6. A run: the papers' recipes, the corpus, the model; train, select, test once
 
-# Learning rates by method of P1, section 3.1; what it says of a corpus stands in data.CORPORA.
-LEARNING_RATE = {"full": 5e-5, "linear": 1e-3, "prompt-shallow": 1e-2, "prompt-deep": 1e-2,
-                 "prefix": 1e-2, "other": 5e-3}
+# Learning rate by method: P1's (section 3.1), and ours for a nano AST, which is four hundred times
+# smaller than AST-base. What P1 says of a corpus stands in data.CORPORA.
+LEARNING_RATES = {"full": (5e-5, 1.5e-3), "linear": (1e-3, 1e-2), "prompt-shallow": (1e-2, 1e-2),
+                  "prompt-deep": (1e-2, 1e-2), "prefix": (1e-2, 1e-2), "other": (5e-3, 1e-2)}
 RECIPE = dict(spec_f=0, spec_t=0, shift=0, gain=0.0, epochs=30, batch_size=32, frames=500,
               warmup=0.0, weight_decay=0.1)
-# Ours: a model four hundred times smaller than AST-base wants larger and more steps.
 NANO_RECIPE = dict(batch_size=16, warmup=0.1)
 NANO_TOKENS = {"prompt-shallow": 32, "prompt-deep": 8, "prefix": 8}  # P1's 300 would be its input
-NANO_LEARNING_RATE = {"full": 1.5e-3, "other": 1e-2}
 SPEAKER_RECIPE = dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3, weight_decay=0.05)
 # `voices` is small: hosts of two hundred thousand parameters learn it in two minutes.
 VOICES_WIDTH = {"ecapa-tdnn": 64, "amcrn": 32, "resnet34": 8}
@@ -568,23 +555,22 @@ VOICES_WIDTH = {"ecapa-tdnn": 64, "amcrn": 32, "resnet34": 8}
 def with_preset(cfg):
     """Fill every None that has a preset; what is typed wins."""
     nano, corpus = cfg.model == "ast-nano", data.CORPORA[cfg.data].recipe
-    if cfg.speaker:  # their features have no level, since each bin's mean is removed: no gain
+    rate = LEARNING_RATES.get(cfg.method, LEARNING_RATES["other"])[nano]
+    preset = RECIPE | dict(lr=rate) | corpus
+    if nano:  # it has positions for 100 frames
+        preset |= NANO_RECIPE | dict(tokens=NANO_TOKENS.get(cfg.method),
+                                     frames=corpus.get("frames", 100))
+    if cfg.speaker:  # its features have no level, since each bin's mean is removed: no gain
         preset = RECIPE | SPEAKER_RECIPE | corpus | dict(gain=0.0)
         if cfg.data == "voices":
             preset |= dict(width=VOICES_WIDTH[cfg.model], embed_dim=128)
-    else:
-        rates = NANO_LEARNING_RATE if nano else LEARNING_RATE
-        preset = RECIPE | dict(lr=rates.get(cfg.method, rates["other"])) | corpus
-        if nano:  # frames: it has positions for 100
-            preset |= NANO_RECIPE | dict(tokens=NANO_TOKENS.get(cfg.method),
-                                         frames=corpus.get("frames", 100))
     return replace(cfg, **{k: v for k, v in preset.items() if getattr(cfg, k) is None})
 
 
 def run(cfg):
     """Train, select, test once; return the flat results, which results.json holds too."""
     cfg, corpus, augment_waves, model, device = prepare(cfg)
-    out = run_folder(cfg, f"{cfg.data}-{cfg.model}" + f"-{cfg.method}" * (not cfg.speaker))
+    out = run_folder(cfg, f"{cfg.data}-{cfg.name}")
     if (out / "results.json").exists():
         print(f"{out} is finished already")
         return json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -624,28 +610,22 @@ def check_corpus(cfg, corpus):
     """Refuse settings that this corpus cannot follow."""
     lengths, ready = corpus.length[corpus.pick("train")], corpus.mels is not None
     longest = lengths.max() if ready else data.frames_of(lengths.max())
-    step = min(cfg.batch_size, len(lengths))
     if longest < (cfg.frames if ready else cfg.frames / 10):  # waves may be padded, within reason
         raise ValueError(f"--frames {cfg.frames}: the longest training clip has {longest} frames")
-    if ready and corpus.mels != 128 and not cfg.speaker:
-        raise ValueError(f"--model {cfg.model} expects 128 mel bins, --data {cfg.data} has "
-                         f"{corpus.mels}: take a speaker model, which is built with as many")
     if not corpus.trials and (cfg.speed_perturb, cfg.margin, cfg.margin_rise) != (False, 0.2, 0):
         raise ValueError("--speed-perturb, --margin and --margin-rise are for verification: --data "
                          f"{cfg.data} has no trials")
-    if step % WORLD:  # in the mean over the processes some clips would weigh more
-        raise ValueError(f"{step} clips a step do not divide among {WORLD} processes: --batch-size "
-                         "is of all processes together")
+    if min(cfg.batch_size, len(lengths)) % WORLD:  # else some clips would weigh more in the mean
+        raise ValueError(f"{min(cfg.batch_size, len(lengths))} clips a step do not divide among "
+                         f"{WORLD} processes: --batch-size is of all processes together")
 
 
 def print_plan(cfg, corpus, model, out, device):
     """Print what the run will do: device, versions, seed, sizes, preset, notes on the data."""
     trainable, _, total = ast_adapters.count(model.encoder)
     train, valid, test = (len(corpus.pick(split)) for split in ("train", "valid", "test"))
-    print(f"\n{out}: {cfg.model}" + f", {cfg.method}" * (not cfg.speaker)
-          + f" on {cfg.data}, seed {cfg.seed}, {device}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads, {WORLD} processes, "
-          f"{'bfloat16 where it is safe' if cfg.bf16 else 'float32'}\n"
+    print(f"\n{out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {device}, {WORLD} processes, "
+          f"{'bfloat16 where it is safe' if cfg.bf16 else 'float32'}, torch {torch.__version__}\n"
           f"  {train} clips train, {valid} validate, {test} test, {len(corpus.classes)} classes; "
           f"trains {trainable:,} of {total:,} parameters ({trainable / total:.2%}) and the head")
     preset = ("epochs", "batch_size", "frames", "lr", "warmup", "weight_decay")
@@ -657,30 +637,34 @@ def print_plan(cfg, corpus, model, out, device):
 def test_once(cfg, corpus, out, device):
     """Test the best weights; write adapter.pt or scores.txt; return all results but the time."""
     _, model, best = load_checkpoint(out / "best.pt", device)
-    tested = evaluate(cfg, corpus, model, "test", device, threshold=best["threshold"])
+    results = evaluate(cfg, corpus, model, "test", device, threshold=best["threshold"])
+    print(f"tested once, with the weights of epoch {best['epoch']}: {numbers(results)}")
+    del results["score"]
     if corpus.trials:
         save(out / "scores.txt", "".join(
             f"{corpus.ids[a]} {corpus.ids[b]} {score:.6f} {label}\n"
-            for (label, a, b), score in zip(corpus.trials["test"], tested["scores"])))
-    results = {k: v for k, v in tested.items() if k not in ("score", "scores")}
-    print(f"tested once, with the weights of epoch {best['epoch']}: {numbers(results)}")
+            for (label, a, b), score in zip(corpus.trials["test"], results.pop("scores"))))
     trainable, _, total = ast_adapters.count(model.encoder)
-    results |= dict(trainable=trainable, parameters=total, share=100 * trainable / total,
-                    epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1),
-                    memory_mb=training_memory(cfg, corpus, model, device))
     if cfg.speaker:
-        return results | lightweight_sv.complexity(model.encoder, cfg.frames)
-    # An AST has no count of multiply-accumulates, for LoRA's products are no layers.
-    save(out / "adapter.pt", dict(adapter=ast_adapters.adapter_state(model.encoder),
-                                  head=model.head.state_dict(), classes=corpus.classes,
-                                  config=asdict(cfg)))
-    size = on_first_rank(lambda: (out / "adapter.pt").stat().st_size)
-    return results | dict(adapter_kb=round(size / 1024))
+        results |= lightweight_sv.complexity(model.encoder, cfg.frames)
+    else:
+        save(out / "adapter.pt", dict(adapter=ast_adapters.adapter_state(model.encoder),
+                                      head=model.head.state_dict(), classes=corpus.classes,
+                                      config=asdict(cfg)))
+        if not RANK:
+            results["adapter_kb"] = round((out / "adapter.pt").stat().st_size / 1024)
+    memory, _ = cost_of_step(cfg, corpus, model, device)  # moves BatchNorm's means: so it is last
+    return results | dict(trainable=trainable, parameters=total, share=100 * trainable / total,
+                          epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1),
+                          memory_mb=round(memory, 2))
 
 
-def training_memory(cfg, corpus, model, device):
-    """Return the MB that training needs beside the weights: what one step keeps for the backward
-    pass, gradients and AdamW's two moments. Counted, so the same on every device."""
+def cost_of_step(cfg, corpus, model, device):
+    """Return (MB, multiply-accumulates) of a training step: counted, so the same on every device.
+
+    MB are what it needs beside the weights: what it keeps for the backward pass, gradients and
+    AdamW's two moments.
+    """
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def note(tensor):
@@ -690,11 +674,11 @@ def training_memory(cfg, corpus, model, device):
     clips = corpus.pick("train")[: cfg.batch_size]
     batch = data.load_batch(corpus, clips, cfg.frames, repeat=cfg.speaker).to(device)
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with hooks, autocast(cfg, device):
-        model.train()(data.features(batch, model.encoder), batch.labels)
+    with hooks, FlopCounterMode(display=False) as counter, autocast(cfg, device):
+        model.train()(data.features(batch, model.encoder), batch.labels).sum().backward()
     activations = sum(size for place, size in kept.items() if place not in weights)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return round((activations + 3 * trained) / 2**20, 2)
+    return (activations + 3 * trained) / 2**20, counter.get_total_flops() / 2
 
 
 def numbers(values):
@@ -706,13 +690,12 @@ def numbers(values):
 # --------------------------------------------------------------------------------------------------
 # 7. Tables of runs: methods, values, folds, seeds
 
-QUICK = ("linear", "conformer", "full")  # what the quick start compares
-COLUMNS = {  # key of the results: (header, format; without one it is a score, with its deviation)
-    **{key: (key, "") for key in ("accuracy", "content", "order", "eer", "min_dcf_0.01",
-                                  "min_dcf_0.05")},
-    "trainable": ("trainable", "{:,.0f}"), "share": ("share %", "{:.2f}"),
-    "macs": ("MACs", "{:,.0f}"), "latency_ms": ("ms", "{:.1f}"), "seconds": ("seconds", "{:.1f}"),
-    "memory_mb": ("memory MB", "{:.1f}"), "adapter_kb": ("file KB", "{:.0f}")}
+COLUMNS = {  # key of the results: (header, digits behind the point)
+    "accuracy": ("accuracy", 2), "content": ("content", 2), "order": ("order", 2),
+    "eer": ("eer", 2), "min_dcf_0.01": ("min_dcf_0.01", 3), "min_dcf_0.05": ("min_dcf_0.05", 3),
+    "trainable": ("trainable", 0), "share": ("share %", 2), "macs": ("MACs", 0),
+    "latency_ms": ("ms", 1), "seconds": ("seconds", 1), "memory_mb": ("memory MB", 1),
+    "adapter_kb": ("file KB", 0)}
 
 
 def variants(cfg, typed):
@@ -725,14 +708,14 @@ def variants(cfg, typed):
         (name, _, values), rows = cfg.sweep.partition("="), {}
         for text in values.split(","):
             words = {"true": [f"--{name}"], "false": [f"--no-{name}"]}
-            value, names = parse(words.get(text, [f"--{name}={text}"]))
-            rows[f"{name}={text}"] = replace(cfg, **{k: getattr(value, k) for k in names})
-            check(rows[f"{name}={text}"], names)
+            value, swept = parse(words.get(text, [f"--{name}={text}"]))
+            rows[f"{name}={text}"] = replace(cfg, **{k: getattr(value, k) for k in swept})
+            check(rows[f"{name}={text}"], swept)
         return f"compare-{cfg.data}", rows
     if not typed & {"data", "model", "method", "init", *METHOD_OPTIONS}:
-        return "quick-start", {method: replace(cfg, method=method) for method in QUICK}
-    label = cfg.model if cfg.speaker else cfg.method
-    return f"{cfg.data}-{label}", {label: cfg}
+        return "quick-start", {method: replace(cfg, method=method)
+                               for method in ("linear", "conformer", "full")}
+    return f"{cfg.data}-{cfg.name}", {cfg.name: cfg}
 
 
 def study(cfg, typed):
@@ -760,20 +743,22 @@ def print_table(table, folder):
     for label, results in table.items():  # other models may lack some keys
         rows.append([label, *(cell([r[key] for r in results if key in r], COLUMNS[key][1])
                               for key in keys)])
+    save(folder / "compare.md", markdown(rows))
+    print(f"\n{markdown(rows)}\n{folder}")
+
+
+def cell(values, digits):
+    """The mean, with its deviation where the runs differ; nothing of nothing."""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{np.mean(values):,.{digits}f}{deviation}" if values else ""
+
+
+def markdown(rows):
+    """Return rows of text as a table; the first row is its header."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    lines = ["| " + " | ".join(text.rjust(w) for text, w in zip(row, widths)) + " |"
-             for row in rows]
-    save(folder / "compare.md", "\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines) + f"\n\n{folder}")
-
-
-def cell(values, form):
-    """The mean, of a score (no form) with its deviation over the runs; nothing of nothing."""
-    if form or not values:
-        return form.format(np.mean(values)) if values else ""
-    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{deviation}"
+    rule = ["-" * (width - 1) + ":" for width in widths]
+    return "".join("| " + " | ".join(text.rjust(w) for text, w in zip(row, widths)) + " |\n"
+                   for row in [rows[0], rule, *rows[1:]])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -785,32 +770,25 @@ def evaluate_checkpoint(cfg, typed):
     trials of any speakers."""
     device, elsewhere = find_device(cfg.device), "data" in typed
     trained, model, saved = load_checkpoint(cfg.evaluate, device)
-    own = {f.name for f in fields(Config) if "evaluate" in f.metadata.get("modes", ())} & typed
-    tested = replace(trained, **dict(few_shot=0, fold=None if elsewhere else trained.fold)
-                     | {name: getattr(cfg, name) for name in own})
+    changes = dict(few_shot=0, fold=None if elsewhere else trained.fold)
+    tested = replace(trained, **changes | {name: getattr(cfg, name) for name in typed})
     corpus = open_corpus(tested, train=not elsewhere)
     if not (saved["trials"] and corpus.trials) and corpus.classes != saved["classes"]:
         raise ValueError(f"{cfg.evaluate} knows {len(saved['classes'])} classes, --data "
                          f"{tested.data} has {len(corpus.classes)}, or others: they must be equal")
     print(f"{cfg.evaluate} on the test split of {tested.data}:")
-    if not corpus.trials:
-        if cfg.durations or cfg.as_norm:
-            raise ValueError("--durations and --as-norm are for verification: "
-                             f"--data {tested.data} has no trials")
-        return print("  " + numbers(evaluate(tested, corpus, model, "test", device)))
+    if cfg.as_norm and not corpus.trials:
+        raise ValueError(f"--as-norm is for verification: --data {tested.data} has no trials")
     strangers = None
-    if cfg.as_norm:  # the cohort are speakers that trained the model
-        try:
-            home = open_corpus(trained) if elsewhere else corpus
-        except ValueError as error:
-            raise ValueError(f"--as-norm needs what trained the model: {error}") from error
+    if cfg.as_norm:
+        print(f"  s-norm: the cohort are training speakers of {trained.data}, {trained.root}")
+        home = open_corpus(trained) if elsewhere else corpus
         strangers = cohort(trained, home, model, device)
-        print(f"  s-norm: {min(300, len(strangers))} of {len(strangers)} means of training "
-              f"speakers of {trained.data}, ddof 0")
     for length in cfg.durations or [math.inf]:
         frames = None if length == math.inf else round(100 * length)
-        results = evaluate_trials(tested, corpus, model, "test", device, frames,
-                                  saved["threshold"], strangers)
+        results = (evaluate_trials(tested, corpus, model, "test", device, frames,
+                                   saved["threshold"], strangers) if corpus.trials else
+                   evaluate(tested, corpus, model, "test", device, frames))
         print(f"  {f'{length:g} s' if frames else 'full':>6}  {numbers(results)}")
 
 
@@ -818,162 +796,138 @@ def use_checkpoint(cfg):
     """--predict, --verify, --embed: give the files, and those below the folders, to the model."""
     device = find_device(cfg.device)
     trained, model, saved = load_checkpoint(cfg.checkpoint, device)
+    classes, threshold = saved["classes"], saved["threshold"]
     if saved["mels"]:
-        raise ValueError(f"{cfg.checkpoint} was trained on ready features of {saved['mels']} bins: "
-                         "how they were made of audio is not known here, so it reads no files")
+        raise ValueError(f"{cfg.checkpoint} was trained on ready features: how they were made of "
+                         "audio is not known here, so it reads no files")
     if cfg.verify and not saved["trials"]:
-        raise ValueError(f"--verify: {cfg.checkpoint} tells {len(saved['classes'])} classes apart, "
-                         "not speakers: train on a corpus with trials, such as --data voices")
+        raise ValueError(f"--verify: {cfg.checkpoint} tells {len(classes)} classes apart, not "
+                         "speakers: train on a corpus with trials, such as --data voices")
     corpus = data.corpus_of_files(cfg.predict or cfg.verify or cfg.embed)
     clips = np.arange(len(corpus.ids))
     if cfg.predict:
         chances = class_probabilities(trained, corpus, model, clips, device, trained.frames)
-        return predict(corpus.ids, chances, saved["classes"], cfg.csv)
+        return name_classes(cfg, corpus.ids, chances.unflatten(1, (-1, len(classes))), classes)
     unit = embeddings(trained, corpus, model, clips, device)  # (files, E)
-    if cfg.verify:
-        return verify(unit, saved["threshold"])
-    out = Path(cfg.out or "out/embeddings")
-    if (out / "embeddings.npy").exists():
-        raise ValueError(f"{out} holds embeddings already: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
-    np.save(out / "embeddings.npy", unit.numpy())
-    print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt, a line a row")
-
-
-def predict(files, chances, classes, path):
-    """Print the three likeliest classes of each file; write them to a CSV file, if it has a path.
-
-    chances: (files, C), or of a speaker model (files, speeds * C)."""
-    chances = chances.unflatten(1, (-1, len(classes))).sum(1)  # the speeds of a speaker are one
-    rows = []
-    for file, row in zip(files, chances):
-        named = [(classes[i], float(p)) for p, i in zip(*row.topk(min(3, len(classes))))]
-        rows.append([file] + [cell for name, p in named for cell in (name, f"{p:.4f}")])
-        print(f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in named))
-    if path:
-        with open(path, "w", newline="", encoding="utf-8") as out:
-            csv.writer(out).writerows(rows)
-
-
-def verify(unit, threshold):
-    """Print whether the last file and the others, whose mean embedding enrols, are one speaker."""
+    if cfg.embed:
+        out = run_folder(cfg, "embeddings")
+        save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
+        np.save(out / "embeddings.npy", unit.numpy())
+        return print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
     if len(unit) < 2:
         raise ValueError("--verify: expected two files or more, the last of them to be judged")
     score = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1])  # (E,) @ (E,)
-    judged = "no threshold: this model had no validation trials"
-    if threshold is not None:
-        judged = f"threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"
-    print(f"score {score:.4f}, {judged}")
+    print(f"score {score:.4f}, " + (
+        "no threshold: this model had no validation trials" if threshold is None else
+        f"threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"))
+
+
+def name_classes(cfg, files, chances, classes):
+    """Print the three likeliest classes of each file, and write them to the file of --csv.
+
+    chances: (files, speeds, C); the speeds of a speaker are one."""
+    rows = []
+    for file, row in zip(files, chances.sum(1)):
+        best = row.topk(min(3, len(classes))).indices
+        rows.append([file, *(text for i in best for text in (classes[i], f"{row[i]:.4f}"))])
+        print(*rows[-1], sep="  ")
+    if cfg.csv:
+        with open(cfg.csv, "w", newline="", encoding="utf-8") as out:
+            csv.writer(out).writerows(rows)
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. The profile: where the time of a training step goes
+# 9. The profile: how long each line of the loop takes
 
 
 def profile(cfg):
-    """--profile: print the milliseconds of each part of a step of the real loop, and the floor:
-    its multiply-accumulates over the rate of this machine's own product of two matrices.
+    """--profile: print the milliseconds of each line of `fit`, and the floor: multiply-accumulates
+    of a step over the rate of this machine's own product of two matrices.
 
-    Each part waits for the device, so a GPU's parts do not overlap as they do in training.
+    Each line waits for the device, so a GPU's lines do not overlap as they do in training.
     """
-    cfg, corpus, augment_waves, model, device = prepare(replace(cfg, out=""))
+    cfg, corpus, augment_waves, model, device = prepare(cfg)
     per_epoch = min(13, max(1, len(corpus.pick("train")) // cfg.batch_size))
-    cfg = replace(cfg, steps=per_epoch, epochs=math.ceil(13 / per_epoch))  # three warm up
-    here, spent = sys.modules[__name__], {}
+    cfg = replace(cfg, steps=per_epoch, epochs=math.ceil(13 / per_epoch))
+    spent, last = {}, [0, 0.0]  # spent: line -> milliseconds of each time; last: line, moment
 
-    def clock(part, work):
-        def timed(*args, **kwargs):
-            if None in spent:  # inside another part, such as the features of an evaluation
-                return work(*args, **kwargs)
-            start, spent[None] = time.perf_counter(), part
-            result = work(*args, **kwargs)
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            del spent[None]
-            spent.setdefault(part, []).append(1000 * (time.perf_counter() - start))
-            return result
-        return timed
+    def trace(frame, event, _):
+        """Python calls this where a function begins and, if it returns itself, at each line."""
+        if frame.f_code is not fit.__code__:
+            return None
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        spent.setdefault(last[0], []).append(1000 * (time.perf_counter() - last[1]))
+        last[:] = frame.f_lineno, time.perf_counter()
+        return trace
 
-    with contextlib.ExitStack() as stack:
-        for part, place, name in (
-                ("waiting for data", data, "load_batch"), ("features", data, "features"),
-                ("augmentation", data, "augment_features"), ("backward", torch.Tensor, "backward"),
-                ("optimiser", torch.optim.AdamW, "step"), ("evaluation", here, "evaluate"),
-                ("once", here, "cache_inputs")):
-            stack.enter_context(mock.patch.object(place, name, clock(part, getattr(place, name))))
-        parallel = lambda *rest, make=parallel_model: clock("forward", make(*rest))
-        stack.enter_context(mock.patch.object(here, "parallel_model", parallel))
-        stack.enter_context(mock.patch.object(here, "save", lambda path, value: None))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        fit(cfg, corpus, model, clock("augmentation", augment_waves), Path(os.devnull), device)
-    print_profile(cfg, corpus, model, device, spent)
+    with mock.patch.object(sys.modules[__name__], "save"):  # nothing is written
+        sys.settrace(trace)
+        fit(cfg, corpus, model, augment_waves, Path(os.devnull), device)
+        sys.settrace(None)
+    del spent[0]  # the moments before `fit`
+    print_profile(cfg, corpus, model, device, spent, cfg.epochs * per_epoch)
 
 
-def print_profile(cfg, corpus, model, device, spent):
-    """Print the table of `profile` from {part: milliseconds of its calls}."""
-    steps = len(spent["backward"])
-    once, evaluation = sum(spent.pop("once")), np.mean(spent.pop("evaluation"))
-    parts = {part: sum(calls[3 * len(calls) // steps:]) / (steps - 3)  # some are called twice
-             for part, calls in spent.items()}
-    batch = data.load_batch(corpus, corpus.pick("train")[: cfg.batch_size], cfg.frames,
-                            repeat=cfg.speaker).to(device)
-    with FlopCounterMode(display=False) as counter, autocast(cfg, device):
-        model.train()(data.features(batch, model.encoder), batch.labels).sum().backward()
-    macs, dtype = counter.get_total_flops() / 2, torch.bfloat16 if cfg.bf16 else torch.float32
-    square, taken = torch.randn(2048, 2048, device=device, dtype=dtype), []
+def print_profile(cfg, corpus, model, device, spent, steps):
+    """Print the lines of `fit` that take half a percent of a step or more. The first three steps
+    warm up and do not count."""
+    ms = {line: np.mean(times[3 * len(times) // steps:]) for line, times in spent.items()}
+    inside = [line for line, times in spent.items() if len(times) >= steps]
+    step, (code, first) = sum(ms[line] for line in inside), inspect.getsourcelines(fit)
+    memory, macs = cost_of_step(cfg, corpus, model, device)
+    dtype, taken = torch.bfloat16 if cfg.bf16 else torch.float32, []
+    square = torch.randn(2048, 2048, device=device, dtype=dtype)
     for _ in range(7):
         start = time.perf_counter()
         (square @ square)[0, 0].item()  # waits for the device
         taken.append(time.perf_counter() - start)
-    rate, whole = 2048**3 / np.median(taken), sum(parts.values())
-    parts |= {"whole step": whole, "floor of its products": 1000 * macs / rate}
-    print(f"\n{'part of a step':22s}{'ms':>10s}{'share':>9s}")
-    for part, ms in parts.items():
-        print(f"{part:22s}{ms:10.2f}{ms / whole:9.1%}")
-    print(f"{len(batch.labels) / whole * 1000:.1f} clips a second; {macs / 1e9:.3g} GMAC a step, "
-          f"{rate / 1e9:.4g} GMAC a second in {dtype}; once {once:.0f} ms, evaluation "
-          f"{evaluation:.0f} ms\nmemory: {training_memory(cfg, corpus, model, device):.1f} MB "
-          "for the backward pass, gradients and moments" + (
-              f"; peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MB"
-              if device.type == "cuda" else ""))
+    rate = 2048**3 / np.median(taken)
+    rows = [["line of the loop", "ms", "of a step"]]
+    rows += [[code[line - first].split("#")[0].strip()[:60], f"{ms[line]:.2f}",
+              f"{ms[line] / step:.1%}" if line in inside else "an epoch"]
+             for line in sorted(ms) if ms[line] > step / 200]
+    rows.append(["a step", f"{step:.2f}", "100.0%"])
+    rows.append(["its products alone", f"{1000 * macs / rate:.2f}", f"{1000 * macs / rate / step:.1%}"])
+    clips = min(cfg.batch_size, len(corpus.pick("train")))
+    print(f"\n{markdown(rows)}{1000 * clips / step:.1f} clips a second; {macs / 1e9:.3g} GMAC a "
+          f"step, {rate / 1e9:.4g} GMAC a second in {dtype}; memory: {memory:.1f} MB for the "
+          "backward pass, gradients and moments")
+    if device.type == "cuda":
+        print(f"peak: {torch.cuda.max_memory_allocated() / 2**20:.0f} MB")
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Machines: the device, and the processes that torchrun starts
+# 10. The machine: its device, and the processes that torchrun starts
 
 
 def find_device(name):
     """Return the device of --device; of several processes each has the GPU of its number."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there[name] or (name == "mps" and WORLD > 1):  # gloo reaches CPUs alone
+    mps = torch.backends.mps.is_available() and WORLD == 1  # gloo reaches CPUs alone
+    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name not in ("auto", "cpu", best):
         raise ValueError(f"--device {name} is not here, or not in this build of torch: take cpu")
-    if name == "cuda" and WORLD > 1:
-        torch.cuda.set_device(name := f"cuda:{os.environ['LOCAL_RANK']}")
-    return torch.device(name)
+    if best == "cuda" and name != "cpu":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(best if name == "auto" else name)
 
 
 def has_bf16(device, fast=False):
     """Whether bfloat16 is computed here, untried on Macs' GPUs; `fast`: not emulated on a CPU."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and (not fast or any(able.get(k) for k in ("avx512_bf16", "amx_bf16")))
+    able = torch.cpu.get_capabilities()
+    fast_here = able.get("avx512_bf16") or able.get("amx_bf16")
+    return device.type == "cpu" and bool(fast_here or not fast)
 
 
 def parallel_model(cfg, model, device):
     """Return what the loop calls: the model, compiled if asked, with gradients that are the mean
     over all processes. Evaluation and checkpoints use the plain model, whose weights these are."""
-    gpu = device.type == "cuda"
-    if WORLD > 1 and gpu:  # on CPUs each process has its own BatchNorm: torch's takes GPUs alone
+    if WORLD > 1 and device.type == "cuda":  # on CPUs each process has its own BatchNorm
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = torch.compile(model) if cfg.compile else model
-    if WORLD == 1:
-        return forward
-    return nn.parallel.DistributedDataParallel(forward, [device] if gpu else None)
+    return nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
 
 
 def join_processes():
@@ -1010,27 +964,25 @@ def flag_of(name):
 
 
 def parse(argv=None):
-    """Command line -> (Config, names of the flags that were typed)."""
+    """Return (Config, names of the flags that were typed) of a command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        usage="python train.py [--FLAG VALUE ...], or --help for all of them", epilog="Without any argument: the quick start. README.md tells the rest.")
+        description=__doc__.split("\n\n")[0], usage="python train.py [--FLAG VALUE ...], or --help",
+        epilog="Without any argument: the quick start. README.md tells the rest.",
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)
     settings = {f.name: f for f in fields(Config)}
     for line in inspect.getsource(Config).splitlines():  # its comments are groups and helps
         if title := re.fullmatch(r"    # (.+)", line):
             group = parser.add_argument_group(title[1])
         elif found := re.match(r"    (\w+): .*?  # (.+)", line):
-            f, text = settings[found[1]], found[2]
-            text += ": " + ", ".join(f.metadata["choices"]) if "choices" in f.metadata else ""
-            default = {"None": "the preset's, the method's or the model's", "True": "on",
-                       "False": "off", "": "empty", "()": "none"}.get(str(f.default), f.default)
-            kind = f.metadata.get("item", str if f.type is list else f.type)
-            rules = dict(type=kind, metavar=kind.__name__.upper().replace("STR", "NAME"))
-            if f.type is list:
-                rules["nargs"] = "+"
+            f, several = settings[found[1]], settings[found[1]].type is list
+            rules = dict(type=f.metadata.get("item", str if several else f.type),
+                         nargs="+" if several else None, choices=f.metadata.get("choices"))
             if f.type is bool:
                 rules = dict(action=argparse.BooleanOptionalAction)
-            group.add_argument(flag_of(f.name), default=argparse.SUPPRESS, **rules,
-                               help=f"{text} (default: {default})".replace("%", "%%"))
+            default = {"None": "of preset, method or model", "": "none", "()": "none"}.get(
+                str(f.default), f.default)
+            group.add_argument(flag_of(f.name), **rules,
+                               help=f"{found[2]} (default: {default})".replace("%", "%%"))
     typed = vars(parser.parse_args(argv))
     return Config(**typed), set(typed)
 
@@ -1044,54 +996,44 @@ def mode_of(cfg):
 
 
 def check(cfg, typed):
-    """Refuse, before anything is opened, what is typed and breaks the rules of `opt`."""
-    mode, kind = mode_of(cfg), "speaker" if cfg.speaker else "ast"
-    has = {"rows": "audio, but ready features", "folds": "folds", "lists": "lists of trials"}
+    """Refuse, before anything is opened, what is typed and breaks the rules of `opt`, and an AST
+    that cannot start so."""
     for f in fields(Config):
-        value, rule = getattr(cfg, f.name), f.metadata
-        if f.name not in typed or value is None:
-            continue
-        values = value if isinstance(value, (list, tuple)) else [value]
-        least, most = rule.get("least"), rule.get("most", math.inf)
-        modes, needs = rule.get("modes", TRAINING), rule.get("needs", "model").split()
-        part = rule.get("corpus", "rows")
-        for broken, expected in (
-                ("choices" in rule and value not in rule["choices"],
-                 f"unknown; choose from {', '.join(rule.get('choices', ()))}"),
-                (least is not None and not all(least <= v <= most for v in values),  # nor nan
-                 f"expected at least {least}" + f" and at most {most}" * ("most" in rule)),
-                (mode not in modes and f.name != mode,
-                 f"does nothing with {flag_of(mode)}" if mode != "train" else
-                 f"does nothing without {' or '.join(map(flag_of, modes))}"),
-                (mode in TRAINING and rule.get("model", kind) != kind,
-                 f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"),
-                (not any(getattr(cfg, name) for name in needs),
-                 f"does nothing without {' or '.join(map(flag_of, needs))}"),
-                ("corpus" in rule and mode == "evaluate" and "data" not in typed,
-                 "a checkpoint is tested as it was trained; for another corpus add --data"),
-                (value and "corpus" in rule and not getattr(data.CORPORA[cfg.data], part),
-                 f"--data {cfg.data} has no {has[part]}")):
-            if broken:
-                raise ValueError(f"{flag_of(f.name)} {value}: {expected}")
+        value = getattr(cfg, f.name)
+        if f.name in typed and value is not None:
+            if broken := broken_rule(cfg, typed, f.name, value, f.metadata):
+                raise ValueError(f"{flag_of(f.name)} {value}: {broken}")
     if cfg.bf16 and not has_bf16(find_device(cfg.device)):
         raise ValueError(f"--bf16: {find_device(cfg.device)} has no bfloat16 that is known to work")
-    if mode in TRAINING and not cfg.speaker:
-        check_start(cfg)
-    if mode == "compare" and cfg.speaker:
-        raise ValueError(f"--compare is for AST's methods; for {cfg.model} take --sweep, such as "
-                         "--sweep subsets=1,2,4")
-
-
-def check_start(cfg):
-    """Refuse what an AST cannot start from, and options that its method or size does not take."""
+    if mode_of(cfg) not in TRAINING or cfg.speaker:
+        return
     if cfg.init in ast_adapters.AUDIOSET and cfg.model != "ast-base":
         raise ValueError(f"--init {cfg.init} is an AST-base: add --model ast-base")
     if not cfg.init and cfg.model != "ast-nano":
-        raise ValueError(f"--model {cfg.model} needs --init CHECKPOINT, or --init none to start "
-                         "from random weights")
+        raise ValueError(f"--model {cfg.model} needs --init CHECKPOINT; none: random weights")
     with torch.device("meta"):  # shapes without memory
         ast = AST(cfg.model.removeprefix("ast-"))
     ast_adapters.check_options(ast, cfg.method, cfg.options)
+
+
+def broken_rule(cfg, typed, name, value, rule):
+    """Return what is wrong with a value by the rules of its field; None: nothing."""
+    mode, modes = mode_of(cfg), rule.get("modes", TRAINING)
+    if mode not in modes and mode != name:
+        return f"read by {', '.join(modes)}, not by {mode}"
+    if mode in TRAINING and "model" in rule and (rule["model"] == "speaker") != cfg.speaker:
+        return f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
+    least, most = rule.get("least"), rule.get("most", math.inf)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if least is not None and not all(least <= v <= most for v in values):  # nor nan
+        return f"expected at least {least}" + f" and at most {most}" * ("most" in rule)
+    if "needs" in rule and not any(getattr(cfg, other) for other in rule["needs"].split()):
+        return f"does nothing without {' or '.join(map(flag_of, rule['needs'].split()))}"
+    if "corpus" in rule and mode == "evaluate" and "data" not in typed:
+        return "a checkpoint is tested as it was trained; for another corpus add --data"
+    if "corpus" in rule and value and not getattr(data.CORPORA[cfg.data], rule["corpus"]):
+        missing = {"rows": "audio", "folds": "folds", "lists": "lists of trials"}[rule["corpus"]]
+        return f"--data {cfg.data} has no {missing}"
 
 
 def main(argv=None):
@@ -1101,14 +1043,13 @@ def main(argv=None):
         check(cfg, typed)
         if cfg.download:
             on_first_rank(lambda: data.download_corpus(cfg.data, cfg.root, cfg.cache))
-        if cfg.evaluate:
+        mode = mode_of(cfg)
+        if mode == "evaluate":
             evaluate_checkpoint(cfg, typed)
-        elif cfg.checkpoint:
-            use_checkpoint(cfg)
-        elif cfg.profile:
-            profile(cfg)
-        else:
+        elif mode in RUNS:
             study(cfg, typed)
+        else:
+            profile(cfg) if mode == "profile" else use_checkpoint(cfg)
     except (ValueError, OSError) as error:
         sys.exit(f"error{f' in process {RANK}' * bool(RANK)}: {error}")
     except KeyboardInterrupt:
