@@ -709,6 +709,24 @@ def merge(ast):
     return ast
 
 
+@torch.no_grad()
+def cls_attention(ast, x):
+    """How much CLS looks at each patch in the last block, all heads' mean: (B, T, F) -> (B, f, t).
+
+    Prompts and prefixes stand before the patches, so the last f*t keys are the patches."""
+    attention = [module for module in ast.modules() if isinstance(module, Attention)][-1]
+    read = []
+    hook = attention.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    ast(x)
+    hook.remove()
+    q, k = (y.unflatten(2, (attention.heads, -1)).transpose(1, 2)  # (B, H, N, D/H)
+            for y in (attention.q(read[0]), attention.k(read[0])))
+    weights = F.softmax(q[:, :, :1] @ k.transpose(2, 3) / q.shape[3] ** 0.5, dim=3)  # (B, H, 1, N)
+    columns = (x.shape[1] - PATCH) // ast.stride + 1
+    patches = weights.mean((1, 2))[:, -ast.rows * columns:]  # (B, f*t)
+    return patches.unflatten(1, (ast.rows, columns))
+
+
 # --------------------------------------------------------------------------------------------------
 # 7. Demo: `python ast_adapters.py` prints every method's trainable parameters on AST-base
 

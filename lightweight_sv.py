@@ -564,6 +564,25 @@ def adaptive_s_norm(scores, pairs, embeddings, cohort, top_n=300, ddof=0):
     return sides.mean(axis=1)                                       # (trials, 2) -> (trials,)
 
 
+def draw_det(axes, scores, labels):
+    """Draw the detection error trade-off, P_miss over P_fa, both axes in normal deviates (a line
+    where scores are normal), with the points of the EER and of both minDCF."""
+    _, p_miss, p_fa = error_curve(scores, labels)
+    place = lambda p: torch.special.ndtri(torch.as_tensor(p).clamp(1e-4, 1 - 1e-4)).numpy()
+    axes.plot(place(p_fa), place(p_miss), color="black")
+    eer = equal_error_rate(scores, labels)
+    axes.plot(place(eer), place(eer), "o", color="black", label=f"EER {100 * eer:.2f} %")
+    for p, marker in ((0.01, "s"), (0.05, "^")):
+        least = np.argmin(p * p_miss + (1 - p) * p_fa)
+        axes.plot(place(p_fa[least]), place(p_miss[least]), marker, color="grey",
+                  label=f"minDCF, p {p}: {min_dcf(scores, labels, p):.3f}")
+    ticks = [0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95]
+    names = [f"{100 * tick:g}" for tick in ticks]
+    axes.set(xticks=place(ticks), xticklabels=names, yticks=place(ticks), yticklabels=names,
+             xlabel="false alarms, %", ylabel="misses, %")
+    axes.legend()
+
+
 # -----------------------------------------------------------------------------
 # 8. Cost: parameters, multiply-accumulates, and milliseconds, which are not the same thing.
 

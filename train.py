@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=2 train.py ...            # the same loop in several processes
 
 Sections  1 settings, 2 the loop, 3 evaluation, 4 the model, 5 files of a run, 6 a run, 7 tables of
-          runs, 8 using a checkpoint, 9 the profile, 10 the machine, 11 the command line
+          runs, 8 using a checkpoint, 9 the profile, 10 figures, 11 the machine, 12 the command line
 Axes      B batch, T frames, F mel bins, D width, E embedding, C classes or speakers
 
 Every setting is a field of Config, hence a flag. A setting that is left out comes from the preset
@@ -26,6 +26,7 @@ Does not: split one model over several GPUs, search hyper-parameters, or log to 
 
 import argparse
 import csv
+import importlib.util
 import inspect
 import io
 import itertools
@@ -168,6 +169,7 @@ class Config:
     embed: list = opt((), needs="checkpoint")  # write the embeddings of these files or folders
     checkpoint: str = opt("", modes=("predict", "verify", "embed"))  # the best.pt they use
     csv: str = opt("", modes=("predict",))  # write the predictions to this file too
+    figure: str = opt("", modes=(*RUNS, "evaluate", "predict"), passing=True)  # draw the result
 
     @property
     def speaker(self):
@@ -573,11 +575,14 @@ def run(cfg):
     out = run_folder(cfg, f"{cfg.data}-{cfg.name}")
     if (out / "results.json").exists():
         print(f"{out} is finished already")
-        return json.loads((out / "results.json").read_text(encoding="utf-8"))
-    print_plan(cfg, corpus, model, out, device)
-    seconds = fit(cfg, corpus, model, augment_waves, out, device)
-    results = test_once(cfg, corpus, out, device) | dict(seconds=round(seconds, 2))
-    save(out / "results.json", json.dumps(results, indent=1))
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    else:
+        print_plan(cfg, corpus, model, out, device)
+        seconds = fit(cfg, corpus, model, augment_waves, out, device)
+        results = test_once(cfg, corpus, out, device) | dict(seconds=round(seconds, 2))
+        save(out / "results.json", json.dumps(results, indent=1))
+    if cfg.figure:
+        draw_log(out, cfg.figure)
     return results
 
 
@@ -728,16 +733,16 @@ def study(cfg, typed):
         return run(*rows.values())
     table, folder = {label: [] for label in rows}, run_folder(cfg, title)
     for label, fold, n in itertools.product(rows, folds, range(cfg.seeds)):
-        one = replace(rows[label], seed=rows[label].seed + n, fold=fold, resume=True)
+        one = replace(rows[label], seed=rows[label].seed + n, fold=fold, resume=True, figure="")
         name = label + f"-fold{fold}" * (len(folds) > 1) + f"-seed{one.seed}" * (cfg.seeds > 1)
         out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
         table[label].append(run(replace(one, out=str(out))))
     save(folder / "compare.json", json.dumps(table, indent=1))
-    print_table(table, folder)
+    print_table(cfg, table, folder)
 
 
-def print_table(table, folder):
-    """Print the closing table of {label: results}, and write it to compare.md for a README."""
+def print_table(cfg, table, folder):
+    """Print the closing table of {label: results}, write it to compare.md for a README, draw it."""
     keys = [key for key in COLUMNS if any(key in r for results in table.values() for r in results)]
     rows = [["", *(COLUMNS[key][0] for key in keys)]]
     for label, results in table.items():  # other models may lack some keys
@@ -745,6 +750,11 @@ def print_table(table, folder):
                               for key in keys)])
     save(folder / "compare.md", markdown(rows))
     print(f"\n{markdown(rows)}\n{folder}")
+    if cfg.figure:
+        draw_table(table, cfg.figure)
+    elif not importlib.util.find_spec("matplotlib"):
+        for row in rows[1:]:  # a bar a row, of the first score
+            print(f"{row[0]:>24} {'█' * round(float(row[1].split()[0]) / 2)}")
 
 
 def cell(values, digits):
@@ -776,6 +786,8 @@ def evaluate_checkpoint(cfg, typed):
     if not (saved["trials"] and corpus.trials) and corpus.classes != saved["classes"]:
         raise ValueError(f"{cfg.evaluate} knows {len(saved['classes'])} classes, --data "
                          f"{tested.data} has {len(corpus.classes)}, or others: they must be equal")
+    if cfg.figure and not corpus.trials:
+        raise ValueError(f"--figure: accuracy is one number, and --data {tested.data} has no trials")
     print(f"{cfg.evaluate} on the test split of {tested.data}:")
     if cfg.as_norm and not corpus.trials:
         raise ValueError(f"--as-norm is for verification: --data {tested.data} has no trials")
@@ -784,12 +796,20 @@ def evaluate_checkpoint(cfg, typed):
         print(f"  s-norm: the cohort are training speakers of {trained.data}, {trained.root}")
         home = open_corpus(trained) if elsewhere else corpus
         strangers = cohort(trained, home, model, device)
+    table = {}
     for length in cfg.durations or [math.inf]:
         frames = None if length == math.inf else round(100 * length)
         results = (evaluate_trials(tested, corpus, model, "test", device, frames,
                                    saved["threshold"], strangers) if corpus.trials else
                    evaluate(tested, corpus, model, "test", device, frames))
         print(f"  {f'{length:g} s' if frames else 'full':>6}  {numbers(results)}")
+        table[f"seconds={length:g}"] = [results]
+    if cfg.figure and cfg.durations:
+        draw_table(table, cfg.figure)
+    elif cfg.figure:
+        labels = [label for label, _, _ in corpus.trials["test"]]
+        with data.figure(cfg.figure, size=(5, 5)) as axes:
+            lightweight_sv.draw_det(axes, results["scores"], labels)
 
 
 def use_checkpoint(cfg):
@@ -803,8 +823,12 @@ def use_checkpoint(cfg):
     if cfg.verify and not saved["trials"]:
         raise ValueError(f"--verify: {cfg.checkpoint} tells {len(classes)} classes apart, not "
                          "speakers: train on a corpus with trials, such as --data voices")
+    if cfg.figure and trained.speaker:
+        raise ValueError(f"--figure draws the attention of an AST: {cfg.checkpoint} holds none")
     corpus = data.corpus_of_files(cfg.predict or cfg.verify or cfg.embed)
     clips = np.arange(len(corpus.ids))
+    if cfg.figure:
+        draw_attention(trained, corpus, model, device, cfg.figure)
     if cfg.predict:
         chances = class_probabilities(trained, corpus, model, clips, device, trained.frames)
         return name_classes(cfg, corpus.ids, chances.unflatten(1, (-1, len(classes))), classes)
@@ -898,7 +922,55 @@ def print_profile(cfg, corpus, model, device, spent, steps):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. The machine: its device, and the processes that torchrun starts
+# 10. Figures: one function a kind; those of speaker models and corpora are in their files
+
+
+def draw_log(out, path):
+    """Draw the loss and the validation score over the epochs of a run."""
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    epochs = [line["epoch"] for line in log]
+    with data.figure(path) as axes:
+        axes.plot(epochs, [line["loss"] for line in log], "o-", color="black")
+        axes.set(xlabel="epoch", ylabel="training loss (line)")
+        right = axes.twinx()
+        right.plot(epochs, [line["valid"] for line in log], "s--", color="grey")
+        right.set_ylabel("validation score, % (dashes)")
+
+
+def draw_table(table, path):
+    """Draw the score of each row with its deviation: over the number that changes from row to row,
+    or, with the names of the rows, over the trainable parameters."""
+    key = "eer" if any("eer" in r for results in table.values() for r in results) else "accuracy"
+    name, _, _ = next(iter(table)).partition("=")
+    swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
+    points = {label: [r[key] for r in results if key in r] for label, results in table.items()}
+    x = [float(label.partition("=")[2]) if swept else results[0]["trainable"]
+         for label, results in table.items()]
+    y = [np.mean(scores) for scores in points.values()]
+    bars = [np.std(scores, ddof=1) if len(scores) > 1 else 0 for scores in points.values()]
+    with data.figure(path) as axes:
+        axes.errorbar(x, y, bars, fmt="o-" if swept else "o", color="black", capsize=3)
+        for label, *place in zip(table if not swept else (), x, y):
+            axes.annotate(label, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.set(xscale="linear" if swept else "log", ylabel=f"{key}, %",
+                 xlabel=name if swept else "trainable parameters without the head")
+
+
+def draw_attention(cfg, corpus, model, device, path):
+    """Draw the first file's spectrogram, and how much CLS looks at each patch of it."""
+    frames = max(16, int(min(cfg.frames, data.frames_of(corpus.length[0]))))
+    x = data.features(data.load_batch(corpus, np.array([0]), frames).to(device), model.encoder)
+    seconds = (0, frames / 100, 0, x.shape[2])
+    with data.figure(path, 2, 1, (7, 5)) as axes:
+        for axis, picture, title in zip(axes, (x, ast_adapters.cls_attention(model.encoder, x)), (
+                corpus.ids[0], "attention of CLS in the last block, mean of the heads")):
+            picture = picture[0].T if picture is x else picture[0]
+            axis.imshow(picture.cpu(), origin="lower", aspect="auto", cmap="magma", extent=seconds)
+            axis.set(title=title, xlabel="seconds", ylabel="mel bin")
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. The machine: its device, and the processes that torchrun starts
 
 
 def find_device(name):
@@ -956,7 +1028,7 @@ def sum_over_ranks(total):
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. The command line
+# 12. The command line
 
 
 def flag_of(name):
@@ -1005,6 +1077,8 @@ def check(cfg, typed):
                 raise ValueError(f"{flag_of(f.name)} {value}: {broken}")
     if cfg.bf16 and not has_bf16(find_device(cfg.device)):
         raise ValueError(f"--bf16: {find_device(cfg.device)} has no bfloat16 that is known to work")
+    if cfg.figure:
+        data.check_figure(cfg.figure)
     if mode_of(cfg) not in TRAINING or cfg.speaker:
         return
     if cfg.init in ast_adapters.AUDIOSET and cfg.model != "ast-base":
