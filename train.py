@@ -658,18 +658,15 @@ def test_once(cfg, corpus, out, device):
                                       config=asdict(cfg)))
         if not RANK:
             results["adapter_kb"] = round((out / "adapter.pt").stat().st_size / 1024)
-    memory, _ = cost_of_step(cfg, corpus, model, device)  # moves BatchNorm's means: so it is last
-    return results | dict(trainable=trainable, parameters=total, share=100 * trainable / total,
-                          epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1),
-                          memory_mb=round(memory, 2))
+    results |= dict(trainable=trainable, parameters=total, share=100 * trainable / total,
+                    epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1))
+    # The memory is counted last: a step moves BatchNorm's statistics.
+    return results | dict(memory_mb=training_memory(cfg, corpus, model, device))
 
 
-def cost_of_step(cfg, corpus, model, device):
-    """Return (MB, multiply-accumulates) of a training step: counted, so the same on every device.
-
-    MB are what it needs beside the weights: what it keeps for the backward pass, gradients and
-    AdamW's two moments.
-    """
+def training_memory(cfg, corpus, model, device):
+    """Return the MB that a training step needs beside the weights: what is kept for the backward
+    pass, gradients and AdamW's two moments. Counted, so the same on every device."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def note(tensor):
@@ -678,12 +675,11 @@ def cost_of_step(cfg, corpus, model, device):
 
     clips = corpus.pick("train")[: cfg.batch_size]
     batch = data.load_batch(corpus, clips, cfg.frames, repeat=cfg.speaker).to(device)
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with hooks, FlopCounterMode(display=False) as counter, autocast(cfg, device):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept), autocast(cfg, device):
         model.train()(data.features(batch, model.encoder), batch.labels).sum().backward()
     activations = sum(size for place, size in kept.items() if place not in weights)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return (activations + 3 * trained) / 2**20, counter.get_total_flops() / 2
+    return round((activations + 3 * trained) / 2**20, 2)
 
 
 def numbers(values):
@@ -899,23 +895,24 @@ def print_profile(cfg, corpus, model, device, spent, steps):
     ms = {line: np.mean(times[3 * len(times) // steps:]) for line, times in spent.items()}
     inside = [line for line, times in spent.items() if len(times) >= steps]
     step, (code, first) = sum(ms[line] for line in inside), inspect.getsourcelines(fit)
-    memory, macs = cost_of_step(cfg, corpus, model, device)
-    dtype, taken = torch.bfloat16 if cfg.bf16 else torch.float32, []
-    square = torch.randn(2048, 2048, device=device, dtype=dtype)
+    with FlopCounterMode(display=False) as counter:
+        memory = training_memory(cfg, corpus, model, device)
+    macs, dtype = counter.get_total_flops() / 2, torch.bfloat16 if cfg.bf16 else torch.float32
+    square, taken = torch.randn(2048, 2048, device=device, dtype=dtype), []
     for _ in range(7):
         start = time.perf_counter()
         (square @ square)[0, 0].item()  # waits for the device
         taken.append(time.perf_counter() - start)
-    rate = 2048**3 / np.median(taken)
+    rate, floor = 2048**3 / np.median(taken), 1000 * macs * np.median(taken) / 2048**3
     rows = [["line of the loop", "ms", "of a step"]]
     rows += [[code[line - first].split("#")[0].strip()[:60], f"{ms[line]:.2f}",
               f"{ms[line] / step:.1%}" if line in inside else "an epoch"]
              for line in sorted(ms) if ms[line] > step / 200]
-    rows.append(["a step", f"{step:.2f}", "100.0%"])
-    rows.append(["its products alone", f"{1000 * macs / rate:.2f}", f"{1000 * macs / rate / step:.1%}"])
+    rows += [["a step", f"{step:.2f}", "100.0%"],
+             ["its products alone", f"{floor:.2f}", f"{floor / step:.1%}"]]
     clips = min(cfg.batch_size, len(corpus.pick("train")))
     print(f"\n{markdown(rows)}{1000 * clips / step:.1f} clips a second; {macs / 1e9:.3g} GMAC a "
-          f"step, {rate / 1e9:.4g} GMAC a second in {dtype}; memory: {memory:.1f} MB for the "
+          f"step, {rate / 1e9:.4g} GMAC a second in {dtype}\nmemory: {memory:.1f} MB for the "
           "backward pass, gradients and moments")
     if device.type == "cuda":
         print(f"peak: {torch.cuda.max_memory_allocated() / 2**20:.0f} MB")
@@ -1051,10 +1048,8 @@ def parse(argv=None):
                          nargs="+" if several else None, choices=f.metadata.get("choices"))
             if f.type is bool:
                 rules = dict(action=argparse.BooleanOptionalAction)
-            default = {"None": "of preset, method or model", "": "none", "()": "none"}.get(
-                str(f.default), f.default)
-            group.add_argument(flag_of(f.name), **rules,
-                               help=f"{found[2]} (default: {default})".replace("%", "%%"))
+            default = "of preset, method or model" if f.default is None else f.default or "none"
+            group.add_argument(flag_of(f.name), **rules, help=f"{found[2]} (default: {default})")
     typed = vars(parser.parse_args(argv))
     return Config(**typed), set(typed)
 
