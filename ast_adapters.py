@@ -490,7 +490,7 @@ def adapt(ast, method, **options):
     """
     if ast.adaptation:
         raise ValueError(f"adapt a plain AST: this one carries {ast.adaptation['method']!r}")
-    check_options(ast, method, options)
+    check_options(ast.size, method, options)
     insert, defaults = METHODS[method]
     ast.adaptation = dict(method=method, options=options, backbone=fingerprint(ast))
     ast.requires_grad_(False)
@@ -499,10 +499,11 @@ def adapt(ast, method, **options):
     return ast
 
 
-def check_options(ast, method, options):
-    """Raise a sentence for an unknown method, and for options that do not fit it or this AST."""
+def check_options(size, method, options):
+    """Raise a sentence for an unknown method, and for options that do not fit it or this size."""
     defaults = METHODS[_known("method", method, METHODS)][1]
-    most = dict(rank=ast.embed_dim, kernel=2 + math.prod(ast.grid))
+    width, _, _, grid = SIZES[size]
+    most = dict(rank=width, kernel=2 + math.prod(grid))
     known = dict(where=SITES, form=("parallel", "sequential"), at=("before", "after"),
                  residual=(True, False))
     for name, value in options.items():
@@ -511,7 +512,7 @@ def check_options(ast, method, options):
             _known(name, value, known[name])
         elif isinstance(value, int) and not 1 <= value <= most.get(name, value):
             raise ValueError(f"{name} {value}: expected at least 1"
-                             + f" and at most {most[name]} on AST-{ast.size}" * (name in most))
+                             + f" and at most {most[name]} on AST-{size}" * (name in most))
     values = dict(targets="q", tokens=2) | defaults | options
     if values.get("form") == "parallel" and {"at", "residual"} & set(options):
         raise ValueError("`at` and `residual` are for form='sequential': parallel has no order")
