@@ -248,8 +248,7 @@ class ResNet34(nn.Module):
                 layers.append(block(d_in, d_out, stride=2 if stage and not i else 1))
                 d_in = d_out
         self.trunk = nn.Sequential(*layers)
-        rows = -(-mels // 8)                                        # halved three times, upwards
-        self.embed = nn.Linear(2 * d_in * rows, embed_dim)
+        self.embed = nn.Linear(2 * d_in * -(-mels // 8), embed_dim)     # rows: mels / 8, upwards
 
     def forward(self, x):
         x = as_map(x, self.mels).transpose(2, 3).contiguous()       # (B, F, T, 1)
@@ -430,10 +429,7 @@ MODELS = {"amcrn": AMCRN, "resnet34": ResNet34, "ecapa-tdnn": ECAPA_TDNN}
 
 class AAMSoftmax(nn.Module):
     """Logits s cos(theta) of the angle to every speaker's direction. With labels, the true
-    speaker's logit is s cos(theta + m): it must win by a margin of m radians.
-
-    A loop may set `margin` before each call. It is not saved in the state.
-    """
+    speaker's is s cos(theta + m): it must win by a margin of m radians. A loop may set `margin`."""
 
     def __init__(self, embed_dim, classes, margin=0.2, scale=30.0):
         super().__init__()
@@ -450,8 +446,7 @@ class AAMSoftmax(nn.Module):
         # the clamp: at theta = 0 the root would have an infinite slope, and 0 * inf is NaN
         sine = (1 - true * true).clamp(min=1e-7).sqrt()
         shifted = true * cos(self.margin) - sine * sin(self.margin)         # cos(theta + m)
-        # a straight line where theta + m would pass pi and the cosine would rise again
-        line = true - self.margin * sin(self.margin)
+        line = true - self.margin * sin(self.margin)        # used where theta + m would pass pi
         shifted = torch.where(true > cos(pi - self.margin), shifted, line)
         return self.scale * cosine.scatter(1, labels[:, None], shifted)
 
@@ -505,8 +500,8 @@ def equal_error_rate(scores, labels):
 
 
 def min_dcf(scores, labels, p_target):
-    """The least detection cost over all thresholds, both errors costing 1, divided by the
-    cost of the better of the two systems that do not listen. Always say p_target with it."""
+    """The least detection cost over all thresholds, both errors costing 1, divided by the cost of
+    the better of accepting everything and accepting nothing. Always say p_target with it."""
     _, p_miss, p_fa = error_curve(scores, labels)
     cost = p_target * p_miss + (1 - p_target) * p_fa
     return float(cost.min() / min(p_target, 1 - p_target))
@@ -536,13 +531,9 @@ def error_rates(scores, labels, threshold=None):
 
 
 def adaptive_s_norm(scores, pairs, embeddings, cohort, top_n=300, ddof=0):
-    """Measure each score against how its two sides score with the strangers closest to them:
-
-        half the sum, over both sides, of (score - mean) / std
-
-    mean and std (divided by n - ddof) are of that side's `top_n` highest cosines with the
-    cohort. `pairs` (trials, 2) are rows of `embeddings`. `cohort` are embeddings of other
-    speakers: utterances, or one mean for each speaker.
+    """Return the mean of (score - mean) / std over both sides of each trial: mean and std (divided
+    by n - ddof) of the side's `top_n` highest cosines with the cohort. `pairs` (trials, 2) are rows
+    of `embeddings`. `cohort` are embeddings of strangers: utterances, or a mean for each speaker.
     """
     def unit(x):
         x = np.asarray(x, dtype=np.float64)
@@ -558,8 +549,7 @@ def adaptive_s_norm(scores, pairs, embeddings, cohort, top_n=300, ddof=0):
         top = np.partition(cosine, -top_n, axis=1)[:, -top_n:]
         mean[i:i + 1024], std[i:i + 1024] = top.mean(axis=1), top.std(axis=1, ddof=ddof)
     if not std.all():
-        raise ValueError("s-norm: the cohort is equally far from an utterance, so there is no "
-                         "deviation; is it one speaker, or too small?")
+        raise ValueError("s-norm: an utterance is equally far from all of the cohort")
     sides = (np.asarray(scores, dtype=np.float64)[:, None] - mean[pairs]) / std[pairs]
     return sides.mean(axis=1)                                       # (trials, 2) -> (trials,)
 
@@ -612,8 +602,7 @@ def count_macs(encoder, frames):
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.LSTM)):
             layer.register_forward_hook(lambda layer, x, y: total.append(
                 layer_macs(layer, x[0], y[0] if isinstance(y, tuple) else y)))
-    device = next(encoder.parameters()).device
-    encoder(torch.zeros(1, frames, encoder.mels, device=device))
+    encoder(torch.zeros(1, frames, encoder.mels, device=next(encoder.parameters()).device))
     return sum(total)
 
 
@@ -653,8 +642,7 @@ def print_costs():
     print(f"200 frames; step: a batch of 32 on {torch.get_num_threads()} threads; ms: one thread\n"
           f"{'host':18s}{'subsets':>8s}{'params M':>10s}{'MMAC 2 s':>10s}{'MMAC 3 s':>10s}"
           f"{'ms':>8s}{'step ms':>9s}{'params':>9s}{'MACs':>6s}{'ms':>6s}{'step':>6s}")
-    hosts = (("resnet34", 32), ("ecapa-tdnn", 512), ("amcrn", 128), ("ecapa-tdnn", 1024))
-    for name, width in hosts:
+    for name, width in ("resnet34", 32), ("ecapa-tdnn", 512), ("amcrn", 128), ("ecapa-tdnn", 1024):
         for s in (1, 2, 4, 8) if width < 1024 else (1,):
             encoder = MODELS[name](width=width, subsets=s)
             cost = complexity(encoder) | {"step_ms": time_ms(encoder, 200, batch=32, repeats=3)}
@@ -669,8 +657,7 @@ def print_costs():
 def read_scores(path, trials=None):
     """Read lines `id_a id_b score label` as (scores, labels).
 
-    `trials`, lines `label id_a id_b`, must name the same trials in the same order. A ValueError
-    names the first line that is not as expected.
+    `trials`, lines `label id_a id_b`, must name the same trials in the same order.
     """
     read = lambda name: Path(name).read_text(encoding="utf-8").splitlines()
     wanted = [line.split() for line in read(trials) if line.strip()] if trials else []
