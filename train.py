@@ -885,8 +885,10 @@ def profile(cfg):
 
     with mock.patch.object(sys.modules[__name__], "save"):  # nothing is written
         sys.settrace(trace)
-        fit(cfg, corpus, model, augment_waves, Path(os.devnull), device)
-        sys.settrace(None)
+        try:
+            fit(cfg, corpus, model, augment_waves, Path(os.devnull), device)
+        finally:
+            sys.settrace(None)
     del spent[0]  # the moments before `fit`
     print_profile(cfg, corpus, model, device, spent, cfg.epochs * per_epoch)
 
@@ -1050,8 +1052,9 @@ def parse(argv=None):
                          nargs="+" if several else None, choices=f.metadata.get("choices"))
             if f.type is bool:
                 rules = dict(action=argparse.BooleanOptionalAction)
-            default = "of preset, method or model" if f.default is None else f.default or "none"
-            group.add_argument(flag_of(f.name), **rules, help=f"{found[2]} (default: {default})")
+            words = {None: "of preset, method or model", "": "none", (): "none"}
+            group.add_argument(flag_of(f.name), **rules,
+                               help=f"{found[2]} (default: {words.get(f.default, f.default)})")
     typed = vars(parser.parse_args(argv))
     return Config(**typed), set(typed)
 
@@ -1112,13 +1115,14 @@ def main(argv=None):
         check(cfg, typed)
         if cfg.download:
             on_first_rank(lambda: data.download_corpus(cfg.data, cfg.root, cfg.cache))
-        mode = mode_of(cfg)
-        if mode == "evaluate":
+        if cfg.evaluate:
             evaluate_checkpoint(cfg, typed)
-        elif mode in RUNS:
-            study(cfg, typed)
+        elif cfg.checkpoint:
+            use_checkpoint(cfg)
+        elif cfg.profile:
+            profile(cfg)
         else:
-            profile(cfg) if mode == "profile" else use_checkpoint(cfg)
+            study(cfg, typed)
     except (ValueError, OSError) as error:
         sys.exit(f"error{f' in process {RANK}' * bool(RANK)}: {error}")
     except KeyboardInterrupt:
