@@ -25,7 +25,9 @@ Does not: split one model over several GPUs, search hyper-parameters, or log to 
 """
 
 import argparse
+import contextlib
 import csv
+import ctypes
 import importlib.util
 import inspect
 import io
@@ -47,6 +49,12 @@ from unittest import mock
 # nano step took 400 ms instead of 25. Let them spin shortly, then sleep (GNU; Intel and LLVM).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("KMP_BLOCKTIME", "1")
+# glibc gives big blocks back to the system at once and gets new ones, page by page, at each step:
+# with these two (M_MMAP_MAX, M_TRIM_THRESHOLD) a light ResNet34's step takes 0.75 of the time.
+with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no mallopt
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)
+    libc.mallopt(-1, 2**31 - 1)
 
 import numpy as np
 import torch
