@@ -377,6 +377,10 @@ def make_splits(corpus, seed, fold, few_shot, valid, train):
     for label in range(len(corpus.classes) if few_shot else 0):
         clips = np.flatnonzero((corpus.labels == label) & (splits == "train"))
         splits[rng.permutation(clips)[few_shot:]] = "unused"
+    unknown = set(splits) - {"train", "valid", "test", "bad", "unused"}
+    if unknown:  # a clip of such a split would vanish without a word
+        raise ValueError(f"{corpus.name} lists splits {sorted(unknown)}: expected train, valid, "
+                         "test, or what `Source` names")
     for split in ("train", "test") if train else ("test",):
         if split not in splits:
             raise ValueError(f"{corpus.name} has no {split} clips: {dict(Counter(splits))}")
@@ -1098,11 +1102,10 @@ def open_features(root):
     rows = table(root / "index.csv", "{id}", "{speaker}", "{split}", "{start}", "{frames}")
     ids, speakers, splits, start, length = (list(column) for column in zip(*rows))
     start, length = np.array(start, np.int64), np.array(length, np.int64)
-    frames, unknown = (start + length).max(), set(splits) - {"train", "valid", "test"}
-    if unknown or store.dtype != np.int8 or store.ndim != 2 or frames > len(store):
-        raise ValueError(f"{root}: splits {sorted(set(splits))}, features.npy {store.dtype} "
-                         f"{store.shape}; expected train, valid or test, and int8 (frames, mel "
-                         f"bins) with at least the {frames} frames of index.csv")
+    frames = (start + length).max()
+    if store.dtype != np.int8 or store.ndim != 2 or frames > len(store):
+        raise ValueError(f"{root}: features.npy is {store.dtype} {store.shape}, expected int8 "
+                         f"(frames, mel bins) with at least the {frames} frames of index.csv")
     trials = {"test": read_trials(root / "trials.txt")} if (root / "trials.txt").is_file() else {}
     return Corpus("features", ids, speakers, np.array(splits, object), [], start, length, store,
                   trials)
@@ -1319,7 +1322,7 @@ def figure(path, rows=1, columns=1, size=(7, 4)):
 
     sheet, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained")
     yield axes
-    sheet.savefig(path, dpi=110)
+    sheet.savefig(path, dpi=90)
     pyplot.close(sheet)
     print(f"drawn: {path}")
 
@@ -1359,8 +1362,9 @@ def main(argv=None):
             download_corpus(args.name, args.root, args.cache)
         faults = check(args.name, args.root, args.cache, args.seed, args.trials)
         if args.figure:
-            draw_spectrograms(open_corpus(args.name, args.root, args.cache, args.seed, skip_bad=True,
-                                          trials=args.trials, train=False), args.figure)
+            corpus = open_corpus(args.name, args.root, args.cache, args.seed, skip_bad=True,
+                                 trials=args.trials, train=False)
+            draw_spectrograms(corpus, args.figure)
         sys.exit(1 if faults else 0)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -101,7 +101,8 @@ def seconds(text):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. None: the preset of method and corpus, or the model, decides."""
+    """Every setting of a run. None: the preset of method and corpus, or the model, decides. The
+    comment behind a field is its help: a field without one is no flag."""
 
     # What to train
     model: str = opt("ast-nano", choices=MODELS)  # the encoder
@@ -599,8 +600,8 @@ def run(cfg):
 def prepare(cfg):
     """Return what `fit` takes: settings with their preset, corpus, augmentation, model, device."""
     cfg, device = with_preset(cfg), find_device(cfg.device)
-    if cfg.bf16 is None:  # a nano AST's products are too small to gain by it
-        cfg = replace(cfg, bf16=cfg.model != "ast-nano" and has_bf16(device, fast=True))
+    if cfg.bf16 is None:
+        cfg = replace(cfg, bf16=has_bf16(device, fast=True))
     if RANK:
         dist.barrier()  # the first process packs what is new; the others find it packed
     corpus = open_corpus(cfg)
@@ -639,8 +640,10 @@ def print_plan(cfg, corpus, model, out, device):
     """Print what the run will do: device, versions, seed, sizes, preset, notes on the data."""
     trainable, _, total = ast_adapters.count(model.encoder)
     train, valid, test = (len(corpus.pick(split)) for split in ("train", "valid", "test"))
-    print(f"\n{out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {device}, {WORLD} processes, "
-          f"{'bfloat16 where it is safe' if cfg.bf16 else 'float32'}, torch {torch.__version__}\n"
+    print(f"\n{out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {device}, "
+          + f"{WORLD} processes, " * (WORLD > 1)
+          + f"{'bfloat16 where it is safe' if cfg.bf16 else 'float32'}, "
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
           f"  {train} clips train, {valid} validate, {test} test, {len(corpus.classes)} classes; "
           f"trains {trainable:,} of {total:,} parameters ({trainable / total:.2%}) and the head")
     preset = ("epochs", "batch_size", "frames", "lr", "warmup", "weight_decay")
@@ -757,7 +760,7 @@ def print_table(cfg, table, folder):
     save(folder / "compare.md", markdown(rows))
     print(f"\n{markdown(rows)}\n{folder}")
     if cfg.figure:
-        draw_table(table, cfg.figure)
+        draw_table(table, cfg.figure, f"{folder.name}, {cfg.model}")
     elif not importlib.util.find_spec("matplotlib"):
         for row in rows[1:]:  # a bar a row, of the first score
             print(f"{row[0]:>24} {'█' * round(float(row[1].split()[0]) / 2)}")
@@ -793,7 +796,7 @@ def evaluate_checkpoint(cfg, typed):
         raise ValueError(f"{cfg.evaluate} knows {len(saved['classes'])} classes, --data "
                          f"{tested.data} has {len(corpus.classes)}, or others: they must be equal")
     if cfg.figure and not corpus.trials:
-        raise ValueError(f"--figure: accuracy is one number, and --data {tested.data} has no trials")
+        raise ValueError(f"--figure draws trials: --data {tested.data} has none, but classes")
     print(f"{cfg.evaluate} on the test split of {tested.data}:")
     if cfg.as_norm and not corpus.trials:
         raise ValueError(f"--as-norm is for verification: --data {tested.data} has no trials")
@@ -811,7 +814,7 @@ def evaluate_checkpoint(cfg, typed):
         print(f"  {f'{length:g} s' if frames else 'full':>6}  {numbers(results)}")
         table[f"seconds={length:g}"] = [results]
     if cfg.figure and cfg.durations:
-        draw_table(table, cfg.figure)
+        draw_table(table, cfg.figure, f"{cfg.evaluate} on {tested.data}")
     elif cfg.figure:
         labels = [label for label, _, _ in corpus.trials["test"]]
         with data.figure(cfg.figure, size=(5, 5)) as axes:
@@ -946,7 +949,7 @@ def draw_log(out, path):
         right.set_ylabel("validation score, % (dashes)")
 
 
-def draw_table(table, path):
+def draw_table(table, path, title):
     """Draw the score of each row with its deviation: over the number that changes from row to row,
     or, with the names of the rows, over the trainable parameters."""
     key = "eer" if any("eer" in r for results in table.values() for r in results) else "accuracy"
@@ -959,9 +962,11 @@ def draw_table(table, path):
     bars = [np.std(scores, ddof=1) if len(scores) > 1 else 0 for scores in points.values()]
     with data.figure(path) as axes:
         axes.errorbar(x, y, bars, fmt="o-" if swept else "o", color="black", capsize=3)
-        for label, *place in zip(table if not swept else (), x, y):
-            axes.annotate(label, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-        axes.set(xscale="linear" if swept else "log", ylabel=f"{key}, %",
+        names = [] if swept else sorted(zip(y, x, table))
+        for n, (score, place, label) in enumerate(names):  # now left, now right: fewer meet
+            axes.annotate(label, (place, score), xytext=(6 - 12 * (n % 2), -3), fontsize=8,
+                          ha="right" if n % 2 else "left", textcoords="offset points")
+        axes.set(xscale="linear" if swept else "log", ylabel=f"{key}, %", title=title,
                  xlabel=name if swept else "trainable parameters without the head")
 
 
