@@ -104,7 +104,7 @@ class Config:
     """Every setting of a run. None: the preset of method and corpus, or the model, decides. The
     comment behind a field is its help: a field without one is no flag."""
 
-    # What to train
+    # What to train: the model, and whether one run or a table of runs
     model: str = opt("ast-nano", choices=MODELS)  # the encoder
     method: str = opt("conformer", choices=METHODS, model="ast")  # how to adapt an AST
     init: str = ""  # checkpoint to start from; audioset, audioset-16: downloaded; none: random
@@ -114,7 +114,7 @@ class Config:
     seeds: int = opt(1, least=1, modes=RUNS, passing=True)  # so many runs: mean and deviation
     out: str = opt("", modes=(*RUNS, "embed"), passing=True)  # folder; empty: out/ and a name
     resume: bool = opt(False, modes=RUNS, passing=True)  # go on where the run in --out stopped
-    # Data
+    # Data: needed for every corpus but the built-in sounds
     data: str = opt("sounds", choices=data.CORPORA, modes=TEST)  # the corpus
     root: str = opt("", modes=TEST, passing=True)  # folder of the corpus
     download: bool = opt(False, passing=True)  # bring it to --root first, where that is free
@@ -124,7 +124,7 @@ class Config:
     trials: str = opt("o", choices=("o", "e", "h"), modes=TEST, corpus="lists")  # VoxCeleb's list
     few_shot: int = opt(0, least=0)  # train on so many clips a class, drawn by the seed; 0: all
     skip_bad: bool = opt(False, modes=TEST)  # go on without clips that cannot be read
-    # Training
+    # Training: leave these out to get the paper's recipe, or ours
     epochs: int = opt(None, least=1)  # passes over the training clips
     steps: int = opt(None, least=1)  # end every epoch after so many batches, not after all clips
     batch_size: int = opt(None, least=1)  # clips a step, over all processes
@@ -133,7 +133,7 @@ class Config:
     weight_decay: float = opt(None, least=0)  # AdamW's, of matrices and kernels
     frames: int = opt(None, least=16)  # length of a training segment, in frames of 10 ms
     seed: int = opt(0, least=0)  # of weights, order, crops and drawn splits
-    # Augmentation of training clips
+    # Augmentation of training clips: against learning them by heart
     spec_f: int = opt(None, least=0)  # SpecAugment: widest mask, in mel bins
     spec_t: int = opt(None, least=0)  # SpecAugment: widest mask, in frames
     shift: int = opt(None, least=0)  # roll by up to so many frames
@@ -143,7 +143,7 @@ class Config:
     reverb: str = opt("", corpus="rows")  # a folder of impulse responses of rooms, or generated
     distorted: float = opt(0.6, least=0, most=1, needs="noise reverb")  # share of clips with either
     snr: list = opt((0.0, 15.0), item=float, needs="noise")  # signal-to-noise ratio in dB: from, to
-    # Options of AST and its methods
+    # Options of AST and its methods: for ablations
     rank: int = opt(None, model="ast")  # adapters, LoRA: width of the bottleneck
     where: str = opt(None, model="ast")  # adapters: ffn, mhsa or both
     form: str = opt(None, model="ast")  # adapters: parallel or sequential
@@ -157,7 +157,7 @@ class Config:
     slots: int = opt(None, model="ast")  # Soft-MoA: slots an expert
     pos_embed: str = opt("crop", choices=("crop", "zero"), model="ast")  # zero: as P1's code has it
     pool: str = opt("mean", choices=("mean", "cls"), model="ast")  # embedding: of all tokens or two
-    # Speaker models
+    # Speaker models: how light, and how hard the training task
     subsets: int = opt(1, least=1, model="speaker")  # feature subsets S; 1 is the plain host
     share: bool = opt(False, model="speaker")  # one set of weights for all subsets
     fusion: str = opt("module", choices=lightweight_sv.FUSIONS, model="speaker")  # between subsets
@@ -165,14 +165,14 @@ class Config:
     embed_dim: int = opt(None, least=1, model="speaker")  # size of the embedding
     margin: float = opt(0.2, least=0, most=1.5)  # AAM-softmax: angular margin in radians
     margin_rise: float = opt(0.0, least=0, most=1)  # share of the steps in which it rises from 0
-    # Machine
+    # Machine: seldom needed, for the fastest that is safe is chosen
     device: str = opt("auto", choices=DEVICES, modes=ANY, passing=True)  # where to compute
     bf16: bool = opt(None, modes=TEST)  # autocast to bfloat16; left out: where it is fast
     compile: bool = opt(False, passing=True)  # torch.compile: slow first step, faster epochs
     checkpointing: bool = opt(False, model="ast")  # less memory: compute blocks again, 1.4 x time
-    # Use of a checkpoint
+    # Use of a checkpoint: after training
     evaluate: str = ""  # test this best.pt
-    durations: list = opt((), item=seconds, least=0.16, modes=("evaluate",))  # of a test, or full
+    durations: list = opt((), item=seconds, least=0.16, modes=("evaluate",))  # test segments, or full
     as_norm: bool = opt(False, modes=("evaluate",))  # s-norm, its cohort from training speakers
     predict: list = opt((), needs="checkpoint")  # name the classes of these files or folders
     verify: list = opt((), needs="checkpoint")  # is the last of these files the others' speaker?
@@ -1053,12 +1053,12 @@ def parse(argv=None):
     """Return (Config, names of the flags that were typed) of a command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], usage="python train.py [--FLAG VALUE ...], or --help",
-        epilog="Without any argument: the quick start. README.md tells the rest.",
-        allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        epilog="examples:\n" + __doc__.split("\n\n")[1], allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     settings = {f.name: f for f in fields(Config)}
     for line in inspect.getsource(Config).splitlines():  # its comments are groups and helps
-        if title := re.fullmatch(r"    # (.+)", line):
-            group = parser.add_argument_group(title[1])
+        if title := re.fullmatch(r"    # (.+): (.+)", line):
+            group = parser.add_argument_group(*title.groups())
         elif found := re.match(r"    (\w+): .*?  # (.+)", line):
             f, several = settings[found[1]], settings[found[1]].type is list
             rules = dict(type=f.metadata.get("item", str if several else f.type),
