@@ -10,19 +10,19 @@ Axes     B batch, T frames, F mel bins, N tokens, D width, H heads, E embedding 
 A method is surgery on a plain AST: the Transformer block stays the textbook one and `adapt` wraps
 some of its layers. To add a method write one unit (section 2) and one line in METHODS.
 
-    ast = AST("base")                                    # any log-mel of 128 bins, any length
+    ast = AST("base")                                    # log-mel, 128 bins, 16 frames or more
     print(load_pretrained(ast, "audioset_10_10_0.4593.pth"))
     adapt(ast, "lora", rank=8, targets="qv")             # freezes, inserts, unfreezes
     embedding = ast(torch.randn(4, 500, 128))            # (B, T, F) -> (B, E) = (4, 768)
 
-Differs from P1's published code (its defects: README, section 8):
+Differs from P1's published code (its defects: README, section 9):
   D1 the position embedding is cropped or interpolated, never silently replaced by zeros;
   D2 the first matrix of a bottleneck starts random, the last one zero (both were zero);
   D3 the Conformer adapter has no LayerNorm: the published one computes it and drops the result;
   D4 the Convpass convolution is used, and over the f x t grid; the published one drops its output;
-  D5 LoRA's `rank` is a rank and its scale alpha / rank; q and v have their own pair;
+  D5 LoRA's `rank` is a true rank, its scale alpha / rank; q and v have a pair (A, B) each;
   D6 a mixture's output is added once; Soft-MoA combines with a softmax over the slots;
-  D7 "before" means f(u + a(u)), "after" f(u) + a(f(u)), and parallel is neither;
+  D7 "before" means f(u + a(u)), "after" f(u) + a(f(u)), parallel f(u) + a(u);
   D8 prompts stand beside CLS and DIST and replace nothing.
 As in P1, the Conformer adapter convolves over the flattened sequence: it reaches from the end of
 one row of frequency into the start of the next, and over CLS and DIST.

@@ -49,7 +49,7 @@ UNPACKING = ".unpacking"  # a folder in the root while an archive is being unpac
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
 
 # --------------------------------------------------------------------------------------------------
-# 1. Audio files: WAV of every kind with numpy alone, the rest through torchaudio
+# 1. Audio files: PCM and float WAV with numpy alone, the rest through torchaudio
 
 
 def import_torchaudio():

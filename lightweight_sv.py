@@ -11,7 +11,7 @@ sizes of AMCRN are our reconstruction. The module uses the operations that the a
 convolution, pooling, mean, concatenation, normalisation, element-wise summation; and a softmax.
 
 Measured on real speech (README, section 11): a split host made fewer errors than the whole host and
-than a host narrowed to the same cost. Fusion lowered them in each paired seed, which are few.
+than a host narrowed to the same cost. Fusion is not shown to help: it did in two of three seeds.
 
 Sections: 1 lightening, 2 convolution over time and pooling, 3 ResNet34, 4 ECAPA-TDNN, 5 AMCRN,
 6 training head, 7 scoring, 8 cost, 9 command line: `python lightweight_sv.py` prints what each host

@@ -2064,7 +2064,7 @@ def test_the_quick_start_and_the_readmes_commands_run(tmp_path, cache, monkeypat
     with monkeypatch.context() as patch:
         quick_source(patch, frames=100, epochs=1, steps=2)
         train.pretrained_file(train.Config(cache=cache))
-    skip = ("--root", "RUN", "--compare", "--sweep", "CHECKPOINT", "--seeds")
+    skip = ("--root", "RUN", "--profile", "--compare", "--sweep", "CHECKPOINT", "--seeds")
     offline = {c for c in COMMANDS if not any(word in c for word in skip)}
     shortened = ["--epochs", "1", "--steps", "2", "--cache", cache]
     done = subprocess.run([*TRAIN, *shortened], cwd=tmp_path, capture_output=True, text=True)

@@ -12,7 +12,7 @@ Sections  1 settings, 2 the loop, 3 evaluation, 4 the model, 5 files of a run, 6
           runs, 8 using a checkpoint, 9 the profile, 10 figures, 11 the machine, 12 the command line
 Axes      B batch, T frames, F mel bins, D width, E embedding, C classes or speakers
 
-Every setting is a field of Config, hence a flag. A setting that is left out comes from the preset
+Every setting is a field of Config, hence a flag. A setting without a default comes from the preset
 of its method and corpus (section 6), which is printed at the start.
 
 A run leaves in its folder: config.json, log.jsonl, last.pt (everything `--resume` needs), best.pt
@@ -20,7 +20,7 @@ A run leaves in its folder: config.json, log.jsonl, last.pt (everything `--resum
 (only what was trained), for verification scores.txt.
 
 Differs from P1's code: validation selects, the test split is scored once, with a copy of the best
-weights; scales, biases and norms have no weight decay, which would pull scales of one towards zero.
+weights; scales, biases and norms have no weight decay, which would shrink scales that start at one.
 Does not: split one model over several GPUs, search hyper-parameters, or log to a service.
 """
 
@@ -172,7 +172,7 @@ class Config:
     checkpointing: bool = opt(False, model="ast")  # less memory: compute blocks again, 1.4 x time
     # Use of a checkpoint: after training
     evaluate: str = ""  # test this best.pt
-    durations: list = opt((), item=seconds, least=0.16, modes=("evaluate",))  # test segments, or full
+    durations: list = opt((), item=seconds, least=0.16, modes=("evaluate",))  # of a test; full
     as_norm: bool = opt(False, modes=("evaluate",))  # s-norm, its cohort from training speakers
     predict: list = opt((), needs="checkpoint")  # name the classes of these files or folders
     verify: list = opt((), needs="checkpoint")  # is the last of these files the others' speaker?
