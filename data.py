@@ -1339,7 +1339,7 @@ def draw_spectrograms(corpus, path, count=6):
     with figure(path, 2, len(names), (1.6 * len(names), 3.6)) as axes:
         for row, values in zip(axes.reshape(2, -1), (x, augmented + x.mean())):
             for axis, name, picture in zip(row, names, values):
-                axis.imshow(picture.T, origin="lower", aspect="auto", cmap="magma",
+                axis.imshow(picture.T.numpy(), origin="lower", aspect="auto", cmap="magma",
                             extent=(0, frames / 100, 0, x.shape[2]))
                 axis.set(title=name, xlabel="seconds", ylabel="mel bin")
                 axis.label_outer()

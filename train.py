@@ -979,7 +979,8 @@ def draw_attention(cfg, corpus, model, device, path):
         for axis, picture, title in zip(axes, (x, ast_adapters.cls_attention(model.encoder, x)), (
                 corpus.ids[0], "attention of CLS in the last block, mean of the heads")):
             picture = picture[0].T if picture is x else picture[0]
-            axis.imshow(picture.cpu(), origin="lower", aspect="auto", cmap="magma", extent=seconds)
+            axis.imshow(picture.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
+                        extent=seconds)
             axis.set(title=title, xlabel="seconds", ylabel="mel bin")
 
 
