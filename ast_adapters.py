@@ -76,9 +76,12 @@ class Attention(nn.Module):
         # Four Linears instead of one fused qkv: LoRA, IA3 and prefixes wrap them one by one.
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
 
+    def split(self, y):
+        """(B, N, D) -> (B, H, N, D/H)."""
+        return y.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
     def forward(self, x):
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, N, D) -> (B, H, N, D/H)
-                   for y in (self.q(x), self.k(x), self.v(x)))
+        q, k, v = (self.split(y) for y in (self.q(x), self.k(x), self.v(x)))
         return self.o(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -720,8 +723,7 @@ def cls_attention(ast, x):
     hook = attention.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
     ast(x)
     hook.remove()
-    q, k = (y.unflatten(2, (attention.heads, -1)).transpose(1, 2)  # (B, H, N, D/H)
-            for y in (attention.q(read[0]), attention.k(read[0])))
+    q, k = (attention.split(y) for y in (attention.q(read[0]), attention.k(read[0])))
     weights = F.softmax(q[:, :, :1] @ k.transpose(2, 3) / q.shape[3] ** 0.5, dim=3)  # (B, H, 1, N)
     columns = (x.shape[1] - PATCH) // ast.stride + 1
     patches = weights.mean((1, 2))[:, -ast.rows * columns:]  # (B, f*t)

@@ -1273,9 +1273,10 @@ def describe_files(corpus, root):
 def check(name, root, cache="cache", seed=0, trials="o"):
     """Print what a corpus holds and every fault by name; return the number of faults."""
     opened = functools.partial(open_corpus, name, root, cache, seed, trials=trials, train=False)
-    with contextlib.suppress(ValueError):  # packs anew what is bad; the next line says it all
-        opened()
-    corpus = opened(skip_bad=True)
+    try:
+        corpus = opened()  # without skip_bad, so that what is bad is read again
+    except ValueError:
+        corpus = opened(skip_bad=True)
     faults = [*corpus.bad.values(), *corpus.gaps]
     if CORPORA[name].rows and CORPORA[name].tree:
         describe_files(corpus, Path(root))

@@ -1965,6 +1965,8 @@ def test_a_speaker_model_goes_on_from_a_checkpoint_and_gives_a_cohort(verified):
     corpus.store = np.zeros((len(corpus.store), 40), np.int8)  # ready features: lengths in frames
     with pytest.raises(ValueError, match="the longest training clip has 8000 frames"):
         train.check_corpus(replace(wide, frames=9000), corpus)
+    with pytest.raises(ValueError, match="expects 128 mel bins, --data folder has 40"):
+        train.check_corpus(replace(wide, model="ast-nano"), corpus)
 
 
 def test_init_audioset_is_downloaded_once_and_checked(server, tmp_path, monkeypatch):

@@ -628,6 +628,9 @@ def check_corpus(cfg, corpus):
     longest = lengths.max() if ready else data.frames_of(lengths.max())
     if longest < (cfg.frames if ready else cfg.frames / 10):  # waves may be padded, within reason
         raise ValueError(f"--frames {cfg.frames}: the longest training clip has {longest} frames")
+    if ready and corpus.mels != 128 and not cfg.speaker:
+        raise ValueError(f"--model {cfg.model} expects 128 mel bins, --data {cfg.data} has "
+                         f"{corpus.mels}: take a speaker model, which is built with as many")
     if not corpus.trials and (cfg.speed_perturb, cfg.margin, cfg.margin_rise) != (False, 0.2, 0):
         raise ValueError("--speed-perturb, --margin and --margin-rise are for verification: --data "
                          f"{cfg.data} has no trials")
@@ -845,7 +848,8 @@ def use_checkpoint(cfg):
     if cfg.embed:
         out = run_folder(cfg, "embeddings")
         save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
-        np.save(out / "embeddings.npy", unit.numpy())
+        if not RANK:
+            np.save(out / "embeddings.npy", unit.numpy())
         return print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
     if len(unit) < 2:
         raise ValueError("--verify: expected two files or more, the last of them to be judged")
@@ -1003,7 +1007,7 @@ def has_bf16(device, fast=False):
     """Whether bfloat16 is computed here, untried on Macs' GPUs; `fast`: not emulated on a CPU."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
     fast_here = able.get("avx512_bf16") or able.get("amx_bf16")
     return device.type == "cpu" and bool(fast_here or not fast)
 
@@ -1127,6 +1131,8 @@ def main(argv=None):
     try:
         join_processes()
         check(cfg, typed)
+        if RANK:  # the first process alone draws and writes
+            cfg = replace(cfg, figure="", csv="")
         if cfg.download:
             on_first_rank(lambda: data.download_corpus(cfg.data, cfg.root, cfg.cache))
         if cfg.evaluate:
