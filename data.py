@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import csv
 import functools
-import gzip
 import hashlib
 import importlib.util
 import json
@@ -68,14 +67,14 @@ def import_torchaudio():
     return torchaudio
 
 
-WAV_TYPES = {("pcm", 8): "u1", ("pcm", 16): "<i2", ("pcm", 24): "u1", ("pcm", 32): "<i4",
+WAV_TYPES = {("pcm", 8): "u1", ("pcm", 16): "<i2", ("pcm", 24): "<i4", ("pcm", 32): "<i4",
              ("float", 32): "<f4", ("float", 64): "<f8"}  # numpy has no type of three bytes
 
 
-def wav_header(path):
-    """Return (rate, channels, "pcm" or "float", bits, first byte, bytes) from a RIFF header: chunks
-    of (4 letters, little-endian size, body padded to even). Raises ValueError for other files."""
-    form, there = b"", os.path.getsize(path)
+def read_wav(path):
+    """Return a WAV file as float32 (channels, n) in [-1, 1], and its samples a second. RIFF is a row
+    of chunks: 4 letters, little-endian size, body padded to even. Raises ValueError for others."""
+    form = b""
     with open(path, "rb") as file:
         riff = file.read(12)
         if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
@@ -86,7 +85,8 @@ def wav_header(path):
             size = int.from_bytes(chunk[4:], "little")
             body = file.read(size + size % 2)
             form = body if chunk[:4] == b"fmt " else form
-        size, offset = int.from_bytes(chunk[4:], "little"), file.tell()
+        size = int.from_bytes(chunk[4:], "little")
+        raw = file.read(-1 if size in (0, 0xFFFFFFFF) else size)  # of a stream: not known at first
     code, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16].ljust(16, b"\0"))
     if code == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the real code opens a GUID
         code = int.from_bytes(form[24:26], "little")
@@ -94,22 +94,15 @@ def wav_header(path):
     if (kind, bits) not in WAV_TYPES or not channels or not 1_000 <= rate <= 768_000:
         raise ValueError(f"{path}: format {code}, {bits} bits, {channels} channels, {rate} Hz is "
                          "neither PCM nor float audio; convert it to PCM")
-    size = there - offset if size in (0, 0xFFFFFFFF) else size  # of a stream: not known at first
-    if offset + size > there:
-        raise ValueError(f"{path}: truncated, {size} bytes announced, {there - offset} there")
-    return rate, channels, kind, bits, offset, size - size % (channels * bits // 8)
-
-
-def read_wav(path):
-    """Return a WAV file as float32 (channels, n) in [-1, 1], and its samples a second."""
-    rate, channels, kind, bits, offset, size = wav_header(path)
-    dtype = np.dtype(WAV_TYPES[kind, bits])
-    raw = np.fromfile(path, dtype, size // dtype.itemsize, offset=offset)
+    if len(raw) < size < 0xFFFFFFFF:
+        raise ValueError(f"{path}: truncated, {size} bytes announced, {len(raw)} there")
+    raw = raw[: len(raw) - len(raw) % (channels * bits // 8)]
     if bits == 24:  # put the three bytes on top of an empty lowest byte: 32 bits
-        raw = np.pad(raw.reshape(-1, 3), ((0, 0), (1, 0))).view("<i4")  # (n * channels, 1)
-    wave = raw.astype(np.float32).reshape(-1, channels).T  # channels alternate: -> (channels, n)
+        raw = np.pad(np.frombuffer(raw, "u1").reshape(-1, 3), ((0, 0), (1, 0))).tobytes()
+    wave = np.frombuffer(raw, WAV_TYPES[kind, bits]).astype(np.float32)
+    wave = wave.reshape(-1, channels).T  # channels alternate: (n * channels,) -> (channels, n)
     if kind == "pcm":  # 8 bits are the one unsigned kind
-        wave = (wave - 128) / 128 if bits == 8 else wave / 2 ** (8 * raw.itemsize - 1)
+        wave = (wave - 128) / 128 if bits == 8 else wave / 2 ** (31 if bits == 24 else bits - 1)
     return wave, rate
 
 
@@ -307,11 +300,7 @@ def write_pack(path, clips, read, threads):
                 file.write(to_int16(wave).tobytes())  # a full disk is no clip's fault: it stops
             index = json.dumps([lengths, bad]).encode()
             file.write(index + len(index).to_bytes(8, "little"))
-        try:
-            os.replace(part, path)
-        except PermissionError:  # Windows: another program made the same and reads it
-            if not path.exists():
-                raise
+        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)  # interrupted, it would lie there for good, and be large
     for old in set(path.parent.glob(f"{name}.*.packed")) - {path}:  # before the corpus changed
@@ -1211,9 +1200,6 @@ def unpack(archive, folder):
         if zipfile.is_zipfile(archive):
             shutil.unpack_archive(archive, part, "zip")
         else:
-            with gzip.open(archive) as file:  # its checksum stands behind all that tar reads
-                while file.read(2**20):
-                    pass
             shutil.unpack_archive(archive, part, "gztar", filter="data")
         inside = [path for path in part.iterdir() if not path.name.startswith((".", "__"))]  # Mac
         top = inside[0] if len(inside) == 1 and inside[0].is_dir() else part
@@ -1242,45 +1228,17 @@ def find_gaps(source, corpus, which, trials):
     return gaps + [f"{file}: expected {count:,} trials, found {trials:,}"] * (count != trials)
 
 
-def find_doubles(corpus):
-    """Sentences on clips of the same samples in different splits, which make a test look better
-    than it is. Compared whole are only clips of one length with the same samples in the middle."""
-    clip = lambda i: corpus.store[corpus.start[i] : corpus.start[i] + corpus.length[i]]
-    first, doubles = {}, []
-    for i in np.flatnonzero(corpus.length):
-        middle = clip(i)[corpus.length[i] // 2 :][:64].tobytes()
-        same = first.setdefault((corpus.length[i], middle), i)
-        if corpus.splits[i] != corpus.splits[same] and np.array_equal(clip(i), clip(same)):
-            doubles.append(f"{corpus.ids[i]} ({corpus.splits[i]}) is the same as "
-                           f"{corpus.ids[same]} ({corpus.splits[same]})")
-    return doubles
-
-
-def describe_files(corpus, root):
-    """Print the kinds of WAV, and the audio files that no list names."""
-    kinds = Counter()
-    for clip in corpus.ids:
-        with contextlib.suppress(ValueError, OSError):  # no WAV, or packing has named it
-            rate, channels, kind, bits, _, _ = wav_header(root / clip)
-            kinds[f"{rate} Hz, {channels} channel, {bits}-bit {kind}"] += 1
-    for kind, count in kinds.most_common():
-        print(f"{count:,} clips of {kind}")
-    stray = sorted(set(find_audio(root)) - set(corpus.ids))
-    if stray:
-        print(f"{len(stray):,} audio files are in no list and not used, the first is {stray[0]}")
-
-
 def check(name, root, cache="cache", seed=0, trials="o"):
-    """Print what a corpus holds and every fault by name; return the number of faults."""
+    """Print what a corpus holds and every fault by name; return the corpus and its faults."""
     opened = functools.partial(open_corpus, name, root, cache, seed, trials=trials, train=False)
     try:
         corpus = opened()  # without skip_bad, so that what is bad is read again
     except ValueError:
         corpus = opened(skip_bad=True)
     faults = [*corpus.bad.values(), *corpus.gaps]
-    if CORPORA[name].rows and CORPORA[name].tree:
-        describe_files(corpus, Path(root))
-        faults += find_doubles(corpus)
+    stray = set(find_audio(root)) - set(corpus.ids) if CORPORA[name].tree else ()
+    if stray:
+        print(f"{len(stray):,} audio files are in no list and not used, the first is {min(stray)}")
     print(f"{name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or training speakers")
     for split in sorted(set(corpus.splits)):
         clips = corpus.pick(split)
@@ -1295,7 +1253,7 @@ def check(name, root, cache="cache", seed=0, trials="o"):
     notes = [f"note: {note}" for note in corpus.notes if note not in corpus.gaps]
     for line in [*notes, *(f"fault: {fault}" for fault in faults), f"{len(faults)} faults"]:
         print(f"  {line}")
-    return len(faults)
+    return corpus, faults
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1361,10 +1319,8 @@ def main(argv=None):
             check_figure(args.figure)
         if args.download:
             download_corpus(args.name, args.root, args.cache)
-        faults = check(args.name, args.root, args.cache, args.seed, args.trials)
+        corpus, faults = check(args.name, args.root, args.cache, args.seed, args.trials)
         if args.figure:
-            corpus = open_corpus(args.name, args.root, args.cache, args.seed, skip_bad=True,
-                                 trials=args.trials, train=False)
             draw_spectrograms(corpus, args.figure)
         sys.exit(1 if faults else 0)
     except (ValueError, OSError) as error:
