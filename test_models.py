@@ -107,14 +107,6 @@ def write(path, *lines):
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def raising(error):
-    """A function that raises `error`, whatever it gets."""
-    def function(*arguments):
-        raise error
-
-    return function
-
-
 def people(corpus, part):
     """The speakers that train, validate and test: a part of each clip's path."""
     return [{corpus.ids[i].split("/")[part] for i in corpus.pick(split)}
@@ -141,14 +133,14 @@ def test_resampling_keeps_a_tone_at_its_frequency(tmp_path, rate):
 
 def test_import_survives_a_torchaudio_that_does_not_fit_its_torch():
     """As with CPU-only torch or another CUDA version: the compiled extension refuses to load."""
-    code = ("import sys, data\n"
+    code = ("import sys, torch, data\n"
             "class Refuse:\n"
             "    def find_spec(self, name, path=None, target=None):\n"
             "        if name == 'torchaudio._extension':\n"
             "            raise OSError('libc10_cuda.so: cannot open shared object file')\n"
             "sys.meta_path.insert(0, Refuse())\n"
-            "import torch; t = data.import_torchaudio()\n"
-            "print(t.functional.resample(torch.zeros(80), 8000, 16000).shape[0])")
+            "resample = data.import_torchaudio().functional.resample\n"
+            "print(len(resample(torch.zeros(80), 8000, 16000)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.stdout.strip() == "160", done.stderr
 
@@ -163,7 +155,6 @@ def test_fbank_equals_kaldis(mels, bf16):
               window_type="hanning", num_mel_bins=mels, frame_shift=10) for wave in waves])
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # as in evaluation with --bf16
         assert_close(data.fbank(waves, mels), expected, atol=1e-3, rtol=0)
-    assert expected.shape[1] == data.frames_of(9000)
 
 
 def test_features_of_silence_and_padding_are_asts_golden_values_and_utterances_have_no_mean():
@@ -174,7 +165,6 @@ def test_features_of_silence_and_padding_are_asts_golden_values_and_utterances_h
     assert_close(x[0, sound:], torch.full((100 - sound, 128), 0.46703), atol=1e-4, rtol=0)
     corpus = corpus_of([np.random.default_rng(0).integers(-999, 999, 5000)], [0], ["train"])
     batch = data.load_batch(corpus, np.array([0]), 50, repeat=True)
-    assert torch.equal(batch.x[0, :3000], batch.x[0, 5000:8000])  # short clips repeat
     mean = data.features(batch, slim("resnet34")).mean(1)
     assert_close(mean, torch.zeros(1, 40), atol=1e-5, rtol=0)
 
@@ -188,8 +178,6 @@ def test_batches_depend_on_seed_and_epoch_alone():
     assert all(torch.equal(a.x, b.x) and (a.clips == b.clips).all() for a, b in zip(first, again))
     assert any((a.clips != b.clips).any() for a, b in zip(first, later))
     assert len({int(b.x[0, 0]) % 1000 for b in first}) > 1  # crops start anywhere
-    shards = [draw(shard=(rank, 2)) for rank in range(2)]
-    assert all(sorted([*a.clips, *b.clips]) == sorted(c.clips) for a, b, c in zip(*shards, first))
 
 
 def test_the_last_window_of_a_clip_is_moved_back_to_be_whole():
@@ -205,28 +193,28 @@ def test_a_folder_is_split_packed_once_and_packed_anew_when_a_clip_changes(tmp_p
     folder_corpus(root)
     folder_corpus(root / "lonely", classes=1, clips=1)  # a class of one clip only trains
     open_it = lambda: data.open_corpus("folder", root, cache)
+
+    def full_disk(*arguments):
+        raise OSError("No space left on device")
+
     # A full disk is no bad clip and leaves nothing; clips that were bad are read again.
     for name, sentence, left in (("to_int16", "^No space", 0), ("read_audio", "31 of 31 clips", 1)):
         with monkeypatch.context() as patch:
-            patch.setattr(data, name, raising(OSError("No space left on device")))
+            patch.setattr(data, name, full_disk)
             with pytest.raises((OSError, ValueError), match=sentence):
                 open_it()
         assert len(list(cache.iterdir())) == left, name
-    corpus, changed = open_it(), root / "class1/3.wav"
+    corpus = open_it()
     assert [len(corpus.pick(split)) for split in ("train", "valid", "test")] == [22, 3, 6]
-    clip = corpus.ids.index("class1/3.wav")
-    wave = corpus.store[corpus.start[clip] :][: corpus.length[clip]]
-    np.testing.assert_allclose(wave / 32768, data.read_audio(changed), atol=2**-16)
+    last, wave = root / corpus.ids[-1], corpus.store[-corpus.length[-1] :] / 32768
+    np.testing.assert_allclose(wave, data.read_audio(last), atol=2**-16)
     with monkeypatch.context() as patch:
         patch.setattr(data, "read_audio", lambda path: pytest.fail(f"decoded {path} again"))
         assert open_it().ids == corpus.ids
-    changed.write_bytes(wav_bytes(np.full((9000, 1), 1.2), code=3, bits=32))  # too loud: clipped
+    last.write_bytes(wav_bytes(np.full((9000, 1), 1.2), code=3, bits=32))  # too loud: clipped
     again = open_it()
-    assert again.length[clip] == 9000 and again.store[again.start[clip]] == 32767
+    assert again.length[-1] == 9000 and (again.store[-9000:] == 32767).all()
     assert len(list(cache.iterdir())) == 1  # the old one is gone
-
-
-INDEX = "id,speaker,split,start,frames\n"
 
 
 @pytest.mark.parametrize("name, text, sentence", [
@@ -234,15 +222,17 @@ INDEX = "id,speaker,split,start,frames\n"
     ("folder", "0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "2 speakers besides"),
     ("folder", "1 class0/0.wav class9/1.wav", "name class9/1.wav, which folder lacks"),
     ("folder", "\n", "no trials"), ("folder", "1 a", "trials.txt, line 1: expected `1 id_a id_b`"),
-    ("features", "id,speaker\na,b", "index.csv, line 2: no column 'split'"),
-    ("features", INDEX, "index.csv: no rows"),
-    ("features", INDEX + "a,b,validation,0,5", r"\['validation'\].*expected train, valid"),
-    ("features", INDEX + "a,b,train,5,5", "at least the 10 frames"),
+    ("features", "a,b", "index.csv, line 2: no column 'split'"),
+    ("features", "", "index.csv: no rows"),
+    ("features", "a,b,validation,0,5", r"\['validation'\].*expected train, valid"),
+    ("features", "a,b,train,5,5", "at least the 10 frames"),
     ("urbansound8k", "", r"(?s)UrbanSound8K.csv is missing.*audio/fold1.*--download")])
 def test_bad_trials_and_tables_are_answered_with_a_sentence(tmp_path, name, text, sentence):
     folder_corpus(tmp_path, 4, 3)
     np.save(tmp_path / "features.npy", np.zeros((9, 4), np.int8))
-    write(tmp_path / ("trials.txt" if name == "folder" else "index.csv"), text)
+    if name == "folder":
+        write(tmp_path / "trials.txt", text)
+    write(tmp_path / "index.csv", "id,speaker,split,start,frames", text)
     with pytest.raises(ValueError, match=sentence):
         data.open_corpus(name, tmp_path, tmp_path / "cache")
 
@@ -269,8 +259,7 @@ def test_official_lists_are_read_and_the_published_counts_are_expected(tmp_path,
               f'0,wavs/{split}.wav,"Please, lights",activate,lights,none')
     write(tmp_path / "validation_list.txt", "bed/a.wav")
     write(tmp_path / "testing_list.txt", "cat/b.wav")
-    files = ["_background_noise_/pink.wav", "bed/a.wav", "bed/c.wav", "cat/b.wav"]
-    monkeypatch.setattr(data, "find_audio", lambda root: files)
+    monkeypatch.setattr(data, "find_audio", lambda root: ["_background_noise_/a.wav", "bed/c.wav"])
     splits = {"train": 23132, "valid": 3118, "test": 3793}
     for name, counts, rows in (
             ("esc50", {str(fold): 400 for fold in range(1, 6)},
@@ -283,25 +272,12 @@ def test_official_lists_are_read_and_the_published_counts_are_expected(tmp_path,
              [(f"wavs/{split}.wav", "activate/lights/none", split) for split in splits])):
         source, total = data.CORPORA[name], sum(counts.values())
         assert source.rows(tmp_path) == rows
-        listed = np.repeat(list(counts), list(counts.values()))
-        corpus = corpus_of(np.zeros((total, 1)), [0] * total, listed)
+        corpus = corpus_of(np.zeros((total, 1)), [0] * total,
+                           np.repeat(list(counts), list(counts.values())))
         assert data.find_gaps(source, corpus, "o", 0) == []
-        corpus.length[:2] = 0
-        gap = f"all: expected {total:,} clips, found {total - 2:,}"
-        assert data.find_gaps(source, corpus, "o", 0)[-1] == gap
     assert (data.CORPORA["esc50"].folds, data.CORPORA["urbansound8k"].folds) == (5, 10)
-
-
-def broken_wavs():
-    """A file of each fault, and part of the sentence that must answer it."""
-    zeros, good = np.zeros((2000, 1)), wav_bytes(np.zeros((2000, 1)))
-    return [(b"", "empty or not"), (b"no audio at all", "not a WAV file"),
-            (good[:-100], "truncated, 4000 bytes"), (good[:30], "before its audio data"),
-            (wav_bytes(zeros[:100]), "shorter than one frame"),
-            (wav_bytes(zeros[:0], 44100), "shorter than one frame"),
-            (wav_bytes(zeros, code=7), "neither PCM nor float"),
-            (wav_bytes(zeros + np.nan, code=3, bits=32), "not finite"),
-            (wav_bytes(zeros, 0), "0 Hz is neither")]
+    with pytest.raises(ValueError, match="(?s)has none.*train_data.csv.*by the form"):
+        data.download_corpus("fluentspeech", tmp_path)
 
 
 def test_damage_is_named_by_the_check_and_stops_training_or_is_left_out(tmp_path, capsys):
@@ -309,13 +285,23 @@ def test_damage_is_named_by_the_check_and_stops_training_or_is_left_out(tmp_path
     root, names = tmp_path / "root", [f"{fold}-{i}.wav" for fold in range(1, 6) for i in range(12)]
     write(root / "meta/esc50.csv", "filename,fold,category",
           *(f"{name},{name[0]},c{i % 2}" for i, name in enumerate(names)))
-    folder, rng, said = root / "audio", np.random.default_rng(0), {"5-0.wav": "listed, but missing"}
-    folder.mkdir()
+    (root / "audio").mkdir()
+    zeros, good = np.zeros((2000, 1)), wav_bytes(np.zeros((2000, 1)))
+    rng = np.random.default_rng(0)
     for name in [*names, "stray.wav"]:
-        (folder / name).write_bytes(wav_bytes(rng.uniform(-0.5, 0.5, (3000, 1))))
-    for name, (content, said[name]) in zip(names, broken_wavs()):
-        (folder / name).write_bytes(content)
-    (folder / "5-0.wav").unlink()
+        (root / "audio" / name).write_bytes(wav_bytes(rng.uniform(-0.5, 0.5, (3000, 1))))
+    said = {"5-0.wav": "listed, but missing"}
+    for name, (content, sentence) in zip(names, (
+            (b"", "empty or not"), (b"no audio at all", "not a WAV file"),
+            (good[:-100], "truncated, 4000 bytes"), (good[:30], "before its audio data"),
+            (wav_bytes(zeros[:100]), "shorter than one frame"),
+            (wav_bytes(zeros[:0], 44100), "shorter than one frame"),
+            (wav_bytes(zeros, code=7), "neither PCM nor float"),
+            (wav_bytes(zeros + np.nan, code=3, bits=32), "not finite"),
+            (wav_bytes(zeros, 0), "0 Hz is neither"))):
+        (root / "audio" / name).write_bytes(content)
+        said[name] = sentence
+    (root / "audio/5-0.wav").unlink()
     with pytest.raises(SystemExit, match="1"):
         data.main(["esc50", str(root), "--cache", str(tmp_path / "cache")])
     printed = capsys.readouterr().out
@@ -325,21 +311,19 @@ def test_damage_is_named_by_the_check_and_stops_training_or_is_left_out(tmp_path
             "train .* 18 to 18 a class .*0.19 / 0.19 / 0.19 s", "bad .*10 clips", "16 faults",
             "1 audio files are in no list and not used, the first is audio/stray.wav"):
         assert re.search(sentence, printed), (sentence, printed)
-    arguments = ["--data", "esc50", "--root", str(root), "--cache", str(tmp_path / "cache"),
-                 "--init", "none", "--epochs", "1", "--steps", "1", "--frames", "20", "--rank", "1",
-                 "--out", str(tmp_path / "out")]
+    arguments = (f"--data esc50 --root {root} --cache {tmp_path}/cache --out {tmp_path}/out "
+                 "--init none --epochs 1 --steps 1 --frames 20 --rank 1").split()
     with pytest.raises(SystemExit, match=r"10 of 60 clips of esc50(?s:.)*1-0.wav(?s:.)*--skip-"):
         train.main(arguments)
     assert not (tmp_path / "out").exists()
     train.main([*arguments, "--skip-bad", "--no-valid"])
-    printed = capsys.readouterr().out
-    assert "10 unusable clips are left out" in printed and "the last epoch is" in printed
+    assert "10 unusable clips are left out" in capsys.readouterr().out
 
 
 def test_voxcelebs_test_speakers_never_train_and_a_clip_that_only_the_list_knows_is_missing(
         tmp_path):
     """Twelve speakers in two trees below one root, in two depths; id1000x are VoxCeleb1's."""
-    root, lists = tmp_path / "root", ("veri_test2.txt", "list_test_hard2.txt")
+    root = tmp_path / "root"
     for number in range(48):
         place = "dev/aac/id0000" if number > 15 else "vox1/wav/id1000"
         path = root / f"{place}{number // 4}/video/0000{number % 4}.wav"
@@ -347,10 +331,10 @@ def test_voxcelebs_test_speakers_never_train_and_a_clip_that_only_the_list_knows
         path.write_bytes(wav_bytes(np.zeros((3000, 1))))
     open_it = lambda **options: data.open_corpus("voxceleb", root, tmp_path / "cache", **options)
     name = lambda speaker, clip: f"id1000{speaker}/video/0000{clip}.wav"
-    for file, tested in zip(lists, (2, 4)):
+    for trials, file, tested in (("o", "veri_test2.txt", 2), ("h", "list_test_hard2.txt", 4)):
         write(root / file, f"1 {name(0, 0)} {name(0, 1)}",
               *(f"0 {name(0, 0)} {name(speaker, 1)}" for speaker in range(1, tested)))
-        corpus = open_it(trials="o" if tested == 2 else "h")
+        corpus = open_it(trials=trials)
         training, held, strangers = people(corpus, -3)
         assert (len(training), len(held), len(strangers)) == (10 - tested, 2, tested)
         assert len(training | held | strangers) == 12 and corpus.trials["valid"]
@@ -358,15 +342,11 @@ def test_voxcelebs_test_speakers_never_train_and_a_clip_that_only_the_list_knows
     assert corpus.gaps == ["list_test_hard2.txt: expected 550,894 trials, found 4"]
     for trials, published in (("o", 37611), ("e", 579818), ("h", 550894)):
         assert data.find_gaps(data.CORPORA["voxceleb"], corpus, trials, published) == []
-    assert len(open_it(valid=False).classes) == 10
-    with pytest.raises(ValueError, match="(?s)list_test_all2.txt is missing.*--download brings"):
-        open_it(trials="e")
     (root / "vox1/wav" / name(3, 1)).unlink()
     with pytest.raises(ValueError, match="(?s)1 of 48 clips.*id10003/video/00001.wav: listed"):
         open_it(trials="h")
     corpus = open_it(trials="h", skip_bad=True)
-    assert len(corpus.trials["test"]) == 3 and len(corpus.bad) == 1
-    assert "1 test trials of unusable clips" in " ".join(corpus.notes)
+    assert len(corpus.trials["test"]) == 3 and "1 test trials of unusable" in str(corpus.notes)
 
 
 @real_data
@@ -388,29 +368,28 @@ def test_real_corpora_have_their_official_split(cache, name, folder, sizes, clas
 
 @pytest.fixture
 def server():
-    """A web server on the loopback interface. `files` {path: bytes}; `hang_up`: it drops the
-    connection half way, without a word on the length; `asked`: the paths it was asked for."""
+    """A web server on the loopback interface: `files` {path: bytes}, `asked` [path]. It never tells
+    a length, so half a file looks like a connection that was dropped."""
     class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
+        log_message = lambda *arguments: None
 
         def do_GET(self):
-            body = self.server.files.get(self.path)
+            body = self.server.files.get(self.path, b"")
             self.server.asked.append(self.path)
             self.send_response(200 if body else 404)
             self.end_headers()
-            self.wfile.write((body or b"")[: len(body or b"") // (2 if self.server.hang_up else 1)])
+            self.wfile.write(body)
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.asked, server.hang_up = {}, [], False
+        server.files, server.asked = {}, []
         server.url = f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
 
-def archive(kind, members, link=None):
-    """Bytes of a zip or tar.gz of {name: bytes}, and a link (type, target)."""
+def archive(kind, members):
+    """Bytes of a zip or tar.gz of {name: bytes}; in a tar also {name: (type of link, target)}."""
     file = io.BytesIO()
     if kind == "zip":
         with zipfile.ZipFile(file, "w") as out:
@@ -420,96 +399,63 @@ def archive(kind, members, link=None):
     with tarfile.open(fileobj=file, mode="w:gz") as out:
         for name, body in members.items():
             info = tarfile.TarInfo(name)
-            info.size = len(body)
-            out.addfile(info, io.BytesIO(body))
-        if link:
-            info = tarfile.TarInfo("link")
-            info.type, info.linkname = link
-            out.addfile(info)
+            if isinstance(body, tuple):
+                info.type, info.linkname = body
+            else:
+                info.size = len(body)
+            out.addfile(info, io.BytesIO(body) if info.size else None)
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind, name, link", [
-    *((kind, name, None) for kind in ("zip", "tar") for name in (
+@pytest.mark.parametrize("kind, name, body", [
+    *((kind, name, b"2") for kind in ("zip", "tar") for name in (
         "a/../../evil", "/tmp/evil-of-the-tests", "C:/evil", "..\\evil")),
-    ("tar", "good", (tarfile.SYMTYPE, "../..")), ("tar", "good", (tarfile.LNKTYPE, "/etc/passwd")),
-    ("tar", "good", (tarfile.FIFOTYPE, ""))])
-def test_an_archive_writes_nothing_outside_its_folder(tmp_path, kind, name, link):
-    (tmp_path / "a").write_bytes(archive(kind, {"top/first": b"1", name: b"2"}, link))
+    ("tar", "link", (tarfile.SYMTYPE, "../..")), ("tar", "link", (tarfile.LNKTYPE, "../../a"))])
+def test_an_archive_writes_nothing_outside_its_folder(tmp_path, kind, name, body):
+    (tmp_path / "a").write_bytes(archive(kind, {"top/first": b"1", name: body}))
     with contextlib.suppress(ValueError):  # tar refuses it, zip leaves the member out
         data.unpack(tmp_path / "a", tmp_path / "root")
     outside = [p for p in tmp_path.rglob("*") if tmp_path / "root" not in (p, *p.parents)]
     assert not outside and not Path("/tmp/evil-of-the-tests").exists()
-    assert not any(p.is_symlink() or p.is_fifo() for p in tmp_path.rglob("*"))
+    assert not list(tmp_path.rglob("link"))
 
 
-@pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_a_damaged_archive_and_a_full_disk_leave_no_half_folder(tmp_path, kind, monkeypatch):
-    path, root = tmp_path / "archive", tmp_path / "root"
-    body = archive(kind, {"top/a.wav": np.random.default_rng(0).bytes(300_000)})
-    for wrong in (body[: len(body) // 2], b"<html>404</html>"):
-        path.write_bytes(wrong)
-        with pytest.raises(ValueError, match="archive is damaged .* the same command gets it"):
-            data.unpack(path, root)
-        assert not list(root.glob("*")) and not path.exists()
-    path.write_bytes(body)
-    monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left")))
-    with pytest.raises(OSError, match="No space left"):  # which is no damage: the archive stays
-        data.unpack(path, root)
-    assert not list(root.glob("*")) and path.exists()
-
-
-@pytest.mark.parametrize("kind, top, checked", [("zip", "ESC-50/", False), ("tar", "./", True)])
-def test_a_download_that_was_dropped_half_way_comes_whole_the_next_time(
-        server, tmp_path, monkeypatch, kind, top, checked):
-    """In its official layout, whatever folder the archive puts around it; and only once."""
+@pytest.mark.parametrize("kind, top, fault", [
+    ("zip", "ESC-50-master/", "is damaged .*the same command gets it again"),
+    ("tar", "./", "is damaged .*the same command"), ("tar", "./", "invalid hash value .*by hand")])
+def test_a_download_comes_whole_in_its_official_layout_or_leaves_nothing(
+        server, tmp_path, monkeypatch, kind, top, fault):
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, (3000, 1))
     files = {"audio/1.wav": wav_bytes(wave), "meta/esc50.csv": b"filename,fold,category\n1.wav,1,a"}
     body = archive(kind, {"__MACOSX/x": b""} | {top + name: files[name] for name in files})
-    server.files["/x"], server.hang_up = body, True
-    sha256 = hashlib.sha256(body).hexdigest() if checked else ""
+    sha256 = hashlib.sha256(body).hexdigest() if "hash" in fault else ""
     monkeypatch.setitem(data.CORPORA, "esc50", replace(
         data.CORPORA["esc50"], address=f"{server.url}/x", sha256=sha256))
     root, cache = tmp_path / "new/root", tmp_path / "cache"
-    for sentence in ("invalid hash" if checked else "is damaged", "1", "1"):  # 1: clips are missing
+    for answer, sentence in (
+            (b"", f"{server.url}/x .*404.*by hand and save it as"), (b"<html>404</html>", fault),
+            (body[: len(body) // 2], fault), (body, "1"), (b"", "1")):  # 1: clips are missing
+        server.files["/x"] = answer
         with pytest.raises(SystemExit, match=sentence):
             data.main(["esc50", str(root), "--cache", str(cache), "--download"])
-        server.hang_up = False
-    assert len(server.asked) == 2 and [p.suffix for p in cache.iterdir()] == [".packed"]
+        assert sentence == "1" or not list(root.glob("*")) + list(cache.glob("*"))
+    assert len(server.asked) == 4 and [p.suffix for p in cache.iterdir()] == [".packed"]
     assert {name: (root / name).read_bytes() for name in files} == files
-    assert not list(root.glob(".*"))
-
-
-def test_what_cannot_be_downloaded_is_answered_with_a_sentence(server, tmp_path):
-    for address, sentence in ((server.url, "404"), ("http://127.0.0.1:1", "refused")):
-        with pytest.raises(ValueError, match=f"{address}/b .*{sentence}.*by hand and save it as"):
-            data.download(f"{address}/b", tmp_path / "b")
-    for name, sentence in (("fluentspeech", "(?s)has none.*train_data.csv.*by the form"),
-                           ("esc50", "needs --root")):
-        with pytest.raises(ValueError, match=sentence):
-            data.download_corpus(name, "")
 
 
 def test_twins_among_the_sounds_differ_by_order_alone(cache):
     corpus = data.open_corpus("sounds", cache=cache)
-    assert [len(corpus.pick(s)) // 12 for s in ("train", "valid", "test")] == [80, 20, 40]
-    assert not set(data.SOURCE) & set(data.TARGET)
     batch = data.load_batch(corpus, np.arange(len(corpus.ids)), 98)
     x = data.features(batch, AST("nano")).mean(1)  # (clips, 128): a spectrum without order
-    x, fit = x - x.mean(1, keepdim=True), torch.tensor(corpus.splits == "train")
-
-    def told_apart(pair):
-        """Accuracy of the nearest mean between two classes."""
-        first, second = (batch.labels == corpus.classes.index(name) for name in pair)
-        centres = torch.stack([x[fit & first].mean(0), x[fit & second].mean(0)])
-        near = torch.cdist(x, centres).argmin(1)  # (clips,) 0 or 1
-        right = torch.cat([near[~fit & first] == 0, near[~fit & second] == 1])
-        return float(right.float().mean())
-
-    plain = [name for name in corpus.classes if ">" not in name]
-    others = np.mean([told_apart(pair) for pair in itertools.combinations(plain, 2)])
-    twins = np.mean([told_apart((name, ">".join(reversed(name.split(">")))))
-                     for name in ("ping>thud", "high>low", "slow>fast")])
+    x, labels = x - x.mean(1, keepdim=True), batch.labels
+    train, test = (torch.tensor(corpus.splits == split) for split in ("train", "test"))
+    centres = torch.stack([x[train & (labels == k)].mean(0) for k in range(12)])
+    far, labels = torch.cdist(x[test], centres), labels[test]  # (test clips, 12)
+    told_apart = lambda a, b: (far[labels == a, a] < far[labels == a, b]).float().mean()
+    plain = [k for k, name in enumerate(corpus.classes) if ">" not in name]
+    others = np.mean([told_apart(*pair) for pair in itertools.permutations(plain, 2)])
+    twins = np.mean([told_apart(*map(corpus.classes.index, pair)) for pair in (
+        ("ping>thud", "thud>ping"), ("high>low", "low>high"), ("slow>fast", "fast>slow"))])
     assert others > 0.8 and twins < 0.65, (others, twins)
 
 
@@ -521,14 +467,13 @@ def test_voices_are_told_apart_by_no_average_spectrum(tmp_path, monkeypatch):
     labels, left, right = (np.array(column) for column in zip(*corpus.trials["test"]))
     speaker = np.array([clip.split("/")[1] for clip in corpus.ids])
     assert ((speaker[left] == speaker[right]) == labels).all() and labels.mean() == 0.5
-    clip = int(corpus.pick("test")[7])  # made alone it is the same: its name is its seed
-    wave = corpus.store[corpus.start[clip] :][: corpus.length[clip]]
-    assert np.array_equal(wave, data.to_int16(data.voice(corpus.ids[clip])))
+    alone = data.to_int16(data.voice(corpus.ids[-1]))  # its name is its seed
+    assert np.array_equal(corpus.store[-corpus.length[-1] :], alone)
     batch = data.load_batch(corpus, np.arange(len(corpus.ids)), 198)
     means = data.fbank(batch.x / 32768, 80).mean(1)  # (clips, 80)
-    for centre in (0, means[corpus.pick("train")].mean(0)):
-        scores = F.cosine_similarity(means[left] - centre, means[right] - centre)
-        assert 0.2 < sv.equal_error_rate(scores.numpy(), labels) < 0.4
+    means -= means[corpus.pick("train")].mean(0)
+    scores = F.cosine_similarity(means[left], means[right])
+    assert 0.2 < sv.equal_error_rate(scores.numpy(), labels) < 0.4
 
 
 def test_augmentation_hides_rolls_and_amplifies_within_its_bounds():
@@ -572,19 +517,17 @@ def test_a_room_is_a_convolution_that_keeps_the_direct_path_in_place_and_the_ene
         np.testing.assert_allclose(wet[row], expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["generated", "folder"])
-def test_noise_has_the_ratio_that_is_asked_for(tmp_path, kind):
+def test_noise_has_the_ratio_that_is_asked_for(tmp_path):
     torch.manual_seed(0)
     folder_corpus(tmp_path / "noises", classes=1)
     x, lengths = 1000 * torch.randn(20, data.samples_of(60)), torch.full((20,), 5000)
     x[:, 5000:] = 0  # padding is no part of the signal's power
-    noise = kind if kind == "generated" else data.open_sounds(tmp_path / "noises", tmp_path / "c")
-    added = data.add_noise_and_rooms(x, lengths, noise, "", 0.6, (7, 7)) - x
-    power = added[:, :5000].square().mean(1)  # (B,)
-    ratio = 10 * (x.square().sum(1) / 5000 / power).log10()[power > 0]
-    assert_close(ratio, torch.full((12,), 7.0), atol=0.01, rtol=0)  # a share of 60 %
-    rooms = data.add_noise_and_rooms(x, lengths, "", noise, 1, (7, 7))
-    assert (rooms != x).any(1).all()
+    for sounds in ("generated", data.open_sounds(tmp_path / "noises", tmp_path / "cache")):
+        added = data.add_noise_and_rooms(x, lengths, sounds, "", 0.6, (7, 7)) - x
+        power = added[:, :5000].square().mean(1)  # (B,)
+        ratio = 10 * (x.square().sum(1) / 5000 / power).log10()[power > 0]
+        assert_close(ratio, torch.full((12,), 7.0), atol=0.01, rtol=0)  # a share of 60 %
+        assert (data.add_noise_and_rooms(x, lengths, "", sounds, 1, (7, 7)) != x).any(1).all()
 
 
 # --------------------------------------------------------------------------------------------------
