@@ -776,29 +776,24 @@ def test_noise_has_the_ratio_that_is_asked_for(tmp_path, kind):
 
 
 @hugging_face
-@pytest.mark.parametrize("layers, file, frames, columns, start", [
-    (12, "memory.pt", 1024, 101, 0), (2, "memory.pt", 1024, 101, 0),  # version 5's names
-    (2, "model.safetensors", 1024, 101, 0),  # the names on disk
-    (2, "model.safetensors", 500, 49, 26), (2, "model.safetensors", 100, 9, 46)])
+@pytest.mark.parametrize("file, frames, columns, start", [
+    ("memory.pt", 1024, 101, 0), ("model.safetensors", 500, 49, 26)])  # version 5's names, disk's
 @torch.inference_mode()
-def test_outputs_equal_hugging_faces(
-        tmp_path, monkeypatch, layers, file, frames, columns, start):
-    """With random weights, tokens and positions; shorter clips: theirs are cropped here by hand."""
+def test_outputs_equal_hugging_faces(tmp_path, file, frames, columns, start):
+    """With random weights, tokens and positions; for a shorter clip theirs are cropped by hand."""
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.ASTModel(transformers.ASTConfig(num_hidden_layers=layers)).eval()
+    model = transformers.ASTModel(transformers.ASTConfig(  # as AST-tiny, 12 layers
+        hidden_size=192, intermediate_size=768, num_attention_heads=3)).eval()
     for name, p in model.named_parameters():
         p.data.add_(torch.randn_like(p) * (0.02 if "embeddings" in name else 0.05 * (p.ndim == 1)))
-    if file == "memory.pt":
-        torch.save(model.state_dict(), tmp_path / file)
-    else:
-        model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "memory.pt")
+    model.save_pretrained(tmp_path)
     positions = model.embeddings.position_embeddings  # (1, 1214, D)
     grid = positions[:, 2:].unflatten(1, (12, 101))[:, :, start : start + columns].flatten(1, 2)
     positions.data = torch.cat([positions[:, :2], grid], 1)
-    monkeypatch.setitem(ast_adapters.SIZES, "base", (768, layers, 12, (12, 101)))
-    ast, x = AST("base", pool="cls").eval(), torch.randn(1, frames, 128)
+    ast, x = AST("tiny", pool="cls").eval(), torch.randn(1, frames, 128)
     said = ast_adapters.load_pretrained(ast, tmp_path / file)
     assert "Hugging Face" in said and "eps 1e-12" in said
     assert_close(ast(x), model(x).pooler_output, atol=1e-4, rtol=0)
@@ -819,8 +814,7 @@ def original_layout(ast):
 
 
 @pytest.mark.parametrize("stride, grid, colours", [
-    (16, (8, 64), 1), (14, (9, 73), 1), (12, (10, 85), 1), (10, (12, 101), 1), (10, (12, 9), 1),
-    (10, (14, 14), 3)])  # the last: ImageNet's square pictures
+    (16, (8, 64), 1), (12, (10, 85), 1), (10, (12, 9), 1), (10, (14, 14), 3)])  # last: ImageNet's
 @torch.inference_mode()
 def test_the_original_layout_loads_with_its_stride_grid_and_eps(tmp_path, stride, grid, colours):
     theirs, ours = AST("nano", stride=stride, grid=grid), AST("nano", eps=1e-12)
@@ -837,7 +831,7 @@ def test_the_original_layout_loads_with_its_stride_grid_and_eps(tmp_path, stride
 def test_positions_are_cropped_in_the_middle_or_interpolated():
     ast, index = AST("tiny"), torch.arange(12 * 101.0)
     ast.pos_embed.data[0, 2:] = index[:, None]  # position = its index
-    for columns, start in ((9, 46), (12, 44), (39, 31), (49, 26), (50, 25), (101, 0)):
+    for columns, start in ((9, 46), (50, 25), (101, 0)):
         rows = ast.positions(12, columns)[0, 2:, 0].reshape(12, columns)
         assert torch.equal(rows, index.reshape(12, 101)[:, start : start + columns])
     assert ast.positions(8, 9)[0, 2, 0] == 2 * 101 + 46  # fewer rows: from row 6 - 8 // 2
@@ -854,7 +848,7 @@ def test_attention_is_torchs_own():
     assert_close(ours(x), theirs(x, x, x)[0])
 
 
-@pytest.mark.parametrize("queries, keys", [(9, 9), (9, 14), (700, 700), (1500, 1500)])
+@pytest.mark.parametrize("queries, keys", [(9, 14), (700, 700), (1500, 1500)])
 def test_attention_written_out_in_bfloat16_is_torchs(queries, keys):
     """Outputs and gradients: with prefixes, in slices of heads, too long to be written out."""
     torch.manual_seed(0)
@@ -889,18 +883,17 @@ def safetensors(header, length=None):
 
 def test_bad_checkpoints_are_refused_with_a_sentence(tmp_path):
     good = dict(dtype="F32", shape=[1], data_offsets=[0, 4])
-    wrong = [dict(data_offsets="04"), dict(data_offsets=[-4, 0]), dict(data_offsets=[0, 400]),
-             dict(shape="x")]
-    headers = [[], {"a": 3}, *({"a": good | entry} for entry in wrong)]
-    damaged = [b"no checkpoint", safetensors({}, 2**60), safetensors({"a": good}, 2**60),
-               *map(safetensors, headers)]
+    entries = [3, good | dict(data_offsets="04"), good | dict(data_offsets=[-4, 0]),
+               good | dict(data_offsets=[0, 400]), good | dict(shape="x")]
+    damaged = [safetensors([]), safetensors({"a": good}, length=2**60),
+               *(safetensors({"a": entry}) for entry in entries)]
     part = {k: v for k, v in AST("nano").state_dict().items() if k != "pos_embed"}
     for name, content, sentence in [
             ("code.pt", Payload(tmp_path / "owned"), "never run"),
-            ("other.pt", {"a": torch.zeros(1)}, "is not an AST-nano: it has no"),
-            ("part.pt", part, "it has no pos_embed"), ("text.pt", b"no checkpoint", "damaged"),
+            ("part.pt", part, "is not an AST-nano: it has no pos_embed"),
             ("tiny.pth", original_layout(AST("tiny")), "is not an AST-nano"),
             ("tensor.pt", torch.zeros(1), "holds a Tensor, not a dict"),
+            ("text.pt", b"no checkpoint", "damaged"),
             *((f"{i}.safetensors", content, "damaged") for i, content in enumerate(damaged))]:
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
@@ -918,36 +911,31 @@ def test_bad_checkpoints_are_refused_with_a_sentence(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # 3. The methods
 
-COUNTS = [  # P1 and its code, on AST-base, without the head (Conformer without the dead LayerNorm)
-    ("linear", {}, 1_536), ("bitfit", {}, 102_144), ("full", {}, 86_187_264),
-    ("prompt-shallow", dict(tokens=300), 231_936), ("prompt-deep", dict(tokens=25), 231_936),
-    ("prefix", dict(tokens=24), 222_720), ("lora", dict(rank=6), 222_720),
-    ("lora", dict(rank=12), 443_904), ("adapter", dict(rank=12), 250_512),
-    ("adapter", dict(rank=24), 471_840), ("adapter", dict(rank=48), 914_496),
-    ("adapter", dict(rank=12, where="both"), 499_488),
-    ("conformer", dict(kernel=31), 272_256 - 18_432),
-    ("conformer", dict(kernel=8), 270_048 - 18_432),
-    ("conformer", dict(where="both"), 542_976 - 2 * 18_432),
-    ("dense-moa", {}, 923_724), ("soft-moa", {}, 923_640)]
-
 
 def test_counts_of_parameters_are_the_published_ones():
+    """P1 and its code, on AST-base, without the head (Conformer without the dead LayerNorm)."""
     with torch.device("meta"):
         totals = [count(AST(size))[2] for size in ("tiny", "small", "base")]
         assert totals == [5_621_568, 21_859_968, 86_187_264]
-        for method, options, trainable in COUNTS:
+        for method, options, trainable in [
+                ("linear", {}, 1_536), ("bitfit", {}, 102_144), ("full", {}, 86_187_264),
+                ("prompt-shallow", dict(tokens=300), 231_936),
+                ("prompt-deep", dict(tokens=25), 231_936), ("prefix", dict(tokens=24), 222_720),
+                ("lora", dict(rank=6), 222_720), ("adapter", dict(rank=12), 250_512),
+                ("adapter", dict(rank=12, where="both"), 499_488),
+                ("conformer", dict(kernel=31), 272_256 - 18_432),
+                ("conformer", dict(where="both"), 542_976 - 2 * 18_432),
+                ("dense-moa", {}, 923_724), ("soft-moa", {}, 923_640)]:
             assert count(adapt(AST("base"), method, **options))[0] == trainable, (method, options)
 
 
 CASES = [(method, {}) for method in METHODS] + [
-    ("lora", dict(targets="qkvo", alpha=3.0)), ("lora", dict(targets="q")),
-    ("dora", dict(targets="qk")), ("adapter", dict(where="mhsa")),
+    ("lora", dict(targets="qkvo", alpha=3.0)), ("dora", dict(targets="qk")),
     ("conformer", dict(where="both", kernel=8)), ("convpass", dict(where="both")),
     ("soft-moa", dict(slots=3, where="mhsa")), ("dense-moa", dict(experts=2, where="both")),
-    *((method, dict(form="sequential", at=at, where=where)) for method in ("adapter", "conformer")
-      for at in ("before", "after") for where in ("ffn", "mhsa"))]
-IDS = ["-".join([m, *(f"{k}={v}" for k, v in o.items())]) for m, o in CASES]
-all_methods = pytest.mark.parametrize("method, options", CASES, ids=IDS)
+    ("adapter", dict(form="sequential", at="before", where="mhsa")),
+    ("conformer", dict(form="sequential", at="after", where="ffn"))]
+all_methods = pytest.mark.parametrize("method, options", CASES, ids=str)
 # Counted in the paper and of no effect: a bias on the keys shifts all scores of a query alike, and
 # the softmax does not see it; BatchNorm removes the bias of the convolution before it.
 BLIND = re.compile(r"attn\.k\.(linear\.|layer\.)?(bias|shift)|depthwise\.bias")
@@ -961,7 +949,7 @@ def pair(method, options, **ast_options):
 
 
 def steps(ast, x, number=2):
-    """A few optimiser steps that pull the embedding somewhere; returns names without a gradient."""
+    """A few optimiser steps that pull the embedding somewhere."""
     torch.manual_seed(1)
     optimiser = torch.optim.SGD([p for p in ast.parameters() if p.requires_grad], lr=0.05)
     target = torch.randn(len(x), ast.embed_dim)
@@ -969,8 +957,6 @@ def steps(ast, x, number=2):
         optimiser.zero_grad()
         (ast(x) * target).sum().backward()
         optimiser.step()
-    return {n for n, p in ast.named_parameters()
-            if p.requires_grad and (p.grad is None or not p.grad.any())}
 
 
 @all_methods
@@ -982,14 +968,11 @@ def test_a_method_starts_as_the_frozen_model_moves_its_own_and_lives_in_its_file
         frozen = plain.eval()(x)
         same = torch.allclose(frozen, ast.eval()(x), atol=1e-6)
     assert same != (method in ("prompt-shallow", "prompt-deep", "prefix"))  # those add tokens
+    steps(ast.train(), x)
     trained = {n for n, p in ast.named_parameters() if p.requires_grad}
-    own_buffers = {n for n, _ in ast.named_buffers()}
-    silent = steps(ast.train(), x)
     moved = {k for k, v in ast.state_dict().items() if not torch.equal(v, before[k])}
-    assert moved <= trained | own_buffers
-    assert all("adapter" in name for name in own_buffers)  # BatchNorm of the Conformer adapter
-    dead = silent | (trained - moved)
-    assert all(BLIND.search(name) for name in dead), dead
+    assert moved <= trained | {n for n, _ in ast.named_buffers()}
+    assert all(BLIND.search(name) for name in trained - moved), trained - moved
 
     torch.save(ast_adapters.adapter_state(ast), tmp_path / "adapter.pt")
     state = torch.load(tmp_path / "adapter.pt", weights_only=True)
@@ -1007,7 +990,7 @@ def test_a_method_takes_any_length_bfloat16_and_torch_compile(method, options, m
     blocks = 2 if method == "prompt-deep" else 1  # compiling is slow; this one has two kinds
     monkeypatch.setitem(ast_adapters.SIZES, "nano", (16, blocks, 2, (12, 9)))
     ast = pair(method, options)[1].eval()
-    for frames in (16, 57, 100, 250):
+    for frames in (16, 57, 250):
         x = torch.randn(2, frames, 128)
         with torch.autocast("cpu", torch.bfloat16):
             assert_close(ast(x).float(), ast.float()(x), atol=0.1, rtol=0)
@@ -1018,21 +1001,20 @@ def test_a_method_takes_any_length_bfloat16_and_torch_compile(method, options, m
             assert_close(compiled(x), ast(x))
 
 
-@pytest.mark.parametrize("method", ["lora", "conformer"])
-def test_checkpointing_changes_no_gradient(method):
-    """But the Conformer adapter's BatchNorm moves as with momentum 1 - (1 - 0.1) ** 2 = 0.19."""
-    ast, x = pair(method, {})[1].train(), torch.randn(3, 100, 128)
+def test_checkpointing_changes_no_gradient_but_batchnorm_counts_twice():
+    ast, x = pair("conformer", {})[1].train(), torch.randn(3, 100, 128)
     twin = copy.deepcopy(ast)
     twin.checkpointing = True
-    steps(ast, x, number=1), steps(twin, x, number=1)
+    steps(ast, x, number=1)
+    steps(twin, x, number=1)
     for p, again in zip(ast.parameters(), twin.parameters()):
         assert p.grad is again.grad is None or torch.equal(p.grad, again.grad)
-    for (name, once), twice in zip(ast.named_buffers(), twin.buffers()):
-        assert "running_mean" not in name or torch.allclose(twice, 1.9 * once)
+    once, twice = (model.blocks[0].mlp.adapter.norm.running_mean for model in (ast, twin))
+    assert_close(twice, 1.9 * once)  # momentum 1 - (1 - 0.1) ** 2 = 0.19
 
 
 @pytest.mark.parametrize("method, options", [
-    ("lora", dict(targets="qkvo", alpha=20.0)), ("lora", {}), ("dora", dict(targets="qv", rank=3))])
+    ("lora", dict(targets="qkvo", alpha=20.0)), ("dora", dict(targets="qv", rank=3))])
 def test_merge_leaves_a_plain_ast_with_equal_outputs(method, options):
     plain, ast = pair(method, options)
     x = torch.randn(3, 100, 128)
@@ -1049,7 +1031,7 @@ def test_merge_leaves_a_plain_ast_with_equal_outputs(method, options):
         ast_adapters.merge(adapt(plain, "adapter"))
 
 
-@pytest.mark.parametrize("method", ["linear", "full", "lora", "adapter", "conformer"])
+@pytest.mark.parametrize("method", ["lora", "adapter", "conformer"])
 def test_without_positions_only_the_conformer_adapter_sees_order(method):
     """P1's published code trains with zero positions (README, B1): what could it tell apart?"""
     x = torch.randn(2, 96, 128)
@@ -1057,8 +1039,6 @@ def test_without_positions_only_the_conformer_adapter_sees_order(method):
     for pos_embed, blind in (("zero", method != "conformer"), ("crop", False)):
         _, ast = pair(method, {}, stride=16, grid=(8, 6), pos_embed=pos_embed)
         steps(ast, x)
-        if pos_embed == "zero" and method == "full":
-            nn.init.zeros_(ast.pos_embed)
         with torch.no_grad():
             assert torch.allclose(ast.eval()(x), ast(swapped), atol=1e-4) == blind
 
@@ -1118,30 +1098,23 @@ def test_placement_by_hand():
         assert_close(ast_adapters.Placed(f, a, *options)(u), expected)
 
 
-BAD_OPTIONS = [
+@pytest.mark.parametrize("method, options, sentence", [
     ("lorra", {}, "unknown method 'lorra': choose from full, linear"),
     ("linear", dict(rank=3), "unknown option of 'linear' 'rank': it has none"),
-    ("lora", dict(kernel=3), "unknown option of 'lora' 'kernel': choose from rank, alpha, targets"),
     ("lora", dict(targets="qx"), "name some of q, k, v, o"),
-    ("lora", dict(rank=65), "at most 64"), ("adapter", dict(rank=0), "at least 1"),
+    ("adapter", dict(rank=0), "at least 1"), ("conformer", dict(kernel=111), "at most 110"),
     ("adapter", dict(where="top"), "choose from ffn, mhsa, both"),
     ("adapter", dict(at="before"), "for form='sequential'"),
-    ("conformer", dict(kernel=111), "at most 110"), ("prefix", dict(tokens=7), "7 is odd")]
-
-
-def test_bad_options_and_inputs_are_answered_with_a_sentence():
-    for method, options, sentence in BAD_OPTIONS:
-        with pytest.raises(ValueError, match=re.escape(sentence)):
-            adapt(AST("nano"), method, **options)
-    with pytest.raises(ValueError, match=r"at least 16 frames, 128 mel bins\), got \(2, 100, 64\)"):
-        AST("nano")(torch.randn(2, 100, 64))
+    ("prefix", dict(tokens=7), "7 is odd"), ("linear", {}, "got (2, 100, 64)")])
+def test_bad_options_and_inputs_are_answered_with_a_sentence(method, options, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        adapt(AST("nano"), method, **options)(torch.randn(2, 100, 64))
 
 
 # --------------------------------------------------------------------------------------------------
 # 4. lightweight_sv.py: counts, lightening, pooling, head, scoring, cost
 
 SLIM = {"amcrn": dict(width=16), "resnet34": dict(width=8), "ecapa-tdnn": dict(width=64)}
-HOSTS = sorted(SLIM)
 
 
 def slim(name, **options):
@@ -1165,40 +1138,30 @@ def test_hosts_have_the_published_counts_and_light_ones_keep_their_budget(
     assert subsets == 1 or (counts[0] <= millions and counts[1] <= giga)
 
 
-@pytest.mark.parametrize("shape", [(3, 24, 1, 50), (3, 24, 5, 10)])
-def test_module_starts_as_the_identity_and_moves_after_one_step(shape):
-    module, x = sv.TransformationModule(24, subsets=4), torch.randn(shape)
+def test_module_starts_as_the_identity_and_moves_after_one_step():
+    module, x = sv.TransformationModule(24, subsets=4), torch.randn(3, 24, 5, 10)
     assert torch.equal(module(x), x)
-    (module(x) * torch.randn(shape)).sum().backward()
-    assert (module.gamma.grad != 0).all()
+    (module(x) * torch.randn_like(x)).sum().backward()
     torch.optim.SGD(module.parameters(), lr=0.1).step()
-    assert not torch.allclose(module(x), x)
+    assert (module.gamma != 0).all() and not torch.allclose(module(x), x)
 
 
-@pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("name", HOSTS)
-def test_every_parameter_has_a_gradient_by_the_second_step_under_autocast_too(name, share):
-    encoder, x, y = slim(name, subsets=2, share=share), torch.randn(4, 60, 40), torch.arange(4)
-    head = sv.AAMSoftmax(24, 5)
-    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        F.cross_entropy(head(encoder(x), y), y).backward()
-        optimizer.step()
-    assert not [n for n, p in encoder.named_parameters()    # a dead bias has rounding noise
-                if p.grad is None or p.grad.abs().max() < 1e-7]
-    with torch.autocast("cpu", torch.bfloat16):
-        F.cross_entropy(head(encoder(x), y), y).backward()
-    assert all(torch.isfinite(p.grad).all() for p in encoder.parameters())
-
-
-@pytest.mark.parametrize("name", HOSTS)
-def test_every_fusion_runs_shrinks_the_host_and_reloads(name):
-    x, sizes = torch.randn(2, 60, 40), []
-    for options in (dict(), dict(subsets=4), dict(subsets=4, fusion="none"),
-                    dict(subsets=4, fusion="mean"), dict(subsets=4, share=True)):
+@pytest.mark.parametrize("name", SLIM)
+def test_every_fusion_trains_every_parameter_shrinks_the_host_and_reloads(name):
+    x, y, head, sizes = torch.randn(4, 60, 40), torch.arange(4), sv.AAMSoftmax(24, 5), []
+    for options in (dict(), dict(subsets=2), dict(subsets=2, fusion="none"),
+                    dict(subsets=2, fusion="mean"), dict(subsets=2, share=True)):
         encoder, again = slim(name, **options).train(), slim(name, **options).eval()
-        assert encoder(x).shape == (2, encoder.embed_dim) and encoder.mels == 40
+        optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+        for bfloat16 in (False, False, True):  # the gate has a gradient from the second step on
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                F.cross_entropy(head(encoder(x), y), y).backward()
+            for key, p in encoder.named_parameters():
+                assert p.grad.isfinite().all(), (key, options)
+                still = p.grad.abs().max() < 1e-7  # a dead bias has rounding noise
+                assert not still or ".gate." in key or ".fuse." in key, (key, options)
+            optimizer.step()
         again.load_state_dict(encoder.state_dict())
         assert_close(again(x), encoder.eval()(x))
         sizes.append(parameters(encoder))
@@ -1206,13 +1169,11 @@ def test_every_fusion_runs_shrinks_the_host_and_reloads(name):
     assert plain > module > none == mean > shared
 
 
-BLOCKS = [(sv.BasicBlock, 16, 32, dict(stride=2), (2, 16, 6, 10)),
-          (sv.SERes2Block, 32, 32, dict(dilation=2, bottleneck=4), (2, 32, 1, 20)),
-          (sv.MultiScaleBlock, 16, 32, {}, (2, 16, 1, 20)),
-          (sv.RecurrentBlock, 32, 32, {}, (2, 32, 1, 20))]
-
-
-@pytest.mark.parametrize("block, d_in, d_out, options, shape", BLOCKS)
+@pytest.mark.parametrize("block, d_in, d_out, options, shape", [
+    (sv.BasicBlock, 16, 32, dict(stride=2), (2, 16, 6, 10)),
+    (sv.SERes2Block, 32, 32, dict(dilation=2, bottleneck=4), (2, 32, 1, 20)),
+    (sv.MultiScaleBlock, 16, 32, {}, (2, 16, 1, 20)),
+    (sv.RecurrentBlock, 32, 32, {}, (2, 32, 1, 20))])
 def test_groups_never_hear_of_each_other_and_shared_ones_have_the_same_weights(
         block, d_in, d_out, options, shape):
     torch.manual_seed(0)
@@ -1223,117 +1184,74 @@ def test_groups_never_hear_of_each_other_and_shared_ones_have_the_same_weights(
     assert torch.equal(before[1], after[1]) and not torch.allclose(before[0], after[0])
     assert parameters(module) == 2 * parameters(block(d_in // 2, d_out // 2, **options))
     light = sv.Lightened(block, d_in, d_out, 2, True, "none", **options).eval()
-    x[:, d_in // 2:] = x[:, :d_in // 2]
-    y = light(x).chunk(2, dim=1)
-    assert_close(y[0], y[1])
-    assert_close(y[0], light.block(x[:, :d_in // 2]))
+    half = x[:, :d_in // 2]
+    assert_close(light(torch.cat([half, half], 1)), light.block(half).repeat(1, 2, 1, 1))
 
 
-@pytest.mark.parametrize("kernel, dilation, groups", [(1, 1, 1), (1, 1, 4), (5, 1, 1), (3, 4, 2)])
-def test_convolutions_are_those_of_torch(kernel, dilation, groups):
-    conv, x = sv.Conv(8, 16, groups, kernel, dilation), torch.randn(1, 8, 20)
-    assert_close(conv(x.unsqueeze(2)).squeeze(2), nn.Conv1d.forward(conv, x))
-    context = torch.randn(1, 16)
-    beside = torch.cat([x, context.unsqueeze(2).expand(-1, -1, 20)], dim=1)
-    conv = sv.ContextConv(24, 5)
-    assert_close(conv(x.unsqueeze(2), context).squeeze(2), nn.Conv1d.forward(conv, beside))
+def test_convolutions_are_those_of_torch():
+    x, context = torch.randn(1, 8, 20), torch.randn(1, 16)
+    for kernel, dilation, groups in ((1, 1, 4), (5, 1, 1), (3, 4, 2)):
+        conv = sv.Conv(8, 16, groups, kernel, dilation)
+        assert_close(conv(x.unsqueeze(2)).squeeze(2), nn.Conv1d.forward(conv, x))
+    conv, beside = sv.ContextConv(24, 5), context.unsqueeze(2).expand(-1, -1, 20)
+    expected = nn.Conv1d.forward(conv, torch.cat([x, beside], dim=1))
+    assert_close(conv(x.unsqueeze(2), context).squeeze(2), expected)
 
 
 def test_attentive_pooling_by_hand():
-    pool = sv.AttentivePooling(3, bottleneck=4)
-    nn.init.zeros_(pool.up.weight)                      # equal scores: plain mean and deviation
-    x = torch.randn(2, 3, 1, 9)
+    pool, x = sv.AttentivePooling(3, bottleneck=4), torch.randn(2, 3, 1, 9)
+    nn.init.zeros_(pool.up.weight)  # equal scores: plain mean and deviation
     expected = torch.cat([x.mean(-1), x.std(-1, correction=0)], dim=1).squeeze(2)
     assert_close(pool(x), expected)
-    assert_close(sv.mean_and_std(x), expected)
     stats = sv.mean_and_std(torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([0.25, 0.75]))
     assert_close(stats, torch.tensor([[2.5, math.sqrt(0.25 * 2.25 + 0.75 * 0.25)]]))
 
 
-@pytest.mark.parametrize("name", HOSTS)
-def test_bad_sizes_are_answered_with_a_sentence(name):
-    with pytest.raises(ValueError, match=r"subsets=3 does not divide .*these would: 1, 2"):
-        slim(name, subsets=3)
-    with pytest.raises(ValueError, match=r"40 mel bins\), got \(2, 60, 80\)"):
-        slim(name)(torch.randn(2, 60, 80))
-    with pytest.raises(ValueError, match="unknown fusion 'sum', expected one of: module, mean"):
-        slim(name, subsets=2, fusion="sum")
-
-
-def test_macs_by_hand_and_no_trace_left():
-    class Toy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mels, self.conv = 6, nn.Conv1d(6, 8, 3, padding=1, groups=2)
-            self.lstm = nn.LSTM(8, 5, num_layers=2, batch_first=True, bidirectional=True)
-            self.linear = nn.Linear(10, 7)
-
-        def forward(self, x):
-            return self.linear(self.lstm(self.conv(x.transpose(1, 2)).transpose(1, 2))[0])
-
-    toy, threads = Toy(), torch.get_num_threads()
-    conv, linear = 50 * 8 * 3 * 3, 50 * 10 * 7
-    lstm = 50 * 2 * 4 * 5 * ((8 + 5) + (10 + 5))        # frames, directions, gates, layers
-    cost = sv.complexity(toy, frames=50) | {"step_ms": sv.time_ms(toy, 50, batch=2, repeats=1)}
-    assert cost["macs"] == conv + linear + lstm and cost["latency_ms"] > 0 < cost["step_ms"]
-    assert all(p.grad is None for p in toy.parameters())
-    assert toy.training and torch.get_num_threads() == threads
-    assert not any(m._forward_hooks for m in toy.modules())
+def test_macs_by_hand_and_no_trace_of_timing_left():
+    lstm = nn.LSTM(6, 5, num_layers=2, batch_first=True, bidirectional=True)
+    for layer, macs in (
+            (nn.Linear(6, 7), 50 * 6 * 7),
+            (lstm, 50 * 2 * 4 * 5 * ((6 + 5) + (10 + 5))),  # frames, directions, gates, layers
+            (nn.Conv1d(50, 8, 3, padding=1, groups=2), 6 * 8 * 25 * 3)):  # along the mel bins
+        layer.mels, threads = 6, torch.get_num_threads()
+        cost = sv.complexity(layer, frames=50)
+        assert cost["macs"] == macs and cost["latency_ms"] > 0
+        assert layer.training and not layer._forward_hooks and torch.get_num_threads() == threads
 
 
 def test_aam_softmax_by_hand():
     head = sv.AAMSoftmax(2, 2, margin=0.2, scale=30)
     head.weight.data = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     x = torch.tensor([[math.cos(0.5), math.sin(0.5)]]) * 7
-    plain = 30 * torch.tensor([[math.cos(0.5), math.sin(0.5)]])
+    plain = 30 * x / 7
     assert_close(head(x), plain)
-    plain[0, 0] = 30 * math.cos(0.5 + 0.2)              # the margin is the true speaker's alone
+    plain[0, 0] = 30 * math.cos(0.5 + 0.2)  # the margin is the true speaker's alone
     assert_close(head(x, torch.tensor([0])), plain)
     head.margin = 0.0
     assert_close(head(x, torch.tensor([0])), head(x))
-    for sign in (1, -1):                                # the gradient where both are parallel
+    for sign in (1, -1):  # the gradient where both are parallel
         x = (sign * head.weight.detach()[:1]).requires_grad_()
         F.cross_entropy(head(x, torch.tensor([0])), torch.tensor([0])).backward()
         assert torch.isfinite(x.grad).all() and torch.isfinite(head.weight.grad).all()
 
 
-def draw(seed, targets, others, shift):
-    random = np.random.RandomState(seed)
-    return random.randn(targets) + shift, random.randn(others)
+NORMAL = np.random.RandomState(0).randn(11_000)
 
 
-VECTORS = [([.4, .5, .6], [.1, .2, .3], 0, 0, 0), ([.1, .2, .3], [.4, .5, .6], 100, 1, 1),
-           ([.9, .8, .7, .3], [.6, .5, .2, .1], 25, .25, .25),
-           ([.9, .8, .4], [.7, .5, .3, .2, .1], 100 / 3, 1 / 3, 1 / 3),
-           ([.5, .5, .9, .9], [.5, .1, .1, .9], 100 / 3, 1, 1), ([.5, .5], [.5, .5], 50, 1, 1),
-           (*draw(1, 37, 113, 2), 14.159292, .675676, .675676),
-           (*draw(0, 1000, 10000, 3), 6.8, .632, .4313)]
-
-
-@pytest.mark.parametrize("targets, others, eer, dcf_01, dcf_05", VECTORS)
+@pytest.mark.parametrize("targets, others, eer, dcf_01, dcf_05", [
+    ([.4, .5, .6], [.1, .2, .3], 0, 0, 0), ([.1, .2, .3], [.4, .5, .6], 100, 1, 1),
+    ([.9, .8, .7, .3], [.6, .5, .2, .1], 25, .25, .25),
+    ([.9, .8, .4], [.7, .5, .3, .2, .1], 100 / 3, 1 / 3, 1 / 3),
+    ([.5, .5, .9, .9], [.5, .1, .1, .9], 100 / 3, 1, 1), ([.5, .5], [.5, .5], 50, 1, 1),
+    (NORMAL[:1000] + 3, NORMAL[1000:], 6.8, .632, .4313)])
 def test_metric_vectors_whatever_the_order(targets, others, eer, dcf_01, dcf_05):
     scores = np.concatenate([targets, others])
     labels = np.r_[np.ones(len(targets)), np.zeros(len(others))]
-    for order in (np.arange(len(scores)), np.arange(len(scores))[::-1],
-                  np.random.RandomState(0).permutation(len(scores))):
+    for order in (slice(None), slice(None, None, -1)):
         s, y = scores[order], labels[order]
         assert 100 * sv.equal_error_rate(s, y) == pytest.approx(eer, abs=1e-6)
         assert sv.min_dcf(s, y, 0.01) == pytest.approx(dcf_01, abs=1e-6)
         assert sv.min_dcf(s, y, 0.05) == pytest.approx(dcf_05, abs=1e-6)
-
-
-def test_threshold_and_the_errors_at_it():
-    scores, labels = [.9, .8, .7, .3, .6, .5, .2, .1], [1, 1, 1, 1, 0, 0, 0, 0]
-    assert sv.error_rates_at(scores, labels, sv.threshold_at(scores, labels)) == (.25, .25)
-    assert sv.error_rates_at(scores, labels, .3) == (0, .5)
-
-
-@pytest.mark.parametrize("scores, labels, sentence", [
-    ([.1, .2], [1, 1], "no non-target trials"), ([.1, .2], [0, 0], "no target trials"),
-    ([.1, np.nan], [0, 1], "1 of 2 scores are not finite"), ([.1], [0, 1], "one label for each")])
-def test_bad_trials_are_answered_with_a_sentence(scores, labels, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        sv.equal_error_rate(scores, labels)
 
 
 def test_adaptive_s_norm_by_hand():
@@ -1349,22 +1267,33 @@ def test_adaptive_s_norm_by_hand():
     assert score == pytest.approx([expected])
 
 
-def test_score_files_are_read_and_checked_against_their_trials(tmp_path, capsys):
-    scores, trials = tmp_path / "scores.txt", tmp_path / "trials.txt"
-    lines = [f"a b{i} {score} {label}" for i, (score, label) in
-             enumerate([(.9, 1), (.8, 1), (.7, 1), (.3, 1), (.6, 0), (.5, 0), (.2, 0), (.1, 0)])]
-    scores.write_text("\n".join(lines) + "\n")
-    trials.write_text("\n".join(f"{line[-1]} a b{i}" for i, line in enumerate(lines)))
-    sv.main([str(scores), str(trials)])
+def test_score_files_give_error_rates_and_a_threshold(tmp_path, capsys):
+    path, scores = tmp_path / "scores.txt", [.9, .8, .7, .3, .6, .5, .2, .1]
+    labels = [1, 1, 1, 1, 0, 0, 0, 0]
+    path.write_text("".join(f"a b {s} {label}\n" for s, label in zip(scores, labels)))
+    assert sv.read_scores(path) == (scores, labels)
+    sv.main([str(path)])
     assert "8 trials, 4 of one speaker: EER 25.000 %, minDCF(p 0.01) 0.2500" in \
         capsys.readouterr().out
-    for changed, sentence in ((lines[:7], "scores 7 of the 8 trials"),
-                              ([lines[1], *lines[1:]], "line 1: a b1 1 is not trial 1 of"),
-                              ([*lines, "a c .5 0"], "line 9: a c 0 is not trial 9"),
-                              (["a b .5 yes"], "line 1: expected `id_a id_b score label`")):
-        scores.write_text("\n".join(changed))
-        with pytest.raises(SystemExit, match=re.escape(sentence)):
-            sv.main([str(scores), str(trials)])
+    assert sv.error_rates_at(scores, labels, sv.threshold_at(scores, labels)) == (.25, .25)
+    assert sv.error_rates_at(scores, labels, .3) == (0, .5)
+    path.write_text("a b .5 1\na b .5 yes")
+    with pytest.raises(SystemExit, match="line 2: expected `id_a id_b score label`"):
+        sv.main([str(path)])
+
+
+@pytest.mark.parametrize("call, sentence", [
+    *((lambda name=name: slim(name, subsets=3), "does not divide .*these would: 1, 2")
+      for name in SLIM),
+    (lambda: slim("amcrn")(torch.randn(2, 60, 80)), r"40 mel bins\), got \(2, 60, 80\)"),
+    (lambda: slim("amcrn", subsets=2, fusion="sum"), "expected one of: module, mean"),
+    (lambda: sv.equal_error_rate([.1, .2], [1, 1]), "no non-target trials"),
+    (lambda: sv.equal_error_rate([.1, .2], [0, 0]), "no target trials"),
+    (lambda: sv.equal_error_rate([.1, np.nan], [0, 1]), "1 of 2 scores are not finite"),
+    (lambda: sv.equal_error_rate([.1], [0, 1]), "one label for each")])
+def test_bad_sizes_features_and_trials_are_answered_with_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
 
 
 # --------------------------------------------------------------------------------------------------
