@@ -776,27 +776,22 @@ def test_noise_has_the_ratio_that_is_asked_for(tmp_path, kind):
 
 
 @hugging_face
-@pytest.mark.parametrize("file, frames, columns, start", [
-    ("memory.pt", 1024, 101, 0), ("model.safetensors", 500, 49, 26)])  # version 5's names, disk's
 @torch.inference_mode()
-def test_outputs_equal_hugging_faces(tmp_path, file, frames, columns, start):
-    """With random weights, tokens and positions; for a shorter clip theirs are cropped by hand."""
+def test_outputs_equal_hugging_faces(tmp_path):
     import transformers
 
     torch.manual_seed(0)
     model = transformers.ASTModel(transformers.ASTConfig(  # as AST-tiny, 12 layers
         hidden_size=192, intermediate_size=768, num_attention_heads=3)).eval()
-    for name, p in model.named_parameters():
+    for name, p in model.named_parameters():  # random tokens, positions, biases and scales too
         p.data.add_(torch.randn_like(p) * (0.02 if "embeddings" in name else 0.05 * (p.ndim == 1)))
     torch.save(model.state_dict(), tmp_path / "memory.pt")
     model.save_pretrained(tmp_path)
-    positions = model.embeddings.position_embeddings  # (1, 1214, D)
-    grid = positions[:, 2:].unflatten(1, (12, 101))[:, :, start : start + columns].flatten(1, 2)
-    positions.data = torch.cat([positions[:, :2], grid], 1)
-    ast, x = AST("tiny", pool="cls").eval(), torch.randn(1, frames, 128)
-    said = ast_adapters.load_pretrained(ast, tmp_path / file)
-    assert "Hugging Face" in said and "eps 1e-12" in said
-    assert_close(ast(x), model(x).pooler_output, atol=1e-4, rtol=0)
+    for file in ("memory.pt", "model.safetensors"):  # the names in version 5, those on disk
+        ast, x = AST("tiny", pool="cls").eval(), torch.randn(1, 1024, 128)
+        said = ast_adapters.load_pretrained(ast, tmp_path / file)
+        assert "Hugging Face" in said and "eps 1e-12" in said
+        assert_close(ast(x), model(x).pooler_output, atol=1e-4, rtol=0)
 
 
 def original_layout(ast):
@@ -839,30 +834,23 @@ def test_positions_are_cropped_in_the_middle_or_interpolated():
     assert longer[0, 1] == 0.25 and longer[0, 2] == 0.75  # halves of a step, pixel centres kept
 
 
-def test_attention_is_torchs_own():
-    ours, theirs = ast_adapters.Attention(64, 4), nn.MultiheadAttention(64, 4, batch_first=True)
-    x, qkv = torch.randn(2, 9, 64), (ours.q, ours.k, ours.v)
+@pytest.mark.parametrize("tokens", [9, 700, 1500])
+def test_attention_is_torchs_own_also_written_out_in_bfloat16(tokens):
+    """Outputs and gradients: all heads at once, in slices, too long to be written out."""
+    torch.manual_seed(0)
+    ours, theirs = ast_adapters.Attention(96, 3), nn.MultiheadAttention(96, 3, batch_first=True)
+    qkv = (ours.q, ours.k, ours.v)
     theirs.in_proj_weight.data = torch.cat([linear.weight for linear in qkv]).detach()
     theirs.in_proj_bias.data = torch.cat([linear.bias for linear in qkv]).detach()
     theirs.out_proj.load_state_dict(ours.o.state_dict())
-    assert_close(ours(x), theirs(x, x, x)[0])
-
-
-@pytest.mark.parametrize("queries, keys", [(9, 14), (700, 700), (1500, 1500)])
-def test_attention_written_out_in_bfloat16_is_torchs(queries, keys):
-    """Outputs and gradients: with prefixes, in slices of heads, too long to be written out."""
-    torch.manual_seed(0)
-    wide = [torch.randn(2, 3, n, 32, dtype=torch.float64) for n in (queries, keys, keys, queries)]
-    results = []
-    for attend, dtype in ((ast_adapters.attend, torch.bfloat16),
-                          (F.scaled_dot_product_attention, torch.float64)):
-        *inputs, weight = (x.bfloat16().to(dtype).requires_grad_() for x in wide)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            out = attend(*inputs)
-        results.append([out, *torch.autograd.grad(out, inputs, weight)])
-    for ours, exact in zip(*results):
-        assert ours.dtype == torch.bfloat16 and ours.shape == exact.shape
-        assert (ours - exact).norm() < 0.01 * exact.norm()
+    x, weight = torch.randn(2, 2, tokens, 96).requires_grad_().unbind()
+    exact = theirs(x, x, x)[0]
+    expected = exact, *torch.autograd.grad(exact, x, weight)
+    for bfloat16, room in ((False, 1e-5), (True, 0.01)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            out = ours(x)
+        for y, exact in zip((out, *torch.autograd.grad(out, x, weight.to(out.dtype))), expected):
+            assert (y - exact).norm() < room * exact.norm(), bfloat16
 
 
 class Payload:
@@ -889,11 +877,9 @@ def test_bad_checkpoints_are_refused_with_a_sentence(tmp_path):
                *(safetensors({"a": entry}) for entry in entries)]
     part = {k: v for k, v in AST("nano").state_dict().items() if k != "pos_embed"}
     for name, content, sentence in [
-            ("code.pt", Payload(tmp_path / "owned"), "never run"),
-            ("part.pt", part, "is not an AST-nano: it has no pos_embed"),
+            ("code.pt", Payload(tmp_path / "owned"), "never run"), ("part.pt", part, "no pos_embed"),
             ("tiny.pth", original_layout(AST("tiny")), "is not an AST-nano"),
-            ("tensor.pt", torch.zeros(1), "holds a Tensor, not a dict"),
-            ("text.pt", b"no checkpoint", "damaged"),
+            ("tensor.pt", torch.zeros(1), "holds a Tensor"), ("text.pt", b"no", "damaged"),
             *((f"{i}.safetensors", content, "damaged") for i, content in enumerate(damaged))]:
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
@@ -903,7 +889,7 @@ def test_bad_checkpoints_are_refused_with_a_sentence(tmp_path):
             ast_adapters.load_pretrained(AST("nano"), tmp_path / name)
     with pytest.raises(ValueError, match="no checkpoint at"):
         ast_adapters.load_pretrained(AST("nano"), tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="load into a plain AST: this one carries 'linear'"):
+    with pytest.raises(ValueError, match="load into a plain AST"):
         ast_adapters.load_pretrained(adapt(AST("nano"), "linear"), tmp_path / "tiny.pth")
     assert not (tmp_path / "owned").exists()
 
@@ -919,22 +905,19 @@ def test_counts_of_parameters_are_the_published_ones():
         assert totals == [5_621_568, 21_859_968, 86_187_264]
         for method, options, trainable in [
                 ("linear", {}, 1_536), ("bitfit", {}, 102_144), ("full", {}, 86_187_264),
-                ("prompt-shallow", dict(tokens=300), 231_936),
-                ("prompt-deep", dict(tokens=25), 231_936), ("prefix", dict(tokens=24), 222_720),
-                ("lora", dict(rank=6), 222_720), ("adapter", dict(rank=12), 250_512),
-                ("adapter", dict(rank=12, where="both"), 499_488),
-                ("conformer", dict(kernel=31), 272_256 - 18_432),
+                ("prompt-shallow", {}, 231_936), ("prompt-deep", {}, 231_936),
+                ("prefix", {}, 222_720), ("lora", {}, 222_720), ("lora", dict(rank=12), 443_904),
+                ("adapter", {}, 250_512), ("adapter", dict(where="both"), 499_488),
+                ("conformer", {}, 272_256 - 18_432), ("dense-moa", {}, 923_724),
                 ("conformer", dict(where="both"), 542_976 - 2 * 18_432),
-                ("dense-moa", {}, 923_724), ("soft-moa", {}, 923_640)]:
+                ("soft-moa", {}, 923_640)]:
             assert count(adapt(AST("base"), method, **options))[0] == trainable, (method, options)
 
 
 CASES = [(method, {}) for method in METHODS] + [
-    ("lora", dict(targets="qkvo", alpha=3.0)), ("dora", dict(targets="qk")),
-    ("conformer", dict(where="both", kernel=8)), ("convpass", dict(where="both")),
-    ("soft-moa", dict(slots=3, where="mhsa")), ("dense-moa", dict(experts=2, where="both")),
-    ("adapter", dict(form="sequential", at="before", where="mhsa")),
-    ("conformer", dict(form="sequential", at="after", where="ffn"))]
+    ("lora", dict(targets="qkvo", alpha=20.0)), ("dora", dict(targets="qk", rank=3)),
+    ("conformer", dict(where="both", kernel=8)), ("soft-moa", dict(slots=3, where="mhsa")),
+    ("adapter", dict(form="sequential", at="before", where="both"))]
 all_methods = pytest.mark.parametrize("method, options", CASES, ids=str)
 # Counted in the paper and of no effect: a bias on the keys shifts all scores of a query alike, and
 # the softmax does not see it; BatchNorm removes the bias of the convolution before it.
@@ -948,12 +931,12 @@ def pair(method, options, **ast_options):
     return plain, adapt(copy.deepcopy(plain), method, **options)
 
 
-def steps(ast, x, number=2):
-    """A few optimiser steps that pull the embedding somewhere."""
+def steps(ast, x):
+    """Two optimiser steps that pull the embedding somewhere."""
     torch.manual_seed(1)
     optimiser = torch.optim.SGD([p for p in ast.parameters() if p.requires_grad], lr=0.05)
     target = torch.randn(len(x), ast.embed_dim)
-    for _ in range(number):
+    for _ in range(2):
         optimiser.zero_grad()
         (ast(x) * target).sum().backward()
         optimiser.step()
@@ -968,7 +951,11 @@ def test_a_method_starts_as_the_frozen_model_moves_its_own_and_lives_in_its_file
         frozen = plain.eval()(x)
         same = torch.allclose(frozen, ast.eval()(x), atol=1e-6)
     assert same != (method in ("prompt-shallow", "prompt-deep", "prefix"))  # those add tokens
+    saving = copy.deepcopy(ast)
+    saving.checkpointing = True  # less memory, the same gradients
     steps(ast.train(), x)
+    steps(saving.train(), x)
+    assert all(map(torch.equal, ast.parameters(), saving.parameters()))
     trained = {n for n, p in ast.named_parameters() if p.requires_grad}
     moved = {k for k, v in ast.state_dict().items() if not torch.equal(v, before[k])}
     assert moved <= trained | {n for n, _ in ast.named_buffers()}
@@ -976,8 +963,12 @@ def test_a_method_starts_as_the_frozen_model_moves_its_own_and_lives_in_its_file
 
     torch.save(ast_adapters.adapter_state(ast), tmp_path / "adapter.pt")
     state = torch.load(tmp_path / "adapter.pt", weights_only=True)
-    twin = ast_adapters.load_adapter(plain, state).eval()
-    assert torch.equal(twin(x), ast.eval()(x)) and torch.equal(plain(x), frozen)
+    twin, expected = ast_adapters.load_adapter(plain, state).eval(), ast.eval()(x)
+    assert torch.equal(twin(x), expected)
+    if method in ("lora", "dora"):
+        assert ast_adapters.merge(twin).state_dict().keys() == plain.state_dict().keys()
+        assert_close(twin(x), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(plain(x), frozen)  # though it shares weights with the twin
     if method != "full":
         assert sum(v.numel() for v in state["weights"].values()) < 2e5  # of 3e5
         plain.blocks[0].mlp.fc1.bias.data += 1
@@ -1001,43 +992,12 @@ def test_a_method_takes_any_length_bfloat16_and_torch_compile(method, options, m
             assert_close(compiled(x), ast(x))
 
 
-def test_checkpointing_changes_no_gradient_but_batchnorm_counts_twice():
-    ast, x = pair("conformer", {})[1].train(), torch.randn(3, 100, 128)
-    twin = copy.deepcopy(ast)
-    twin.checkpointing = True
-    steps(ast, x, number=1)
-    steps(twin, x, number=1)
-    for p, again in zip(ast.parameters(), twin.parameters()):
-        assert p.grad is again.grad is None or torch.equal(p.grad, again.grad)
-    once, twice = (model.blocks[0].mlp.adapter.norm.running_mean for model in (ast, twin))
-    assert_close(twice, 1.9 * once)  # momentum 1 - (1 - 0.1) ** 2 = 0.19
-
-
-@pytest.mark.parametrize("method, options", [
-    ("lora", dict(targets="qkvo", alpha=20.0)), ("dora", dict(targets="qv", rank=3))])
-def test_merge_leaves_a_plain_ast_with_equal_outputs(method, options):
-    plain, ast = pair(method, options)
-    x = torch.randn(3, 100, 128)
-    steps(ast, x)
-    frozen, expected, state = plain(x), ast(x), ast_adapters.adapter_state(ast)
-    merged = ast_adapters.merge(ast)
-    assert merged.state_dict().keys() == plain.state_dict().keys() and not merged.adaptation
-    assert_close(merged(x), expected, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(expected, frozen, atol=1e-3)
-    # A merged twin leaves the backbone it shared its weights with alone.
-    assert_close(ast_adapters.merge(ast_adapters.load_adapter(plain, state))(x), merged(x))
-    assert torch.equal(plain(x), frozen)
-    with pytest.raises(ValueError, match="merge folds lora and dora"):
-        ast_adapters.merge(adapt(plain, "adapter"))
-
-
-@pytest.mark.parametrize("method", ["lora", "adapter", "conformer"])
-def test_without_positions_only_the_conformer_adapter_sees_order(method):
+def test_without_positions_only_the_conformer_adapter_sees_order():
     """P1's published code trains with zero positions (README, B1): what could it tell apart?"""
     x = torch.randn(2, 96, 128)
     swapped = torch.cat([x[:, 48:], x[:, :48]], 1)  # with stride 16: the same patches, permuted
-    for pos_embed, blind in (("zero", method != "conformer"), ("crop", False)):
-        _, ast = pair(method, {}, stride=16, grid=(8, 6), pos_embed=pos_embed)
+    for method, blind in (("adapter", True), ("conformer", False)):
+        _, ast = pair(method, {}, stride=16, grid=(8, 6), pos_embed="zero")
         steps(ast, x)
         with torch.no_grad():
             assert torch.allclose(ast.eval()(x), ast(swapped), atol=1e-4) == blind
@@ -1138,14 +1098,6 @@ def test_hosts_have_the_published_counts_and_light_ones_keep_their_budget(
     assert subsets == 1 or (counts[0] <= millions and counts[1] <= giga)
 
 
-def test_module_starts_as_the_identity_and_moves_after_one_step():
-    module, x = sv.TransformationModule(24, subsets=4), torch.randn(3, 24, 5, 10)
-    assert torch.equal(module(x), x)
-    (module(x) * torch.randn_like(x)).sum().backward()
-    torch.optim.SGD(module.parameters(), lr=0.1).step()
-    assert (module.gamma != 0).all() and not torch.allclose(module(x), x)
-
-
 @pytest.mark.parametrize("name", SLIM)
 def test_every_fusion_trains_every_parameter_shrinks_the_host_and_reloads(name):
     x, y, head, sizes = torch.randn(4, 60, 40), torch.arange(4), sv.AAMSoftmax(24, 5), []
@@ -1153,15 +1105,13 @@ def test_every_fusion_trains_every_parameter_shrinks_the_host_and_reloads(name):
                     dict(subsets=2, fusion="mean"), dict(subsets=2, share=True)):
         encoder, again = slim(name, **options).train(), slim(name, **options).eval()
         optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
-        for bfloat16 in (False, False, True):  # the gate has a gradient from the second step on
+        for bfloat16 in (True, False):  # the gates have a gradient from the second step on
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 F.cross_entropy(head(encoder(x), y), y).backward()
-            for key, p in encoder.named_parameters():
-                assert p.grad.isfinite().all(), (key, options)
-                still = p.grad.abs().max() < 1e-7  # a dead bias has rounding noise
-                assert not still or ".gate." in key or ".fuse." in key, (key, options)
             optimizer.step()
+        for key, p in encoder.named_parameters():  # a dead bias has rounding noise
+            assert p.grad.isfinite().all() and p.grad.abs().max() > 1e-7, (key, options)
         again.load_state_dict(encoder.state_dict())
         assert_close(again(x), encoder.eval()(x))
         sizes.append(parameters(encoder))
@@ -1174,10 +1124,11 @@ def test_every_fusion_trains_every_parameter_shrinks_the_host_and_reloads(name):
     (sv.SERes2Block, 32, 32, dict(dilation=2, bottleneck=4), (2, 32, 1, 20)),
     (sv.MultiScaleBlock, 16, 32, {}, (2, 16, 1, 20)),
     (sv.RecurrentBlock, 32, 32, {}, (2, 32, 1, 20))])
-def test_groups_never_hear_of_each_other_and_shared_ones_have_the_same_weights(
+def test_groups_hear_of_each_other_by_fusion_alone_and_may_share_their_weights(
         block, d_in, d_out, options, shape):
     torch.manual_seed(0)
     module, x = block(d_in, d_out, groups=2, **options).eval(), torch.randn(shape)
+    assert torch.equal(sv.TransformationModule(d_in, 2)(x), x)  # fusion starts as the identity
     changed = x.clone()
     changed[:, :d_in // 2] += 1
     before, after = module(x).chunk(2, dim=1), module(changed).chunk(2, dim=1)
@@ -1188,47 +1139,40 @@ def test_groups_never_hear_of_each_other_and_shared_ones_have_the_same_weights(
     assert_close(light(torch.cat([half, half], 1)), light.block(half).repeat(1, 2, 1, 1))
 
 
-def test_convolutions_are_those_of_torch():
-    x, context = torch.randn(1, 8, 20), torch.randn(1, 16)
-    for kernel, dilation, groups in ((1, 1, 4), (5, 1, 1), (3, 4, 2)):
+def test_convolutions_are_torchs_and_pooling_is_worked_by_hand():
+    x, context = torch.randn(1, 8, 1, 20), torch.randn(1, 16)
+    for kernel, dilation, groups in ((1, 1, 4), (3, 4, 2)):
         conv = sv.Conv(8, 16, groups, kernel, dilation)
-        assert_close(conv(x.unsqueeze(2)).squeeze(2), nn.Conv1d.forward(conv, x))
-    conv, beside = sv.ContextConv(24, 5), context.unsqueeze(2).expand(-1, -1, 20)
-    expected = nn.Conv1d.forward(conv, torch.cat([x, beside], dim=1))
-    assert_close(conv(x.unsqueeze(2), context).squeeze(2), expected)
-
-
-def test_attentive_pooling_by_hand():
-    pool, x = sv.AttentivePooling(3, bottleneck=4), torch.randn(2, 3, 1, 9)
+        assert_close(conv(x).squeeze(2), nn.Conv1d.forward(conv, x.squeeze(2)))
+    conv, beside = sv.ContextConv(24, 5), context[:, :, None].expand(-1, -1, 20)
+    expected = nn.Conv1d.forward(conv, torch.cat([x.squeeze(2), beside], dim=1))
+    assert_close(conv(x, context).squeeze(2), expected)
+    pool = sv.AttentivePooling(8, bottleneck=4)
     nn.init.zeros_(pool.up.weight)  # equal scores: plain mean and deviation
-    expected = torch.cat([x.mean(-1), x.std(-1, correction=0)], dim=1).squeeze(2)
-    assert_close(pool(x), expected)
+    assert_close(pool(x), torch.cat([x.mean(-1), x.std(-1, correction=0)], dim=1).squeeze(2))
     stats = sv.mean_and_std(torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([0.25, 0.75]))
     assert_close(stats, torch.tensor([[2.5, math.sqrt(0.25 * 2.25 + 0.75 * 0.25)]]))
 
 
-def test_macs_by_hand_and_no_trace_of_timing_left():
-    lstm = nn.LSTM(6, 5, num_layers=2, batch_first=True, bidirectional=True)
+def test_macs_by_hand_and_timing_leaves_the_threads_alone():
+    lstm, threads = nn.LSTM(6, 5, 2, batch_first=True, bidirectional=True), torch.get_num_threads()
     for layer, macs in (
             (nn.Linear(6, 7), 50 * 6 * 7),
             (lstm, 50 * 2 * 4 * 5 * ((6 + 5) + (10 + 5))),  # frames, directions, gates, layers
             (nn.Conv1d(50, 8, 3, padding=1, groups=2), 6 * 8 * 25 * 3)):  # along the mel bins
-        layer.mels, threads = 6, torch.get_num_threads()
+        layer.mels = 6
         cost = sv.complexity(layer, frames=50)
         assert cost["macs"] == macs and cost["latency_ms"] > 0
-        assert layer.training and not layer._forward_hooks and torch.get_num_threads() == threads
+    assert torch.get_num_threads() == threads
 
 
 def test_aam_softmax_by_hand():
     head = sv.AAMSoftmax(2, 2, margin=0.2, scale=30)
     head.weight.data = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     x = torch.tensor([[math.cos(0.5), math.sin(0.5)]]) * 7
-    plain = 30 * x / 7
-    assert_close(head(x), plain)
-    plain[0, 0] = 30 * math.cos(0.5 + 0.2)  # the margin is the true speaker's alone
-    assert_close(head(x, torch.tensor([0])), plain)
-    head.margin = 0.0
-    assert_close(head(x, torch.tensor([0])), head(x))
+    assert_close(head(x), 30 * x / 7)
+    expected = 30 * torch.tensor([[math.cos(0.5 + 0.2), math.sin(0.5)]])  # for the true one alone
+    assert_close(head(x, torch.tensor([0])), expected)
     for sign in (1, -1):  # the gradient where both are parallel
         x = (sign * head.weight.detach()[:1]).requires_grad_()
         F.cross_entropy(head(x, torch.tensor([0])), torch.tensor([0])).backward()
@@ -1247,34 +1191,25 @@ NORMAL = np.random.RandomState(0).randn(11_000)
 def test_metric_vectors_whatever_the_order(targets, others, eer, dcf_01, dcf_05):
     scores = np.concatenate([targets, others])
     labels = np.r_[np.ones(len(targets)), np.zeros(len(others))]
-    for order in (slice(None), slice(None, None, -1)):
-        s, y = scores[order], labels[order]
-        assert 100 * sv.equal_error_rate(s, y) == pytest.approx(eer, abs=1e-6)
-        assert sv.min_dcf(s, y, 0.01) == pytest.approx(dcf_01, abs=1e-6)
-        assert sv.min_dcf(s, y, 0.05) == pytest.approx(dcf_05, abs=1e-6)
+    for order in (1, -1):
+        rates = sv.error_rates(scores[::order], labels[::order])
+        assert list(rates.values()) == pytest.approx([eer, dcf_01, dcf_05], abs=1e-6)
 
 
 def test_adaptive_s_norm_by_hand():
     a, b = [1.0, 0.0], [0.0, 2.0]
     cohort = [[3.0, 4.0], [4.0, 3.0], [-1.0, 0.0]]
-    # cosines: a .6 .8 -1, b .8 .6 0; the best two of each: mean .7, std .1 (ddof 0)
-    score = sv.adaptive_s_norm([0.9], [[0, 1]], [a, b], cohort, top_n=2)
-    assert score == pytest.approx([2.0])
-    # all three: a mean .4/3, b 1.4/3
-    left, right = np.std([.6, .8, -1], ddof=1), np.std([.8, .6, 0], ddof=1)
-    expected = ((0.9 - .4 / 3) / left + (0.9 - 1.4 / 3) / right) / 2
-    score = sv.adaptive_s_norm([0.9], [[0, 1]], [a, b], cohort, top_n=300, ddof=1)
-    assert score == pytest.approx([expected])
+    # cosines: a .6 .8 -1, b .8 .6 0; the best two of each: mean .7, std .1
+    score = sv.adaptive_s_norm([0.9, 0.5], [[0, 1], [1, 0]], [a, b], cohort, top_n=2)
+    assert score == pytest.approx([2.0, -2.0])
 
 
 def test_score_files_give_error_rates_and_a_threshold(tmp_path, capsys):
     path, scores = tmp_path / "scores.txt", [.9, .8, .7, .3, .6, .5, .2, .1]
     labels = [1, 1, 1, 1, 0, 0, 0, 0]
     path.write_text("".join(f"a b {s} {label}\n" for s, label in zip(scores, labels)))
-    assert sv.read_scores(path) == (scores, labels)
     sv.main([str(path)])
-    assert "8 trials, 4 of one speaker: EER 25.000 %, minDCF(p 0.01) 0.2500" in \
-        capsys.readouterr().out
+    assert "8 trials, 4 of one speaker: EER 25.000 %" in capsys.readouterr().out
     assert sv.error_rates_at(scores, labels, sv.threshold_at(scores, labels)) == (.25, .25)
     assert sv.error_rates_at(scores, labels, .3) == (0, .5)
     path.write_text("a b .5 1\na b .5 yes")
@@ -1283,8 +1218,9 @@ def test_score_files_give_error_rates_and_a_threshold(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("call, sentence", [
-    *((lambda name=name: slim(name, subsets=3), "does not divide .*these would: 1, 2")
-      for name in SLIM),
+    (lambda: slim("amcrn", subsets=3), "does not divide .*these would: 1, 2, 4, 8"),
+    (lambda: slim("ecapa-tdnn", subsets=3), "does not divide .*these would: 1, 2, 4, 8"),
+    (lambda: slim("resnet34", subsets=3), "does not divide .*these would: 1, 2, 4, 8"),
     (lambda: slim("amcrn")(torch.randn(2, 60, 80)), r"40 mel bins\), got \(2, 60, 80\)"),
     (lambda: slim("amcrn", subsets=2, fusion="sum"), "expected one of: module, mean"),
     (lambda: sv.equal_error_rate([.1, .2], [1, 1]), "no non-target trials"),
