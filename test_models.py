@@ -733,6 +733,20 @@ def test_a_method_takes_any_length_bfloat16_and_torch_compile(method, options, m
             assert_close(compiled(x), ast(x))
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "adapter", "conformer"])
+def test_without_positions_only_the_conformer_adapter_sees_order(method):
+    """P1's published code trains with zero positions (README, B1): what could it tell apart?"""
+    x = torch.randn(2, 96, 128)
+    swapped = torch.cat([x[:, 48:], x[:, :48]], 1)  # with stride 16: the same patches, permuted
+    for pos_embed, blind in (("zero", method != "conformer"), ("crop", False)):
+        ast = adapt(AST("nano", stride=16, grid=(8, 6), pos_embed=pos_embed), method)
+        steps(ast, x)
+        if pos_embed == "zero":  # full fine-tuning has moved them
+            nn.init.zeros_(ast.pos_embed)
+        with torch.no_grad():
+            assert torch.allclose(ast.eval()(x), ast(swapped), atol=1e-4) == blind
+
+
 def test_lora_dora_and_the_placement_of_adapters_by_hand():
     linear, x = nn.Linear(5, 4), torch.randn(3, 5)
     lora, dora = ast_adapters.LoRA(linear, 2, alpha=6), ast_adapters.DoRA(linear, 2, alpha=2)
@@ -861,9 +875,10 @@ def test_groups_hear_of_each_other_by_fusion_alone_and_may_share_their_weights(
 
 def test_convolutions_are_torchs_and_pooling_is_worked_by_hand():
     x, context = torch.randn(1, 8, 1, 20), torch.randn(1, 16)
-    for kernel, dilation, groups in ((1, 1, 4), (3, 4, 2)):
+    for kernel, dilation, groups in ((1, 1, 1), (1, 1, 4), (3, 4, 2)):
         conv = sv.Conv(8, 16, groups, kernel, dilation)
-        assert_close(conv(x).squeeze(2), nn.Conv1d.forward(conv, x.squeeze(2)))
+        for mode in (conv.train, conv.eval):  # single utterances go another way then
+            assert_close(mode()(x).squeeze(2), nn.Conv1d.forward(conv, x.squeeze(2)))
     conv, beside = sv.ContextConv(24, 5), context[:, :, None].expand(-1, -1, 20)
     expected = nn.Conv1d.forward(conv, torch.cat([x.squeeze(2), beside], dim=1))
     assert_close(conv(x, context).squeeze(2), expected)
