@@ -72,15 +72,13 @@ WAV_TYPES = {(1, 8): ("u1", 128), (1, 16): ("<i2", 2**15), (1, 24): ("<i4", 2**3
 
 def read_wav(path):
     """Return a WAV file as float32 (channels, n) in [-1, 1], and its samples a second. RIFF is a
-    row of chunks: 4 letters, little-endian size, body padded to even. Raises ValueError for others."""
+    row of chunks: 4 letters, little-endian size, body padded to even. Raises ValueError else."""
     form = b""
     with open(path, "rb") as file:
         riff = file.read(12)
         if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
             raise ValueError(f"{path}: empty or not a WAV file (it starts with {riff!r})")
-        while (chunk := file.read(8))[:4] != b"data":  # recorders put chunks of their own before
-            if len(chunk) < 8:
-                raise ValueError(f"{path}: truncated, it ends before its audio data")
+        while (chunk := file.read(8))[:4] not in (b"data", b""):  # recorders put others before
             size = int.from_bytes(chunk[4:], "little")
             body = file.read(size + size % 2)
             form = body if chunk[:4] == b"fmt " else form
@@ -123,8 +121,8 @@ def read_audio(path):
     if not np.isfinite(wave).all():
         raise ValueError(f"{path}: holds samples that are not finite")
     if rate != RATE:  # with a low-pass filter: dropping samples would fold high sounds down
-        # The filter grows with the ratio's terms: 44,101 Hz would take 28 GB. A ratio of small
-        # terms is off by less than one in a million, far less than a recorder's clock.
+        # The filter grows with the ratio's terms: 44,101 Hz would take 28 GB. With small terms it
+        # is off by less than one in a million, far less than a recorder's clock.
         ratio = Fraction(RATE, rate).limit_denominator(1000)
         wave = import_torchaudio().functional.resample(
             torch.from_numpy(wave), ratio.denominator, ratio.numerator).numpy()
@@ -139,11 +137,10 @@ def to_int16(wave):
 
 def find_audio(root):
     """Return the paths of the audio files below a folder, relative to it, sorted."""
-    found = []
-    for folder, _, files in os.walk(root, followlinks=True):  # Path.rglob is five times slower
-        place = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
-        found += [place.removeprefix("./") + file for file in files if file.lower().endswith(AUDIO)]
-    return sorted(found)
+    start = len(os.path.join(root, ""))
+    return sorted(os.path.join(folder, file)[start:].replace(os.sep, "/")
+                  for folder, _, files in os.walk(root, followlinks=True)  # rglob is slower
+                  for file in files if file.lower().endswith(AUDIO))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,35 +196,35 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, s
     valid     False: the validation clips train too, so there is nothing to select on
     trials    which of VoxCeleb's lists of trials: o, e or h
     train     False: only the test clips are of use, so the trials may name every speaker
-    Raises ValueError with a sentence: no root, wrong tree, bad clips, empty split.
     """
-    source, listed = CORPORA[name], {}  # split -> trials
+    source, listed = CORPORA[name], None
     file, count = source.lists.get(trials, ("trials.txt", 0))
     try:
         if source.tree and not (root and Path(root).is_dir()):
             raise FileNotFoundError(f"no folder at '{root or ''}'")
         root = Path(root or ".")
         if source.tree and (source.lists or (root / file).is_file()):
-            listed["test"] = read_trials(root / file)
-        if source.rows:
+            listed = read_trials(root / file)
+        if name == "features":
+            corpus = open_features(root)
+        else:
             rows = source.rows(root)
             if source.lists:
-                rows, listed["test"] = match_trials(rows, listed["test"])
-            elif source.trials:
-                listed = {split: make_trials([row[:2] for row in rows if row[2] == split],
-                                             rng_of(split)) for split in ("valid", "test")}
+                rows, listed = match_trials(rows, listed)
             corpus = pack(name, root, rows, source.read, cache, skip_bad)
-        else:
-            corpus = open_features(root)
     except FileNotFoundError as error:
+        brings = f"\n--download brings {source.address} into ROOT." * bool(source.address)
         raise ValueError(f"--data {name} needs --root, a folder with what follows ({error}).\n"
-                         + source.tree + f"\n--download brings {source.address} into ROOT."
-                         * bool(source.address)) from error
-    corpus.trials, good = listed, np.count_nonzero(corpus.length)
-    for what, expected, found in (("clips", source.clips, good),
-                                  (f"trials in {file}", count, len(listed.get("test", ())))):
-        if expected not in (0, found):
-            corpus.notes.append(f"expected {expected:,} {what}, found {found:,}")
+                         f"{source.tree}{brings}") from error
+    good = np.count_nonzero(corpus.length)
+    if source.clips not in (0, good):
+        corpus.notes.append(f"expected {source.clips:,} clips, found {good:,}")
+    if listed is not None:
+        corpus.trials["test"] = index_trials(corpus, listed)
+        if count not in (0, len(listed)):
+            corpus.notes.append(f"expected {count:,} trials in {file}, found {len(listed):,}")
+    for split in ("valid", "test") if source.trials else ():
+        corpus.trials[split] = make_trials(corpus.pick(split), corpus.labels, rng_of(split))
     return make_splits(corpus, seed, fold or 1, few_shot, valid, train)
 
 
@@ -256,16 +253,15 @@ def pack(name, root, rows, read, cache, skip_bad):
         raise ValueError("\n  ".join([f"{len(bad)} of {len(ids)} clips of {name} cannot be used:",
                                       *list(bad.values())[:5]])
                          + "\nRepair or remove them, or go on without them with --skip-bad.")
-    notes = [f"{len(bad)} unusable clips are left out (--skip-bad)"] if bad else []
     splits = np.where(length > 0, np.array(splits, object), "bad")
     return Corpus(name, ids, np.array(names), splits, [], np.cumsum(length) - length, length, store,
-                  notes=notes, bad=list(bad.values()))
+                  notes=[f"{len(bad)} unusable clips are left out (--skip-bad)"] * bool(bad),
+                  bad=list(bad.values()))
 
 
 def write_pack(path, clips, read, threads):
-    """Write the samples of all clips, then a JSON index (lengths, {id: reason}) and its size: one
-    file under a temporary name, then renamed. So the name stands for a whole file, also for another
-    program that packs or reads the same corpus at this moment."""
+    """Write the samples of all clips, a JSON index (lengths, {id: reason}) and its size. The file
+    is renamed at the end: its name stands for a whole file, also for another program."""
     def read_or_reason(clip):
         try:
             return read(clip), ""
@@ -296,13 +292,10 @@ def write_pack(path, clips, read, threads):
 
 def read_pack(path):
     """Return (memory map of the samples, length of each clip, {id: why it cannot be used})."""
-    with open(path, "rb") as file:
-        file.seek(-8, os.SEEK_END)
-        size = int.from_bytes(file.read(8), "little")
-        file.seek(-8 - size, os.SEEK_END)
-        lengths, bad = json.loads(file.read(size))
-        store = np.memmap(file, "<i2", "r", shape=max(1, sum(lengths)))  # nothing cannot be mapped
-    return store, np.array(lengths, np.int64), bad
+    raw = np.memmap(path, np.uint8, "r")
+    size = int.from_bytes(raw[-8:].tobytes(), "little")
+    lengths, bad = json.loads(raw[-8 - size : -8].tobytes())
+    return raw[: -8 - size].view("<i2"), np.array(lengths, np.int64), bad
 
 
 def corpus_of_files(paths):
@@ -334,7 +327,6 @@ def make_splits(corpus, seed, fold, few_shot, valid, train):
     """Turn names into indices and folds into splits; draw what the corpus does not bring."""
     names, splits, rng = corpus.labels, corpus.splits, np.random.default_rng(seed)
     if corpus.trials:
-        index_trials(corpus)
         split_by_speaker(corpus, names, rng, draw=train and valid)
     else:
         split_by_class(splits, names, rng, fold)
@@ -348,6 +340,11 @@ def make_splits(corpus, seed, fold, few_shot, valid, train):
     for name in corpus.classes if few_shot else ():
         clips = np.flatnonzero((names == name) & (splits == "train"))
         splits[rng.permutation(clips)[few_shot:]] = "unused"
+    kinds = [len({label for label, _, _ in trials}) for trials in corpus.trials.values()]
+    if min(kinds, default=2) < 2 or (kinds and train and len(corpus.classes) < 2):
+        raise ValueError(f"{corpus.name}: trials are all of one kind, or fewer than two speakers "
+                         "are left to train and two to validate (VoxCeleb's E and H test all of "
+                         "VoxCeleb1: train on VoxCeleb2)")
     found, needed = Counter(splits), {"train", "test"} if train else {"test"}
     if not needed <= found.keys() <= {"train", "valid", "test", "bad", "unused"}:
         raise ValueError(f"{corpus.name} has clips {dict(found)}: expected some that train, some "
@@ -355,23 +352,19 @@ def make_splits(corpus, seed, fold, few_shot, valid, train):
     return corpus
 
 
-def index_trials(corpus):
-    """Turn the clips' names in the trials into indices. Leave out, with a note, the trials of bad
-    clips, which have no embedding. Raises ValueError for trials that measure nothing."""
+def index_trials(corpus, trials):
+    """Turn the clips' names in trials into indices. Leave out, with a note, the trials of bad
+    clips, which have no embedding."""
     index = {clip: i for i, clip in enumerate(corpus.ids)}
-    for split, trials in corpus.trials.items():
-        unknown = [clip for _, *pair in trials for clip in pair if clip not in index]
-        if unknown:
-            raise ValueError(f"the {split} trials name {unknown[0]}, which {corpus.name} lacks")
+    try:
         pairs = [(label, index[a], index[b]) for label, a, b in trials]
-        pairs = [pair for pair in pairs if corpus.length[list(pair[1:])].all()]
-        if len(pairs) < len(trials):
-            corpus.notes.append(f"{len(trials) - len(pairs)} {split} trials of unusable clips are "
-                                "left out: error rates are not comparable with the full list's")
-        if len({label for label, _, _ in pairs}) < 2:
-            raise ValueError(f"the {split} trials of {corpus.name} are all of one kind: error "
-                             "rates need trials of one speaker and of two")
-        corpus.trials[split] = pairs
+    except KeyError as error:
+        raise ValueError(f"the trials name {error}, which {corpus.name} lacks") from error
+    good = [pair for pair in pairs if corpus.length[pair[1]] and corpus.length[pair[2]]]
+    if len(good) < len(pairs):
+        corpus.notes.append(f"{len(pairs) - len(good)} test trials of unusable clips are left out: "
+                            "error rates are not comparable with the full list's")
+    return good
 
 
 def split_by_speaker(corpus, names, rng, draw):
@@ -381,17 +374,11 @@ def split_by_speaker(corpus, names, rng, draw):
     tested = {names[i] for _, *pair in corpus.trials.get("test", ()) for i in pair}
     free = corpus.splits == "any"
     corpus.splits[free] = ["test" if name in tested else "train" for name in names[free]]
-    if not draw or "valid" in corpus.trials:
-        return
-    speakers = np.unique(names[corpus.splits == "train"])
-    held = rng.permutation(speakers)[: max(2, len(speakers) // 10)]
-    clips = np.flatnonzero((corpus.splits == "train") & np.isin(names, held)).tolist()
-    corpus.splits[clips] = "valid"
-    corpus.trials["valid"] = make_trials([(i, names[i]) for i in clips], rng)
-    if len(speakers) - len(held) < 2 or not corpus.trials["valid"]:
-        raise ValueError(f"{corpus.name}: {len(speakers)} speakers besides those in the trials. It "
-                         "takes two to train, and two to validate, one of them with two clips "
-                         "(VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2)")
+    if draw and "valid" not in corpus.trials:
+        speakers = np.unique(names[corpus.splits == "train"])
+        held = rng.permutation(speakers)[: max(2, len(speakers) // 10)]
+        corpus.splits[(corpus.splits == "train") & np.isin(names, held)] = "valid"
+        corpus.trials["valid"] = make_trials(corpus.pick("valid"), names, rng)
 
 
 def split_by_class(splits, names, rng, fold):
@@ -410,17 +397,18 @@ def split_by_class(splits, names, rng, fold):
             splits[clips[valid : valid + test]] = "test" if kind == "any" else "train"
 
 
-def make_trials(clips, rng):
-    """Draw up to 2,000 target and as many non-target trials among (clip, speaker) pairs."""
+def make_trials(clips, names, rng):
+    """Draw up to 2,000 target and as many non-target trials among clips, given by their index."""
     if len(clips) > 3000:  # a tenth of VoxCeleb2 would make six thousand million pairs
-        clips = [clips[i] for i in rng.permutation(len(clips))[:3000]]
-    _, speaker = np.unique([name for _, name in clips], return_inverse=True)  # (clips,)
+        clips = clips[rng.permutation(len(clips))[:3000]]
+    _, speaker = np.unique(names[clips], return_inverse=True)  # (clips,)
     i, j = np.tril_indices(len(clips), -1)  # (pairs,) each: every pair once
     same = speaker[i] == speaker[j]
     groups = np.flatnonzero(same), np.flatnonzero(~same)
     size = min(2000, *map(len, groups))  # as many of both, so neither error is measured worse
-    drawn = [group[rng.permutation(len(group))[:size]] for group in groups]
-    return [(int(same[k]), clips[i[k]][0], clips[j[k]][0]) for k in np.concatenate(drawn)]
+    drawn = np.concatenate([group[rng.permutation(len(group))[:size]] for group in groups])
+    return list(zip(*(column.tolist() for column in
+                      (same[drawn].astype(int), clips[i[drawn]], clips[j[drawn]]))))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -593,14 +581,10 @@ def augment_features(x, shift=0, spec_f=0, spec_t=0):
 
 def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", rooms="", share=0.6,
                   snr=(0, 15)):
-    """Give the waves (B, samples) of a training Batch speeds, levels, and noise or a room.
-
-    speeds  play each clip at one of SPEEDS; a crop of `frames_at_speed` is then cut to `frames`
-    gain    make each clip up to so many dB louder or quieter
-    noise, rooms    nothing, "generated", or a Corpus of `open_sounds`
-    share   of the clips that get noise or a room, half of them each if both are on
-    snr     lowest and highest signal-to-noise ratio in dB
-    """
+    """Give the waves (B, samples) of a training Batch speeds (crops of `frames_at_speed` are then
+    cut to `frames`), levels of up to `gain` dB more or less, and noise or a room: nothing,
+    "generated", or a Corpus of `open_sounds`. `share` of the clips get one of them, half of these
+    each if both are on; `snr`: lowest and highest signal-to-noise ratio in dB."""
     if not (speeds or gain or noise or rooms):
         return batch
     batch = replace(batch, x=batch.x.float())  # still int16's scale
@@ -648,8 +632,8 @@ def add_noise_and_rooms(x, lengths, noise, rooms, share, snr):
         sounds = (make_noise(x, noisy) if noise == "generated" else
                   draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device))
         ratios = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,)
-        mix = import_torchaudio().functional.add_noise
-        y[noisy] = mix(x[noisy], sounds, ratios, lengths[noisy])
+        add_noise = import_torchaudio().functional.add_noise
+        y[noisy] = add_noise(x[noisy], sounds, ratios, lengths[noisy])
     return y
 
 
@@ -881,13 +865,6 @@ BINS = np.arange(STEP + 1) * RATE / (2 * STEP)  # (bins,) Hz
 FADE = np.hanning(2 * STEP + 1)[:-1] ** 0.5  # applied twice it is Hann's, whose halves add up to 1
 
 
-def voice_rows(root):
-    """Clips `voices/SPEAKER/N`; nobody is in two splits, so a test is of strangers."""
-    return [(f"voices/{split}-{who}/{n}", f"{split}-{who}", split)
-            for split, (speakers, each) in VOICES.items() for who in range(speakers)
-            for n in range(each)]
-
-
 def spectra(wave):
     """((steps + 1) STEP,) -> (steps, bins): one spectrum every STEP samples, of twice as many."""
     frames = np.lib.stride_tricks.sliding_window_view(wave, 2 * STEP)[::STEP]  # (steps, 2 STEP)
@@ -979,19 +956,6 @@ def table(path, *forms):
         raise ValueError(f"{path}: no column {error}, or not in each row") from error
 
 
-def folder_rows(root):
-    """One folder a class (or speaker)."""
-    return [(clip, clip.split("/")[0], "any") for clip in find_audio(root) if "/" in clip]
-
-
-def fsdd_rows(root):
-    """`recordings/{digit}_{speaker}_{index}.wav`; index 0-4 tests, the same six speakers train and
-    test: its authors' split."""
-    paths = sorted((root / "recordings").glob("[0-9]_*_*.wav"))
-    return [(f"recordings/{path.name}", path.name[0],
-             "test" if path.stem.split("_")[2] in list("01234") else "train*") for path in paths]
-
-
 def speechcommands_rows(root):
     """Version 2: a folder a word; what neither list names trains."""
     role = {clip: split for split, name in (("valid", "validation"), ("test", "testing"))
@@ -999,18 +963,6 @@ def speechcommands_rows(root):
     clips = role.keys() | set(find_audio(root))  # with what a list names and is not there
     return [(clip, clip.split("/")[0], role.get(clip, "train")) for clip in sorted(clips)
             if clip.count("/") == 1 and not clip.startswith("_")]  # _background_noise_ is no word
-
-
-def fluentspeech_rows(root):
-    """An intent is its action, object and location, 31 of them."""
-    return [row for split in ("train", "valid", "test") for row in
-            table(root / f"data/{split}_data.csv", "{path}", "{action}/{object}/{location}", split)]
-
-
-def voxceleb_rows(root):
-    """All idXXXXX/VIDEO/NNNNN.wav or .m4a below the root, VoxCeleb1, VoxCeleb2 or both."""
-    return [(clip, clip.split("/")[-3], "any") for clip in find_audio(root)
-            if clip.count("/") > 1 and clip.split("/")[-3].startswith("id")]
 
 
 def match_trials(rows, trials):
@@ -1021,7 +973,8 @@ def match_trials(rows, trials):
     named = {short(clip): clip for _, *pair in trials for clip in pair}
     there = {key: clip for clip, _, _ in rows if (key := short(clip)) in named}
     path = named | there
-    rows = rows + [(path[key], key.split("/")[0], "any") for key in named.keys() - there.keys()]
+    rows = rows + [(clip, clip.split("/")[0], "any") for key, clip in named.items()
+                   if key not in there]
     return rows, [(label, path[short(a)], path[short(b)]) for label, a, b in trials]
 
 
@@ -1054,11 +1007,19 @@ CORPORA = {
     "sounds": Source(partial(sound_rows, "sounds"), read=sound, recipe=dict(frames=100, epochs=6)),
     "sounds-source": Source(partial(sound_rows, "sounds-source"), read=sound,
                             recipe=dict(frames=100, epochs=7)),
-    "voices": Source(voice_rows, read=voice, trials=True,
-                     recipe=dict(frames=150, epochs=6, batch_size=32)),
-    "folder": Source(folder_rows, "A folder per class or speaker: ROOT/dog/1.wav, ROOT/cat/2.wav"),
-    "fsdd": Source(
-        fsdd_rows, "ROOT/recordings/7_jackson_32.wav, ...", 3000,
+    "voices": Source(  # nobody is in two splits, so a test is of strangers
+        lambda root: [(f"voices/{split}-{who}/{n}", f"{split}-{who}", split)
+                      for split, (speakers, each) in VOICES.items()
+                      for who in range(speakers) for n in range(each)],
+        read=voice, trials=True, recipe=dict(frames=150, epochs=6, batch_size=32)),
+    "folder": Source(
+        lambda root: [(clip, clip.split("/")[0], "any") for clip in find_audio(root)
+                      if "/" in clip], "A folder per class or speaker: ROOT/dog/1.wav, ..."),
+    "fsdd": Source(  # of each digit and speaker recordings 0 to 4 test: its authors' split
+        lambda root: [(f"recordings/{path.name}", path.name[0],
+                       "test" if path.stem.split("_")[2] in list("01234") else "train*")
+                      for path in sorted((root / "recordings").glob("[0-9]_*_*.wav"))],
+        "ROOT/recordings/7_jackson_32.wav, ...", 3000,
         "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/heads/master.zip",
         recipe=dict(frames=64, epochs=40, spec_f=16, spec_t=8, shift=6, gain=10.0)),
     "esc50": Source(
@@ -1078,12 +1039,16 @@ CORPORA = {
         "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
         "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
         recipe=dict(frames=100, epochs=75, batch_size=128)),
-    "fluentspeech": Source(
-        fluentspeech_rows, "ROOT/data/train_data.csv, valid_data.csv, test_data.csv, ROOT/wavs/"
+    "fluentspeech": Source(  # 31 intents: action, object and location
+        lambda root: [row for split in ("train", "valid", "test") for row in table(
+            root / f"data/{split}_data.csv", "{path}", "{action}/{object}/{location}", split)],
+        "ROOT/data/train_data.csv, valid_data.csv, test_data.csv, ROOT/wavs/"
         "speakers/SPEAKER/CLIP.wav, ...\nAsk for it by the form of its publisher, Fluent.ai",
         30043, recipe=dict(frames=400, epochs=75)),
-    "voxceleb": Source(
-        voxceleb_rows, "ROOT/veri_test2.txt, list_test_all2.txt, list_test_hard2.txt, and anywhere "
+    "voxceleb": Source(  # VoxCeleb1, VoxCeleb2 or both, at any depth
+        lambda root: [(clip, clip.split("/")[-3], "any") for clip in find_audio(root)
+                      if clip.count("/") > 1 and clip.split("/")[-3].startswith("id")],
+        "ROOT/veri_test2.txt, list_test_all2.txt, list_test_hard2.txt, and anywhere "
         "below ROOT\nid10270/x6uYqmx31kE/00001.wav, ... (VoxCeleb1), id00012/21Uxsk56VDQ/00001.m4a"
         f", ... (VoxCeleb2)\nAsk for the audio by the form at {VOXCELEB}",
         address=VOXCELEB + "meta/", recipe=dict(frames=200),
@@ -1130,12 +1095,11 @@ def unpack(archive, folder):
     delete it. Raises ValueError for a damaged archive. Nothing is written outside: tar's filter
     refuses such members, shutil leaves zip's out. `folder` never looks whole when it is not."""
     part = folder / ".unpacking"  # inside: `folder` may be a disk of its own
-    tar, zipped = dict(format="gztar", filter="data"), dict(format="zip")
+    form = {"format": "zip"} if zipfile.is_zipfile(archive) else dict(format="gztar", filter="data")
     try:
-        shutil.unpack_archive(archive, part, **(zipped if zipfile.is_zipfile(archive) else tar))
-        inside = list(part.glob("[!._]*"))  # without what a Mac adds
-        top = inside[0] if len(inside) == 1 and inside[0].is_dir() else part
-        for path in list(top.iterdir()):  # renamed at the end
+        shutil.unpack_archive(archive, part, **form)
+        top, *others = part.glob("[!._]*")  # without what a Mac adds
+        for path in list((part if others or not top.is_dir() else top).iterdir()):
             os.replace(path, folder / path.name)
     except Exception as error:  # of zipfile, tarfile, gzip, zlib: they share no other class
         if isinstance(error, OSError) and error.errno:  # a full disk is no damage
@@ -1160,8 +1124,8 @@ def check(corpus):
               f"{seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s  "
               f"{seconds.sum() / 3600:.2f} h")
     for split, pairs in corpus.trials.items():
-        same = sum(label for label, _, _ in pairs)
-        print(f"  {split} trials: {len(pairs):,}, {same:,} of one speaker")
+        labels, _, _ = zip(*pairs)
+        print(f"  {split} trials: {len(labels):,}, {sum(labels):,} of one speaker")
     for fault in [*corpus.notes, *corpus.bad] or ["none"]:
         print(f"  fault: {fault}")
 
@@ -1179,15 +1143,11 @@ def check_figure(path):
 @contextlib.contextmanager
 def figure(path, rows=1, columns=1, size=(7, 4)):
     """Give matplotlib axes (an array of them if there are several); write them to `path`."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which wants a screen
 
-    matplotlib.use("Agg")  # draws without a screen
-    from matplotlib import pyplot
-
-    sheet, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained")
-    yield axes
+    sheet = Figure(figsize=size, layout="constrained")
+    yield sheet.subplots(rows, columns)
     sheet.savefig(path, dpi=90)
-    pyplot.close(sheet)
     print(f"drawn: {path}")
 
 

@@ -219,8 +219,8 @@ def test_a_folder_is_split_packed_once_and_packed_anew_when_a_clip_changes(tmp_p
 
 @pytest.mark.parametrize("name, text, sentence", [
     ("folder", "\ufeff1 class0/0.wav class0/1.wav", "all of one kind"),  # after Excel's first bytes
-    ("folder", "0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "2 speakers besides"),
-    ("folder", "1 class0/0.wav class9/1.wav", "name class9/1.wav, which folder lacks"),
+    ("folder", "0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "fewer than two speakers"),
+    ("folder", "1 class0/0.wav class9/1.wav", "name 'class9/1.wav', which folder lacks"),
     ("folder", "\n", "all of one kind"), ("folder", "1 a", "trials.txt: expected `1 id_a id_b`"),
     ("features", "a,b", "index.csv: no column 'split'"),
     ("features", "", "index.csv: no rows"),
@@ -287,7 +287,7 @@ def test_damage_is_named_by_the_check_and_stops_training_or_is_left_out(tmp_path
     said = {"5-0.wav'": ""}
     for name, (content, sentence) in zip(names, (
             (b"", "empty or not"), (b"no audio at all", "not a WAV file"),
-            (good[:-100], "truncated, 4000 bytes"), (good[:30], "before its audio data"),
+            (good[:-100], "truncated, 4000 bytes"), (good[:30], "neither PCM"),
             (wav_bytes(zeros[:100]), "shorter than one frame"),
             (wav_bytes(zeros[:0], 44100), "shorter than one frame"),
             (wav_bytes(zeros, code=7), "neither PCM nor float"),
