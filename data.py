@@ -96,9 +96,8 @@ def read_wav(path):
     if bits == 24:  # put the three bytes on top of an empty lowest byte: 32 bits
         raw = np.pad(np.frombuffer(raw, "u1").reshape(-1, 3), ((0, 0), (1, 0))).tobytes()
     kind, top = WAV_TYPES[code, bits]
-    wave = np.frombuffer(raw, kind).astype(np.float32)  # 8 bits are the one unsigned kind
-    wave = (wave - 128 * (bits == 8)) / top
-    return wave.reshape(-1, channels).T, rate  # they alternate: (n * channels,) -> (channels, n)
+    wave = np.frombuffer(raw, kind).astype(np.float32) - 128 * (bits == 8)  # which are unsigned
+    return (wave / top).reshape(-1, channels).T, rate  # (n * channels,) alternate -> (channels, n)
 
 
 def read_audio(path):
@@ -177,8 +176,7 @@ class Corpus:
         return np.flatnonzero(self.splits == split)
 
     def fingerprint(self):
-        """Hash what training sees: names, splits, labels, lengths and some ten thousand samples.
-        All of the sound would take minutes."""
+        """Hash what training sees; of all samples ten thousand, for all would take minutes."""
         columns = [self.ids, *(c.tolist() for c in (self.splits, self.length, self.labels))]
         samples = self.store[:: math.ceil(len(self.store) / 10_000)].tobytes()
         return hashlib.sha256(json.dumps(columns).encode() + samples).hexdigest()
@@ -230,9 +228,8 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, s
 
 def pack(name, root, rows, read, cache, skip_bad):
     """Decode the clips of (clip, class, split) into one file, once; return them as a Corpus. The
-    file's name carries a hash of their names, sizes and times: a changed corpus is another file.
-    Without `skip_bad` bad clips raise ValueError, and the next call packs anew: a decoder may have
-    been installed since."""
+    file is named by a hash of their names, sizes and times: a changed corpus is another file. Bad
+    clips raise without `skip_bad`, and are read again then: a decoder may be installed by now."""
     if not rows:
         raise FileNotFoundError(f"no clips of {name} below {root}")
     digest = hashlib.sha256()
@@ -251,12 +248,11 @@ def pack(name, root, rows, read, cache, skip_bad):
     store, length, bad = read_pack(path)
     if bad and not skip_bad:
         raise ValueError("\n  ".join([f"{len(bad)} of {len(ids)} clips of {name} cannot be used:",
-                                      *list(bad.values())[:5]])
+                                      *bad[:5]])
                          + "\nRepair or remove them, or go on without them with --skip-bad.")
     splits = np.where(length > 0, np.array(splits, object), "bad")
     return Corpus(name, ids, np.array(names), splits, [], np.cumsum(length) - length, length, store,
-                  notes=[f"{len(bad)} unusable clips are left out (--skip-bad)"] * bool(bad),
-                  bad=list(bad.values()))
+                  notes=[f"{len(bad)} unusable clips are left out"] * bool(bad), bad=bad)
 
 
 def write_pack(path, clips, read, threads):
@@ -291,11 +287,11 @@ def write_pack(path, clips, read, threads):
 
 
 def read_pack(path):
-    """Return (memory map of the samples, length of each clip, {id: why it cannot be used})."""
+    """Return (memory map of the samples, length of each clip, why some cannot be used)."""
     raw = np.memmap(path, np.uint8, "r")
     size = int.from_bytes(raw[-8:].tobytes(), "little")
     lengths, bad = json.loads(raw[-8 - size : -8].tobytes())
-    return raw[: -8 - size].view("<i2"), np.array(lengths, np.int64), bad
+    return raw[: -8 - size].view("<i2"), np.array(lengths, np.int64), list(bad.values())
 
 
 def corpus_of_files(paths):
@@ -343,8 +339,7 @@ def make_splits(corpus, seed, fold, few_shot, valid, train):
     kinds = [len({label for label, _, _ in trials}) for trials in corpus.trials.values()]
     if min(kinds, default=2) < 2 or (kinds and train and len(corpus.classes) < 2):
         raise ValueError(f"{corpus.name}: trials are all of one kind, or fewer than two speakers "
-                         "are left to train and two to validate (VoxCeleb's E and H test all of "
-                         "VoxCeleb1: train on VoxCeleb2)")
+                         "train (VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2)")
     found, needed = Counter(splits), {"train", "test"} if train else {"test"}
     if not needed <= found.keys() <= {"train", "valid", "test", "bad", "unused"}:
         raise ValueError(f"{corpus.name} has clips {dict(found)}: expected some that train, some "
@@ -353,8 +348,7 @@ def make_splits(corpus, seed, fold, few_shot, valid, train):
 
 
 def index_trials(corpus, trials):
-    """Turn the clips' names in trials into indices. Leave out, with a note, the trials of bad
-    clips, which have no embedding."""
+    """Turn the clips' names in trials into indices; leave out, with a note, those of bad clips."""
     index = {clip: i for i, clip in enumerate(corpus.ids)}
     try:
         pairs = [(label, index[a], index[b]) for label, a, b in trials]
@@ -407,8 +401,7 @@ def make_trials(clips, names, rng):
     groups = np.flatnonzero(same), np.flatnonzero(~same)
     size = min(2000, *map(len, groups))  # as many of both, so neither error is measured worse
     drawn = np.concatenate([group[rng.permutation(len(group))[:size]] for group in groups])
-    return list(zip(*(column.tolist() for column in
-                      (same[drawn].astype(int), clips[i[drawn]], clips[j[drawn]]))))
+    return np.stack([same[drawn], clips[i[drawn]], clips[j[drawn]]], 1).tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -432,11 +425,8 @@ class Batch:
 def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=False, shard=(0, 1),
             steps=None):
     """Yield Batches of `frames` frames; shuffled, cropped at random and cut to whole for training.
-
     The draw of batch n depends on (seed, epoch, n) alone, so a resumed run sees the same data.
-    Short clips are padded (AST) or with `repeat` repeated (speakers). shard = (rank, world): every
-    process takes its part of each batch. `steps` ends it after so many batches.
-    """
+    shard = (rank, world): every process takes its part of each batch, `steps` at most."""
     order = np.random.default_rng([seed, epoch]).permutation(clips) if train else np.asarray(clips)
     size = min(size, len(order)) if train else size  # fewer clips than a batch: one small batch
     groups = [order[i : i + size] for i in range(0, len(order), size)]
@@ -631,9 +621,8 @@ def add_noise_and_rooms(x, lengths, noise, rooms, share, snr):
     if noise and len(noisy):
         sounds = (make_noise(x, noisy) if noise == "generated" else
                   draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device))
-        ratios = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,)
-        add_noise = import_torchaudio().functional.add_noise
-        y[noisy] = add_noise(x[noisy], sounds, ratios, lengths[noisy])
+        ratio = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,)
+        y[noisy] = import_torchaudio().functional.add_noise(x[noisy], sounds, ratio, lengths[noisy])
     return y
 
 
@@ -779,8 +768,8 @@ def rain(rng):
 
 
 def drum(rng, at):
-    return (tone(rng.uniform(60, 110) * (1 + 2 * dying(at, 0.03)))
-            * dying(at, rng.uniform(0.08, 0.2)))
+    wave = tone(rng.uniform(60, 110) * (1 + 2 * dying(at, 0.03)))
+    return wave * dying(at, rng.uniform(0.08, 0.2))
 
 
 def string(rng):
@@ -973,9 +962,8 @@ def match_trials(rows, trials):
     named = {short(clip): clip for _, *pair in trials for clip in pair}
     there = {key: clip for clip, _, _ in rows if (key := short(clip)) in named}
     path = named | there
-    rows = rows + [(clip, clip.split("/")[0], "any") for key, clip in named.items()
-                   if key not in there]
-    return rows, [(label, path[short(a)], path[short(b)]) for label, a, b in trials]
+    missing = [(clip, clip.split("/")[0], "any") for key, clip in named.items() if key not in there]
+    return rows + missing, [(label, path[short(a)], path[short(b)]) for label, a, b in trials]
 
 
 def read_trials(path):
@@ -992,14 +980,13 @@ def open_features(root):
     natural logarithm; index.csv, a row a clip. Raises ValueError for another shape."""
     store = np.load(root / "features.npy", mmap_mode="r")
     rows = table(root / "index.csv", "{id}", "{speaker}", "{split}", "{start}", "{frames}")
-    ids, speakers, splits, start, length = map(np.array, zip(*rows))
+    ids, names, splits, start, length = map(np.array, zip(*rows))
     start, length = start.astype(np.int64), length.astype(np.int64)
     frames = (start + length).max()
     if store.dtype != np.int8 or store.ndim != 2 or frames > len(store):
         raise ValueError(f"{root}: features.npy is {store.dtype} {store.shape}, expected int8 "
                          f"(frames, mel bins) with at least the {frames} frames of index.csv")
-    splits = splits.astype(object)
-    return Corpus("features", ids.tolist(), speakers, splits, [], start, length, store)
+    return Corpus("features", ids.tolist(), names, splits.astype(object), [], start, length, store)
 
 
 VOXCELEB = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/"
@@ -1064,9 +1051,7 @@ CORPORA = {
 
 
 def download(address, path, sha256=""):
-    """Bring `address` to `path`, unless it is there; return the path. Raises ValueError with a
-    sentence: no network, a lost connection, another checksum."""
-    path = Path(path)
+    """Bring `address` to `path`, unless it is there; return the path, or raise a sentence."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:  # to a temporary name, then renamed
@@ -1112,32 +1097,13 @@ def unpack(archive, folder):
     archive.unlink()
 
 
-def check(corpus):
-    """Print what a corpus holds, and every fault by name."""
-    print(f"{corpus.name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or training "
-          "speakers; shortest / median / longest clip")
-    for split in sorted(set(corpus.splits)):
-        clips = corpus.pick(split)
-        seconds = corpus.length[clips] / (100 if corpus.mels else RATE)  # frames or samples
-        counts = Counter(corpus.labels[clips].tolist()).values()
-        print(f"  {split:7s} {len(clips):7,} clips  {min(counts)} to {max(counts)} a class  "
-              f"{seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s  "
-              f"{seconds.sum() / 3600:.2f} h")
-    for split, pairs in corpus.trials.items():
-        labels, _, _ = zip(*pairs)
-        print(f"  {split} trials: {len(labels):,}, {sum(labels):,} of one speaker")
-    for fault in [*corpus.notes, *corpus.bad] or ["none"]:
-        print(f"  fault: {fault}")
-
-
 def check_figure(path):
     """Raise a sentence, before any work, for a figure that could not be drawn or written."""
     path = Path(path)
-    if path.suffix not in (".png", ".svg", ".pdf") or not os.access(path.parent, os.W_OK):
+    fine = path.suffix in (".png", ".svg", ".pdf") and os.access(path.parent, os.W_OK)
+    if not (fine and importlib.util.find_spec("matplotlib")):
         raise ValueError(f"--figure {path}: expected a name that ends in .png, .svg or .pdf, in a "
-                         "folder that is there and not read-only")
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError("--figure needs matplotlib: pip install matplotlib")
+                         "folder that is there, and matplotlib (pip install matplotlib)")
 
 
 @contextlib.contextmanager
@@ -1170,6 +1136,7 @@ def draw_spectrograms(corpus, path):
 
 
 def main(argv=None):
+    """Print what a corpus holds, and every fault by name."""
     parser = argparse.ArgumentParser(description="Check a corpus: counts, durations, faults.")
     parser.add_argument("name", choices=CORPORA, metavar="NAME", help=", ".join(CORPORA))
     parser.add_argument("root", metavar="ROOT", nargs="?", help="its folder; none if built in")
@@ -1188,7 +1155,20 @@ def main(argv=None):
             corpus = opened()  # without skip_bad, so that what is bad is read again
         except ValueError:
             corpus = opened(skip_bad=True)
-        check(corpus)
+        print(f"{args.name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or training "
+              "speakers; shortest / median / longest clip")
+        for split in sorted(set(corpus.splits)):
+            clips = corpus.pick(split)
+            seconds = corpus.length[clips] / (100 if corpus.mels else RATE)  # frames or samples
+            counts = Counter(corpus.labels[clips].tolist()).values()
+            print(f"  {split:7s} {len(clips):7,} clips  {min(counts)} to {max(counts)} a class  "
+                  f"{seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s  "
+                  f"{seconds.sum() / 3600:.2f} h")
+        for split, pairs in corpus.trials.items():
+            labels, _, _ = zip(*pairs)
+            print(f"  {split} trials: {len(labels):,}, {sum(labels):,} of one speaker")
+        for fault in [*corpus.notes, *corpus.bad] or ["none"]:
+            print(f"  fault: {fault}")
         if args.figure:
             draw_spectrograms(corpus, args.figure)
         sys.exit(1 if corpus.notes else 0)
