@@ -1,7 +1,7 @@
 """Audio on disk -> packed corpus -> batches -> log-mel features, for every model of this project.
 
 Sections 1 audio files, 2 the packed corpus, 3 splits, 4 batches, 5 features, 6 augmentation,
-         7 built-in corpora, 8 corpora, 9 getting and checking a corpus, 10 figures
+         7 built-in corpora, 8 corpora, 9 the command line
 Axes     B batch, T frames (25 ms every 10 ms), F mel bins, C classes or speakers.
 
 The first use of a corpus decodes every clip once, to 16 kHz mono int16, into one packed file. From
@@ -20,7 +20,6 @@ Does not: stream from the network, keep more than 16 bits or another rate, or ba
 import argparse
 import contextlib
 import csv
-import functools
 import hashlib
 import importlib.util
 import json
@@ -34,6 +33,7 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -44,7 +44,6 @@ from tqdm import tqdm
 
 RATE = 16_000  # samples a second, everywhere behind the packed file
 HOP, WINDOW, FFT = 160, 400, 512  # 10 ms, 25 ms, the next power of two
-UNPACKING = ".unpacking"  # a folder in the root while an archive is being unpacked
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
 
 # --------------------------------------------------------------------------------------------------
@@ -67,21 +66,19 @@ def import_torchaudio():
     return torchaudio
 
 
-WAV_TYPES = {("pcm", 8): "u1", ("pcm", 16): "<i2", ("pcm", 24): "<i4", ("pcm", 32): "<i4",
-             ("float", 32): "<f4", ("float", 64): "<f8"}  # numpy has no type of three bytes
+WAV_TYPES = {(1, 8): ("u1", 128), (1, 16): ("<i2", 2**15), (1, 24): ("<i4", 2**31),  # PCM
+             (1, 32): ("<i4", 2**31), (3, 32): ("<f4", 1), (3, 64): ("<f8", 1)}  # float
 
 
 def read_wav(path):
-    """Return a WAV file as float32 (channels, n) in [-1, 1], and its samples a second. RIFF is a row
-    of chunks: 4 letters, little-endian size, body padded to even. Raises ValueError for others."""
+    """Return a WAV file as float32 (channels, n) in [-1, 1], and its samples a second. RIFF is a
+    row of chunks: 4 letters, little-endian size, body padded to even. Raises ValueError else."""
     form = b""
     with open(path, "rb") as file:
         riff = file.read(12)
         if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
             raise ValueError(f"{path}: empty or not a WAV file (it starts with {riff!r})")
-        while (chunk := file.read(8))[:4] != b"data":  # recorders put chunks of their own before
-            if len(chunk) < 8:
-                raise ValueError(f"{path}: truncated, it ends before its audio data")
+        while (chunk := file.read(8))[:4] not in (b"data", b""):  # recorders put others before
             size = int.from_bytes(chunk[4:], "little")
             body = file.read(size + size % 2)
             form = body if chunk[:4] == b"fmt " else form
@@ -90,8 +87,7 @@ def read_wav(path):
     code, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16].ljust(16, b"\0"))
     if code == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the real code opens a GUID
         code = int.from_bytes(form[24:26], "little")
-    kind = {1: "pcm", 3: "float"}.get(code)
-    if (kind, bits) not in WAV_TYPES or not channels or not 1_000 <= rate <= 768_000:
+    if (code, bits) not in WAV_TYPES or not channels or not 1_000 <= rate <= 768_000:
         raise ValueError(f"{path}: format {code}, {bits} bits, {channels} channels, {rate} Hz is "
                          "neither PCM nor float audio; convert it to PCM")
     if len(raw) < size < 0xFFFFFFFF:
@@ -99,11 +95,9 @@ def read_wav(path):
     raw = raw[: len(raw) - len(raw) % (channels * bits // 8)]
     if bits == 24:  # put the three bytes on top of an empty lowest byte: 32 bits
         raw = np.pad(np.frombuffer(raw, "u1").reshape(-1, 3), ((0, 0), (1, 0))).tobytes()
-    wave = np.frombuffer(raw, WAV_TYPES[kind, bits]).astype(np.float32)
-    wave = wave.reshape(-1, channels).T  # channels alternate: (n * channels,) -> (channels, n)
-    if kind == "pcm":  # 8 bits are the one unsigned kind
-        wave = (wave - 128) / 128 if bits == 8 else wave / 2 ** (31 if bits == 24 else bits - 1)
-    return wave, rate
+    kind, top = WAV_TYPES[code, bits]
+    wave = np.frombuffer(raw, kind).astype(np.float32) - 128 * (bits == 8)  # which are unsigned
+    return (wave / top).reshape(-1, channels).T, rate  # (n * channels,) alternate -> (channels, n)
 
 
 def read_audio(path):
@@ -126,8 +120,8 @@ def read_audio(path):
     if not np.isfinite(wave).all():
         raise ValueError(f"{path}: holds samples that are not finite")
     if rate != RATE:  # with a low-pass filter: dropping samples would fold high sounds down
-        # The filter grows with the ratio's terms: 44,101 Hz would take 28 GB. A ratio of small
-        # terms is off by less than one in a million, far less than a recorder's clock.
+        # The filter grows with the ratio's terms: 44,101 Hz would take 28 GB. With small terms it
+        # is off by less than one in a million, far less than a recorder's clock.
         ratio = Fraction(RATE, rate).limit_denominator(1000)
         wave = import_torchaudio().functional.resample(
             torch.from_numpy(wave), ratio.denominator, ratio.numerator).numpy()
@@ -142,11 +136,10 @@ def to_int16(wave):
 
 def find_audio(root):
     """Return the paths of the audio files below a folder, relative to it, sorted."""
-    found = []
-    for folder, _, files in os.walk(root, followlinks=True):  # Path.rglob is five times slower
-        place = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
-        found += [place.removeprefix("./") + file for file in files if file.lower().endswith(AUDIO)]
-    return sorted(found)
+    start = len(os.path.join(root, ""))
+    return sorted(os.path.join(folder, file)[start:].replace(os.sep, "/")
+                  for folder, _, files in os.walk(root, followlinks=True)  # rglob is slower
+                  for file in files if file.lower().endswith(AUDIO))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,9 +163,8 @@ class Corpus:
     length: np.ndarray  # (clips,) int64, 0 for a clip that cannot be used
     store: np.ndarray
     trials: dict = field(default_factory=dict)  # "valid", "test" -> [(label, index, index)]
-    notes: list = field(default_factory=list)  # sentences for the user
-    bad: dict = field(default_factory=dict)  # id -> why this clip cannot be used
-    gaps: list = field(default_factory=list)  # sentences on what the official corpus has more
+    notes: list = field(default_factory=list)  # sentences on what is missing
+    bad: list = field(default_factory=list)  # why each of these clips cannot be used
 
     @property
     def mels(self):
@@ -184,8 +176,7 @@ class Corpus:
         return np.flatnonzero(self.splits == split)
 
     def fingerprint(self):
-        """Hash what training sees: names, splits, labels, lengths and some ten thousand samples.
-        All of the sound would take minutes."""
+        """Hash what training sees; of all samples ten thousand, for all would take minutes."""
         columns = [self.ids, *(c.tolist() for c in (self.splits, self.length, self.labels))]
         samples = self.store[:: math.ceil(len(self.store) / 10_000)].tobytes()
         return hashlib.sha256(json.dumps(columns).encode() + samples).hexdigest()
@@ -197,58 +188,50 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, s
 
     cache     folder for packed files: a corpus' own `root` may be where nobody can write
     seed      of all that is drawn: validation clips or speakers, splits of a folder, few_shot
-    fold      test fold of a corpus with folds, from 1 on; None: the first, or no folds
+    fold      test fold of a corpus with folds, from 1 on; None: the first
     few_shot  keep so many training clips a class, drawn by `seed`; 0 keeps all
     skip_bad  go on without clips that cannot be read; else they raise
     valid     False: the validation clips train too, so there is nothing to select on
-    trials    which of a corpus' lists of trials: VoxCeleb's o, e or h
+    trials    which of VoxCeleb's lists of trials: o, e or h
     train     False: only the test clips are of use, so the trials may name every speaker
-    Raises ValueError with a sentence: unknown name, no root, wrong tree, bad clips, empty split.
     """
-    if name not in CORPORA:
-        raise ValueError(f"unknown corpus {name!r}: choose from {', '.join(CORPORA)}")
-    source = CORPORA[name]
-    if source.tree and not (root and Path(root).is_dir()):
-        raise ValueError(f"--data {name} needs --root: no folder at '{root or ''}'.\n"
-                         + how_to_get(source))
-    if fold is not None and not source.folds:
-        raise ValueError(f"--fold {fold}: {name} has no folds")
-    if source.lists and trials not in source.lists:
-        raise ValueError(f"--trials {trials!r}: choose from {', '.join(source.lists)}")
-    root = Path(root or ".")
+    source, listed = CORPORA[name], None
+    file, count = source.lists.get(trials, ("trials.txt", 0))
     try:
-        corpus = (open_features(root) if name == "features" else
-                  open_clips(name, root, cache, skip_bad, trials))
+        if source.tree and not (root and Path(root).is_dir()):
+            raise FileNotFoundError(f"no folder at '{root or ''}'")
+        root = Path(root or ".")
+        if source.tree and (source.lists or (root / file).is_file()):
+            listed = read_trials(root / file)
+        if name == "features":
+            corpus = open_features(root)
+        else:
+            rows = source.rows(root)
+            if source.lists:
+                rows, listed = match_trials(rows, listed)
+            corpus = pack(name, root, rows, source.read, cache, skip_bad)
     except FileNotFoundError as error:
-        raise ValueError(f"--root {root}: no clips of {name} there ({Path(error.filename).name} is "
-                         f"missing).\n{how_to_get(source)}") from error
-    return make_splits(corpus, seed, 1 if fold is None else fold, few_shot, valid, train)
-
-
-def open_clips(name, root, cache, skip_bad, which):
-    """Return a corpus of audio, packed; classes and trials are names yet, splits as listed."""
-    source, trials = CORPORA[name], {}
-    rows = source.rows(root)
-    if source.lists:
-        rows, trials["test"] = voxceleb_trials(root, rows, source.lists[which][0])
-    elif source.trials:
-        trials = {split: make_trials([row[:2] for row in rows if row[2] == split], rng_of(split))
-                  for split in ("valid", "test")}
-    elif source.tree and (root / "trials.txt").is_file():
-        trials["test"] = read_trials(root / "trials.txt")
-    if not rows:
-        raise ValueError(f"--root {root}: no clips of {name} there.\n{how_to_get(source)}")
-    corpus = pack(name, root, rows, source.read, cache, skip_bad)
-    corpus.gaps = find_gaps(source, corpus, which, len(trials.get("test", ())))
-    corpus.trials, corpus.notes = trials, corpus.notes + corpus.gaps
-    return corpus
+        brings = f"\n--download brings {source.address} into ROOT." * bool(source.address)
+        raise ValueError(f"--data {name} needs --root, a folder with what follows ({error}).\n"
+                         f"{source.tree}{brings}") from error
+    good = np.count_nonzero(corpus.length)
+    if source.clips not in (0, good):
+        corpus.notes.append(f"expected {source.clips:,} clips, found {good:,}")
+    if listed is not None:
+        corpus.trials["test"] = index_trials(corpus, listed)
+        if count not in (0, len(listed)):
+            corpus.notes.append(f"expected {count:,} trials in {file}, found {len(listed):,}")
+    for split in ("valid", "test") if source.trials else ():
+        corpus.trials[split] = make_trials(corpus.pick(split), corpus.labels, rng_of(split))
+    return make_splits(corpus, seed, fold or 1, few_shot, valid, train)
 
 
 def pack(name, root, rows, read, cache, skip_bad):
     """Decode the clips of (clip, class, split) into one file, once; return them as a Corpus. The
-    file's name carries a hash of their names, sizes and times: a changed corpus is another file.
-    Without `skip_bad` bad clips raise ValueError, and the next call packs anew: a decoder may have
-    been installed since."""
+    file is named by a hash of their names, sizes and times: a changed corpus is another file. Bad
+    clips raise without `skip_bad`, and are read again then: a decoder may be installed by now."""
+    if not rows:
+        raise FileNotFoundError(f"no clips of {name} below {root}")
     digest = hashlib.sha256()
     for clip, _, _ in rows:  # a million: one by one, not as one text
         stamp = VERSION
@@ -261,27 +244,23 @@ def pack(name, root, rows, read, cache, skip_bad):
     path = Path(cache) / f"{name}-{place}.{digest.hexdigest()[:16]}.packed"
     ids, names, splits = (list(column) for column in zip(*rows))
     if not path.exists() or (read_pack(path)[2] and not skip_bad):
-        write_pack(path, ids, read or (lambda clip: read_audio(root / clip)), bool(read))
+        write_pack(path, ids, read or (lambda clip: read_audio(root / clip)), 4 if read else 1)
     store, length, bad = read_pack(path)
     if bad and not skip_bad:
         raise ValueError("\n  ".join([f"{len(bad)} of {len(ids)} clips of {name} cannot be used:",
-                                      *list(bad.values())[:5]])
+                                      *bad[:5]])
                          + "\nRepair or remove them, or go on without them with --skip-bad.")
-    notes = [f"{len(bad)} unusable clips are left out (--skip-bad)"] if bad else []
     splits = np.where(length > 0, np.array(splits, object), "bad")
-    return Corpus(name, ids, names, splits, [], np.cumsum(length) - length, length, store,
-                  notes=notes, bad=bad)
+    return Corpus(name, ids, np.array(names), splits, [], np.cumsum(length) - length, length, store,
+                  notes=[f"{len(bad)} unusable clips are left out"] * bool(bad), bad=bad)
 
 
 def write_pack(path, clips, read, threads):
-    """Write the samples of all clips, then a JSON index (lengths, {id: reason}) and its size: one
-    file under a temporary name, then renamed. So the name stands for a whole file, also for another
-    program that packs or reads the same corpus at this moment."""
+    """Write the samples of all clips, a JSON index (lengths, {id: reason}) and its size. The file
+    is renamed at the end: its name stands for a whole file, also for another program."""
     def read_or_reason(clip):
         try:
             return read(clip), ""
-        except FileNotFoundError as error:
-            return np.zeros(0), f"{error.filename}: listed, but missing"
         except (ValueError, OSError) as error:
             return np.zeros(0), str(error)
 
@@ -289,9 +268,8 @@ def write_pack(path, clips, read, threads):
     part = path.with_suffix(f".{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with ThreadPool(min(4, os.cpu_count() or 1)) as pool, open(part, "wb") as file:
-            # Made sounds: twice as fast. Not files: resampling has its own threads.
-            waves = pool.imap(read_or_reason, clips, 16) if threads else map(read_or_reason, clips)
+        with ThreadPool(threads) as pool, open(part, "wb") as file:
+            waves = pool.imap(read_or_reason, clips, 16)
             for clip, (wave, reason) in zip(clips, tqdm(waves, f"packing {name}", len(clips),
                                                         leave=False, disable=None)):
                 if reason:
@@ -309,14 +287,11 @@ def write_pack(path, clips, read, threads):
 
 
 def read_pack(path):
-    """Return (memory map of the samples, length of each clip, {id: why it cannot be used})."""
-    with open(path, "rb") as file:
-        file.seek(-8, os.SEEK_END)
-        size = int.from_bytes(file.read(8), "little")
-        file.seek(-8 - size, os.SEEK_END)
-        lengths, bad = json.loads(file.read(size))
-        store = np.memmap(file, "<i2", "r", shape=max(1, sum(lengths)))  # nothing cannot be mapped
-    return store, np.array(lengths, np.int64), bad
+    """Return (memory map of the samples, length of each clip, why some cannot be used)."""
+    raw = np.memmap(path, np.uint8, "r")
+    size = int.from_bytes(raw[-8:].tobytes(), "little")
+    lengths, bad = json.loads(raw[-8 - size : -8].tobytes())
+    return raw[: -8 - size].view("<i2"), np.array(lengths, np.int64), list(bad.values())
 
 
 def corpus_of_files(paths):
@@ -336,12 +311,8 @@ def open_sounds(folder, cache="cache", skip_bad=False):
     a hundred hours, more than a memory holds. Nothing and "generated" stay."""
     if folder in ("", "generated"):
         return folder
-    rows = [(clip, "", "") for clip in find_audio(folder)]
-    if not rows:
-        raise ValueError(f"no audio files below {folder!r}: expected a folder of them, or the word "
-                         "generated")
-    corpus = pack("extra", Path(folder), rows, None, cache, skip_bad)
-    return replace(corpus, labels=np.zeros(len(rows)))
+    rows = [(clip, 0, "") for clip in find_audio(folder)]
+    return pack("extra", Path(folder), rows, None, cache, skip_bad)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -350,49 +321,44 @@ def open_sounds(folder, cache="cache", skip_bad=False):
 
 def make_splits(corpus, seed, fold, few_shot, valid, train):
     """Turn names into indices and folds into splits; draw what the corpus does not bring."""
-    names, splits, rng = np.array(corpus.labels), corpus.splits, np.random.default_rng(seed)
+    names, splits, rng = corpus.labels, corpus.splits, np.random.default_rng(seed)
     if corpus.trials:
-        index_trials(corpus)
         split_by_speaker(corpus, names, rng, draw=train and valid)
     else:
-        split_by_class(corpus, names, rng, fold)
+        split_by_class(splits, names, rng, fold)
     if not valid:
         splits[splits == "valid"] = "train"
         corpus.trials.pop("valid", None)
-    corpus.classes = sorted({str(name) for name in names[splits == "train"]})
+    corpus.classes = np.unique(names[splits == "train"]).tolist()
     number = {name: label for label, name in enumerate(corpus.classes)}
     corpus.labels = np.array([number.get(name, -1) for name in names])
     rng = np.random.default_rng(seed)  # few-shot clips do not depend on what was drawn before
-    for label in range(len(corpus.classes) if few_shot else 0):
-        clips = np.flatnonzero((corpus.labels == label) & (splits == "train"))
+    for name in corpus.classes if few_shot else ():
+        clips = np.flatnonzero((names == name) & (splits == "train"))
         splits[rng.permutation(clips)[few_shot:]] = "unused"
-    unknown = set(splits) - {"train", "valid", "test", "bad", "unused"}
-    if unknown:  # a clip of such a split would vanish without a word
-        raise ValueError(f"{corpus.name} lists splits {sorted(unknown)}: expected train, valid, "
-                         "test, or what `Source` names")
-    for split in ("train", "test") if train else ("test",):
-        if split not in splits:
-            raise ValueError(f"{corpus.name} has no {split} clips: {dict(Counter(splits))}")
+    kinds = [len({label for label, _, _ in trials}) for trials in corpus.trials.values()]
+    if min(kinds, default=2) < 2 or (kinds and train and len(corpus.classes) < 2):
+        raise ValueError(f"{corpus.name}: trials are all of one kind, or fewer than two speakers "
+                         "train (VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2)")
+    found, needed = Counter(splits), {"train", "test"} if train else {"test"}
+    if not needed <= found.keys() <= {"train", "valid", "test", "bad", "unused"}:
+        raise ValueError(f"{corpus.name} has clips {dict(found)}: expected some that train, some "
+                         "that test, and no splits but valid and what `Source` names")
     return corpus
 
 
-def index_trials(corpus):
-    """Turn the clips' names in the trials into indices. Leave out, with a note, the trials of bad
-    clips, which have no embedding. Raises ValueError for trials that measure nothing."""
+def index_trials(corpus, trials):
+    """Turn the clips' names in trials into indices; leave out, with a note, those of bad clips."""
     index = {clip: i for i, clip in enumerate(corpus.ids)}
-    for split, trials in corpus.trials.items():
-        unknown = [clip for _, *pair in trials for clip in pair if clip not in index]
-        if unknown:
-            raise ValueError(f"the {split} trials name {unknown[0]}, which {corpus.name} lacks")
-        good = [(label, index[a], index[b]) for label, a, b in trials
-                if not {a, b} & corpus.bad.keys()]
-        if len(good) < len(trials):
-            corpus.notes.append(f"{len(trials) - len(good)} {split} trials of unusable clips are "
-                                "left out: error rates are not comparable with the full list's")
-        if len({label for label, _, _ in good}) < 2:
-            raise ValueError(f"the {split} trials of {corpus.name} are all of one kind: error "
-                             "rates need trials of one speaker and of two")
-        corpus.trials[split] = good
+    try:
+        pairs = [(label, index[a], index[b]) for label, a, b in trials]
+    except KeyError as error:
+        raise ValueError(f"the trials name {error}, which {corpus.name} lacks") from error
+    good = [pair for pair in pairs if corpus.length[pair[1]] and corpus.length[pair[2]]]
+    if len(good) < len(pairs):
+        corpus.notes.append(f"{len(pairs) - len(good)} test trials of unusable clips are left out: "
+                            "error rates are not comparable with the full list's")
+    return good
 
 
 def split_by_speaker(corpus, names, rng, draw):
@@ -402,60 +368,40 @@ def split_by_speaker(corpus, names, rng, draw):
     tested = {names[i] for _, *pair in corpus.trials.get("test", ()) for i in pair}
     free = corpus.splits == "any"
     corpus.splits[free] = ["test" if name in tested else "train" for name in names[free]]
-    if free.any():
-        corpus.notes.append(f"{len(tested)} speakers are in the trials and so never in training, "
-                            f"with all their {len(corpus.pick('test')):,} clips")
-    if not draw or "valid" in corpus.trials:
-        return
-    speakers = sorted(set(names[corpus.splits == "train"]))
-    held = set(rng.permutation(speakers)[: max(2, len(speakers) // 10)])
-    clips = [int(i) for i in corpus.pick("train") if names[i] in held]
-    corpus.splits[clips] = "valid"
-    corpus.trials["valid"] = make_trials([(i, names[i]) for i in clips], rng)
-    if len(speakers) - len(held) < 2 or not corpus.trials["valid"]:
-        raise ValueError(f"{corpus.name}: {len(speakers)} speakers besides those in the trials, "
-                         f"{len(clips)} clips of {len(held)} held out. It takes two to train, and "
-                         "two to validate, one of them with two clips (VoxCeleb's E and H test all "
-                         "of VoxCeleb1: train on VoxCeleb2)")
+    if draw and "valid" not in corpus.trials:
+        speakers = np.unique(names[corpus.splits == "train"])
+        held = rng.permutation(speakers)[: max(2, len(speakers) // 10)]
+        corpus.splits[(corpus.splits == "train") & np.isin(names, held)] = "valid"
+        corpus.trials["valid"] = make_trials(corpus.pick("valid"), names, rng)
 
 
-def make_trials(clips, rng, each=2000):
-    """Draw up to `each` target and as many non-target trials among (clip, speaker) pairs."""
+def split_by_class(splits, names, rng, fold):
+    """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation. Draw a
+    validation tenth of "train*", and all three splits of "any", class by class, so that each split
+    has every class; one of fewer than three clips only trains."""
+    folds = sorted({int(split) for split in splits if split.isdigit()})
+    for k, after in zip(folds, folds[1:] + folds[:1]):
+        splits[splits == str(k)] = "test" if k == fold else "valid" if after == fold else "train"
+    for name in np.unique(names):
+        for kind in ("any", "train*"):
+            clips = rng.permutation(np.flatnonzero((names == name) & (splits == kind)))
+            valid, test = [max(1, len(clips) // part) if len(clips) > 2 else 0 for part in (10, 5)]
+            splits[clips] = "train"
+            splits[clips[:valid]] = "valid"
+            splits[clips[valid : valid + test]] = "test" if kind == "any" else "train"
+
+
+def make_trials(clips, names, rng):
+    """Draw up to 2,000 target and as many non-target trials among clips, given by their index."""
     if len(clips) > 3000:  # a tenth of VoxCeleb2 would make six thousand million pairs
-        clips = [clips[i] for i in rng.permutation(len(clips))[:3000]]
-    _, speaker = np.unique([name for _, name in clips], return_inverse=True)  # (clips,)
+        clips = clips[rng.permutation(len(clips))[:3000]]
+    _, speaker = np.unique(names[clips], return_inverse=True)  # (clips,)
     i, j = np.tril_indices(len(clips), -1)  # (pairs,) each: every pair once
     same = speaker[i] == speaker[j]
     groups = np.flatnonzero(same), np.flatnonzero(~same)
-    size = min(each, *map(len, groups))  # as many of both, so neither error is measured worse
-    drawn = [group[rng.permutation(len(group))[:size]] for group in groups]
-    return [(int(same[k]), clips[i[k]][0], clips[j[k]][0]) for k in np.concatenate(drawn)]
-
-
-def split_by_class(corpus, names, rng, fold):
-    """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation. Draw a
-    validation tenth of "train*", and all three splits of "any", class by class, so that each split
-    has every class."""
-    splits, small = corpus.splits, []
-    folds = sorted({int(split) for split in splits if split.isdigit()})
-    if folds and fold not in folds:
-        raise ValueError(f"--fold {fold}: {corpus.name} has folds {folds}")
-    for k in folds:
-        before = folds[folds.index(fold) - 1]
-        splits[splits == str(k)] = "test" if k == fold else "valid" if k == before else "train"
-    for name in sorted(set(names)):
-        clips = rng.permutation(np.flatnonzero((names == name) & (splits == "any")))
-        valid, test = [max(1, len(clips) // part) if len(clips) > 2 else 0 for part in (10, 5)]
-        splits[clips] = "train"
-        splits[clips[:valid]] = "valid"
-        splits[clips[valid : valid + test]] = "test"
-        small += [name] if 0 < len(clips) < 3 else []
-        clips = rng.permutation(np.flatnonzero((names == name) & (splits == "train*")))
-        splits[clips] = "train"
-        splits[clips[: len(clips) // 10]] = "valid"
-    if small:
-        corpus.notes.append(f"{len(small)} classes have fewer than three clips and only train: "
-                            + ", ".join(small[:5]))
+    size = min(2000, *map(len, groups))  # as many of both, so neither error is measured worse
+    drawn = np.concatenate([group[rng.permutation(len(group))[:size]] for group in groups])
+    return np.stack([same[drawn], clips[i[drawn]], clips[j[drawn]]], 1).tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -479,11 +425,8 @@ class Batch:
 def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=False, shard=(0, 1),
             steps=None):
     """Yield Batches of `frames` frames; shuffled, cropped at random and cut to whole for training.
-
     The draw of batch n depends on (seed, epoch, n) alone, so a resumed run sees the same data.
-    Short clips are padded (AST) or with `repeat` repeated (speakers). shard = (rank, world): every
-    process takes its part of each batch. `steps` ends it after so many batches.
-    """
+    shard = (rank, world): every process takes its part of each batch, `steps` at most."""
     order = np.random.default_rng([seed, epoch]).permutation(clips) if train else np.asarray(clips)
     size = min(size, len(order)) if train else size  # fewer clips than a batch: one small batch
     groups = [order[i : i + size] for i in range(0, len(order), size)]
@@ -549,7 +492,7 @@ def samples_of(frames):
     return (frames - 1) * HOP + WINDOW
 
 
-@functools.lru_cache
+@lru_cache
 def mel_triangles(mels, device):
     """(FFT/2 + 1, mels): kaldi's triangles, equally spaced in mel from 20 Hz to 8 kHz."""
     kaldi = import_torchaudio().compliance.kaldi
@@ -561,13 +504,9 @@ def fbank(waves, mels=128):
     """Log-mel features of float waves in [-1, 1]: (B, samples) -> (B, T, F), on their device. Equal
     to torchaudio.compliance.kaldi.fbank(htk_compat=True, window_type="hanning", dither=0): natural
     logarithm of power, what AST's checkpoints were trained on."""
-    waves = torch.atleast_2d(waves.float())  # one wave is a batch of one
-    if waves.shape[1] < WINDOW:
-        raise ValueError(f"fbank expects at least {WINDOW} samples (25 ms), got {waves.shape[1]}")
     window = torch.hann_window(WINDOW, periodic=False, device=waves.device)  # (400,)
-    size = len(waves)
-    if waves.device.type == "cpu":  # some 400 frames stay in the cache: twice as fast
-        size = max(1, 400 // int(frames_of(waves.shape[1])))
+    # On the CPU in parts of some 400 frames, which stay in its cache: twice as fast.
+    size = max(1, 400 // int(frames_of(waves.shape[1]))) if waves.is_cpu else len(waves)
     parts = []
     # Evaluation may sit in bfloat16 autocast, whose three digits would change the features.
     with torch.autocast(waves.device.type, enabled=False):
@@ -632,14 +571,10 @@ def augment_features(x, shift=0, spec_f=0, spec_t=0):
 
 def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", rooms="", share=0.6,
                   snr=(0, 15)):
-    """Give the waves (B, samples) of a training Batch speeds, levels, and noise or a room.
-
-    speeds  play each clip at one of SPEEDS; a crop of `frames_at_speed` is then cut to `frames`
-    gain    make each clip up to so many dB louder or quieter
-    noise, rooms    nothing, "generated", or a Corpus of `open_sounds`
-    share   of the clips that get noise or a room, half of them each if both are on
-    snr     lowest and highest signal-to-noise ratio in dB
-    """
+    """Give the waves (B, samples) of a training Batch speeds (crops of `frames_at_speed` are then
+    cut to `frames`), levels of up to `gain` dB more or less, and noise or a room: nothing,
+    "generated", or a Corpus of `open_sounds`. `share` of the clips get one of them, half of these
+    each if both are on; `snr`: lowest and highest signal-to-noise ratio in dB."""
     if not (speeds or gain or noise or rooms):
         return batch
     batch = replace(batch, x=batch.x.float())  # still int16's scale
@@ -686,9 +621,8 @@ def add_noise_and_rooms(x, lengths, noise, rooms, share, snr):
     if noise and len(noisy):
         sounds = (make_noise(x, noisy) if noise == "generated" else
                   draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device))
-        ratios = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,)
-        mix = import_torchaudio().functional.add_noise
-        y[noisy] = mix(x[noisy], sounds, ratios, lengths[noisy])
+        ratio = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,)
+        y[noisy] = import_torchaudio().functional.add_noise(x[noisy], sounds, ratio, lengths[noisy])
     return y
 
 
@@ -834,8 +768,8 @@ def rain(rng):
 
 
 def drum(rng, at):
-    return (tone(rng.uniform(60, 110) * (1 + 2 * dying(at, 0.03)))
-            * dying(at, rng.uniform(0.08, 0.2)))
+    wave = tone(rng.uniform(60, 110) * (1 + 2 * dying(at, 0.03)))
+    return wave * dying(at, rng.uniform(0.08, 0.2))
 
 
 def string(rng):
@@ -920,13 +854,6 @@ BINS = np.arange(STEP + 1) * RATE / (2 * STEP)  # (bins,) Hz
 FADE = np.hanning(2 * STEP + 1)[:-1] ** 0.5  # applied twice it is Hann's, whose halves add up to 1
 
 
-def voice_rows(root):
-    """Clips `voices/SPEAKER/N`; nobody is in two splits, so a test is of strangers."""
-    return [(f"voices/{split}-{who}/{n}", f"{split}-{who}", split)
-            for split, (speakers, each) in VOICES.items() for who in range(speakers)
-            for n in range(each)]
-
-
 def spectra(wave):
     """((steps + 1) STEP,) -> (steps, bins): one spectrum every STEP samples, of twice as many."""
     frames = np.lib.stride_tricks.sliding_window_view(wave, 2 * STEP)[::STEP]  # (steps, 2 STEP)
@@ -995,43 +922,27 @@ class Source:
 
     rows: object  # root -> [(clip, class, split)]
     tree: str = ""  # how the root must look, and where to ask for it; empty: built in
-    read: object = None  # clip -> wave, for built-in corpora
-    trials: bool = False  # draw trials among the speakers that validate and test
-    lists: dict = field(default_factory=dict)  # --trials -> (file of the list, trials in it)
-    folds: int = 0  # test folds 1..folds; 0: one split
-    expect: dict = field(default_factory=dict)  # split as listed, or "all" -> official clips
+    clips: int = 0  # of the official corpus; 0: any number
     address: str = ""  # of its archive, or of the folder of its lists; empty: no plain download
     sha256: str = ""  # of the archive; empty: none is published with us
+    folds: int = 0  # test folds 1..folds; 0: one split
+    lists: dict = field(default_factory=dict)  # --trials -> (file of the list, trials in it)
+    trials: bool = False  # draw trials among the speakers that validate and test
+    read: object = None  # clip -> wave, for built-in corpora
     recipe: dict = field(default_factory=dict)  # P1, section 3.1, or ours: settings of train.py
 
 
 def table(path, *forms):
     """Rows of a CSV file as tuples: each form with the columns it names, as "audio/{filename}"."""
-    rows = []
     with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: Excel's first three bytes
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                there = {column: text for column, text in row.items() if text is not None}
-                rows.append(tuple(form.format_map(there) for form in forms))
-        except KeyError as error:
-            raise ValueError(f"{path}, line {reader.line_num}: no column {error}") from error
+        rows = [{column: text for column, text in row.items() if text is not None}
+                for row in csv.DictReader(file)]
     if not rows:
         raise ValueError(f"{path}: no rows")
-    return rows
-
-
-def folder_rows(root):
-    """One folder a class (or speaker)."""
-    return [(clip, clip.split("/")[0], "any") for clip in find_audio(root) if "/" in clip]
-
-
-def fsdd_rows(root):
-    """`recordings/{digit}_{speaker}_{index}.wav`; index 0-4 tests, the same six speakers train and
-    test: its authors' split."""
-    paths = sorted((root / "recordings").glob("[0-9]_*_*.wav"))
-    return [(f"recordings/{path.name}", path.name[0],
-             "test" if path.stem.split("_")[2] in list("01234") else "train*") for path in paths]
+    try:
+        return [tuple(form.format_map(row) for form in forms) for row in rows]
+    except KeyError as error:
+        raise ValueError(f"{path}: no column {error}, or not in each row") from error
 
 
 def speechcommands_rows(root):
@@ -1043,128 +954,104 @@ def speechcommands_rows(root):
             if clip.count("/") == 1 and not clip.startswith("_")]  # _background_noise_ is no word
 
 
-def fluentspeech_rows(root):
-    """An intent is its action, object and location, 31 of them."""
-    return [row for split in ("train", "valid", "test") for row in
-            table(root / f"data/{split}_data.csv", "{path}", "{action}/{object}/{location}", split)]
-
-
-def voxceleb_rows(root):
-    """All idXXXXX/VIDEO/NNNNN.wav or .m4a below the root, VoxCeleb1, VoxCeleb2 or both."""
-    return [(clip, clip.split("/")[-3], "any") for clip in find_audio(root)
-            if clip.count("/") > 1 and clip.split("/")[-3].startswith("id")]
-
-
-def voxceleb_trials(root, rows, file):
+def match_trials(rows, trials):
     """Return rows, with what only the list of trials names, and its trials, each clip by its path:
     the list says id10270/x6uYqmx31kE/00001.wav, wherever below the root the tree begins and
     whatever kind of file lies there."""
-    trials = read_trials(root / file)
     short = lambda clip: "/".join(clip.rpartition(".")[0].split("/")[-3:])
     named = {short(clip): clip for _, *pair in trials for clip in pair}
     there = {key: clip for clip, _, _ in rows if (key := short(clip)) in named}
-    rows = rows + [(clip, clip.split("/")[0], "any") for key, clip in named.items()
-                   if key not in there]
     path = named | there
-    return rows, [(label, path[short(a)], path[short(b)]) for label, a, b in trials]
+    missing = [(clip, clip.split("/")[0], "any") for key, clip in named.items() if key not in there]
+    return rows + missing, [(label, path[short(a)], path[short(b)]) for label, a, b in trials]
 
 
 def read_trials(path):
     """Lines `label id_a id_b`, label 1 for the same speaker -> [(label, id_a, id_b)]."""
-    trials = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        fields = line.split()
-        if fields and (len(fields) != 3 or fields[0] not in ("0", "1")):
-            raise ValueError(f"{path}, line {number}: expected `1 id_a id_b`, got {line!r}")
-        trials += [(int(fields[0]), fields[1], fields[2])] if fields else []
-    if not trials:
-        raise ValueError(f"{path}: no trials")
-    return trials
+    lines = [line.split() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    for line in lines:
+        if line and (len(line) != 3 or line[0] not in ("0", "1")):
+            raise ValueError(f"{path}: expected `1 id_a id_b`, got {' '.join(line)!r}")
+    return [(int(line[0]), line[1], line[2]) for line in lines if line]
 
 
 def open_features(root):
     """Return a corpus of ready log-mel features: features.npy (frames, F) int8, one step 0.1 of a
-    natural logarithm; index.csv, a row a clip; trials.txt. Raises ValueError for another shape."""
-    if not (root / "features.npy").is_file():
-        raise ValueError(f"--root {root}: no features.npy there.\n{CORPORA['features'].tree}")
+    natural logarithm; index.csv, a row a clip. Raises ValueError for another shape."""
     store = np.load(root / "features.npy", mmap_mode="r")
     rows = table(root / "index.csv", "{id}", "{speaker}", "{split}", "{start}", "{frames}")
-    ids, speakers, splits, start, length = (list(column) for column in zip(*rows))
-    start, length = np.array(start, np.int64), np.array(length, np.int64)
+    ids, names, splits, start, length = map(np.array, zip(*rows))
+    start, length = start.astype(np.int64), length.astype(np.int64)
     frames = (start + length).max()
     if store.dtype != np.int8 or store.ndim != 2 or frames > len(store):
         raise ValueError(f"{root}: features.npy is {store.dtype} {store.shape}, expected int8 "
                          f"(frames, mel bins) with at least the {frames} frames of index.csv")
-    trials = {"test": read_trials(root / "trials.txt")} if (root / "trials.txt").is_file() else {}
-    return Corpus("features", ids, speakers, np.array(splits, object), [], start, length, store,
-                  trials)
+    return Corpus("features", ids.tolist(), names, splits.astype(object), [], start, length, store)
 
 
 VOXCELEB = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/"
 CORPORA = {
-    "sounds": Source(functools.partial(sound_rows, "sounds"), read=sound,
-                     recipe=dict(frames=100, epochs=6)),
-    "sounds-source": Source(functools.partial(sound_rows, "sounds-source"), read=sound,
+    "sounds": Source(partial(sound_rows, "sounds"), read=sound, recipe=dict(frames=100, epochs=6)),
+    "sounds-source": Source(partial(sound_rows, "sounds-source"), read=sound,
                             recipe=dict(frames=100, epochs=7)),
-    "voices": Source(voice_rows, read=voice, trials=True,
-                     recipe=dict(frames=150, epochs=6, batch_size=32)),
-    "folder": Source(folder_rows, "A folder per class or speaker: ROOT/dog/1.wav, ROOT/cat/2.wav"),
-    "fsdd": Source(
-        fsdd_rows, "ROOT/recordings/7_jackson_32.wav, ... (3,000 WAV)",
-        expect={"train*": 2700, "test": 300}, address="https://github.com/Jakobovski/"
-        "free-spoken-digit-dataset/archive/refs/heads/master.zip",
+    "voices": Source(  # nobody is in two splits, so a test is of strangers
+        lambda root: [(f"voices/{split}-{who}/{n}", f"{split}-{who}", split)
+                      for split, (speakers, each) in VOICES.items()
+                      for who in range(speakers) for n in range(each)],
+        read=voice, trials=True, recipe=dict(frames=150, epochs=6, batch_size=32)),
+    "folder": Source(
+        lambda root: [(clip, clip.split("/")[0], "any") for clip in find_audio(root)
+                      if "/" in clip], "A folder per class or speaker: ROOT/dog/1.wav, ..."),
+    "fsdd": Source(  # of each digit and speaker recordings 0 to 4 test: its authors' split
+        lambda root: [(f"recordings/{path.name}", path.name[0],
+                       "test" if path.stem.split("_")[2] in list("01234") else "train*")
+                      for path in sorted((root / "recordings").glob("[0-9]_*_*.wav"))],
+        "ROOT/recordings/7_jackson_32.wav, ...", 3000,
+        "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/heads/master.zip",
         recipe=dict(frames=64, epochs=40, spec_f=16, spec_t=8, shift=6, gain=10.0)),
     "esc50": Source(
         lambda root: table(root / "meta/esc50.csv", "audio/{filename}", "{category}", "{fold}"),
-        "ROOT/meta/esc50.csv, ROOT/audio/1-100032-A-0.wav, ... (2,000 WAV)", folds=5,
-        expect={str(fold): 400 for fold in range(1, 6)},
-        address="https://github.com/karolpiczak/ESC-50/archive/master.zip",
+        "ROOT/meta/esc50.csv, ROOT/audio/1-100032-A-0.wav, ...", 2000,
+        "https://github.com/karolpiczak/ESC-50/archive/master.zip", folds=5,
         recipe=dict(frames=500, epochs=50, spec_f=24, spec_t=80)),
     "urbansound8k": Source(  # slices of one recording are in one fold, so the folds stay whole
         lambda root: table(root / "metadata/UrbanSound8K.csv", "audio/fold{fold}/{slice_file_name}",
-                           "{class}", "{fold}"), "ROOT/metadata/UrbanSound8K.csv, "
-        "ROOT/audio/fold1/101415-3-0-2.wav, ... (8,732 WAV)", folds=10, expect={"all": 8732},
-        address="https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz",
+                           "{class}", "{fold}"),
+        "ROOT/metadata/UrbanSound8K.csv, ROOT/audio/fold1/101415-3-0-2.wav, ...", 8732,
+        "https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz", folds=10,
         recipe=dict(frames=400, epochs=30, spec_f=24, spec_t=80)),
-    "speechcommands": Source(
+    "speechcommands": Source(  # version 2
         speechcommands_rows, "ROOT/validation_list.txt, ROOT/testing_list.txt, "
-        "ROOT/bed/00176480_nohash_0.wav, ... (version 2, 105,829 WAV)",
-        expect={"train": 84843, "valid": 9981, "test": 11005},
-        address="http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
-        sha256="af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
+        "ROOT/bed/00176480_nohash_0.wav, ...", 105829,
+        "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
+        "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
         recipe=dict(frames=100, epochs=75, batch_size=128)),
-    "fluentspeech": Source(
-        fluentspeech_rows, "ROOT/data/train_data.csv, valid_data.csv, test_data.csv, "
-        "ROOT/wavs/speakers/SPEAKER/CLIP.wav, ... (30,043 WAV)\nAsk for it by the form of its "
-        "publisher, Fluent.ai", expect={"train": 23132, "valid": 3118, "test": 3793},
-        recipe=dict(frames=400, epochs=75)),
-    "voxceleb": Source(
-        voxceleb_rows, "ROOT/veri_test2.txt, list_test_all2.txt, list_test_hard2.txt, and anywhere "
-        "below ROOT\nid10270/x6uYqmx31kE/00001.wav, ... (VoxCeleb1), "
-        "id00012/21Uxsk56VDQ/00001.m4a, ... (VoxCeleb2)\nAsk for the audio by the form at "
-        + VOXCELEB,
+    "fluentspeech": Source(  # 31 intents: action, object and location
+        lambda root: [row for split in ("train", "valid", "test") for row in table(
+            root / f"data/{split}_data.csv", "{path}", "{action}/{object}/{location}", split)],
+        "ROOT/data/train_data.csv, valid_data.csv, test_data.csv, ROOT/wavs/"
+        "speakers/SPEAKER/CLIP.wav, ...\nAsk for it by the form of its publisher, Fluent.ai",
+        30043, recipe=dict(frames=400, epochs=75)),
+    "voxceleb": Source(  # VoxCeleb1, VoxCeleb2 or both, at any depth
+        lambda root: [(clip, clip.split("/")[-3], "any") for clip in find_audio(root)
+                      if clip.count("/") > 1 and clip.split("/")[-3].startswith("id")],
+        "ROOT/veri_test2.txt, list_test_all2.txt, list_test_hard2.txt, and anywhere "
+        "below ROOT\nid10270/x6uYqmx31kE/00001.wav, ... (VoxCeleb1), id00012/21Uxsk56VDQ/00001.m4a"
+        f", ... (VoxCeleb2)\nAsk for the audio by the form at {VOXCELEB}",
+        address=VOXCELEB + "meta/", recipe=dict(frames=200),
         lists={"o": ("veri_test2.txt", 37611), "e": ("list_test_all2.txt", 579818),
-               "h": ("list_test_hard2.txt", 550894)}, address=VOXCELEB + "meta/",
-        recipe=dict(frames=200)),
+               "h": ("list_test_hard2.txt", 550894)}),
     "features": Source(None, "ROOT/features.npy (frames, mel bins) int8, ROOT/trials.txt, "
                        "ROOT/index.csv: id, speaker, split, start, frames"),
 }
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Getting a corpus, and checking it before anyone trains on it
-
-
-def how_to_get(source):
-    """How the root of a corpus must look, and where it comes from."""
-    what = "its lists" if source.lists else "it, where ROOT is empty,"
-    return source.tree + f".\n--download brings {what} into ROOT." * bool(source.address)
+# 9. The command line: getting, checking and drawing a corpus
 
 
 def download(address, path, sha256=""):
-    """Bring `address` to `path`, unless it is there; return the path. Raises ValueError with a
-    sentence: no network, a lost connection, another checksum."""
-    path = Path(path)
+    """Bring `address` to `path`, unless it is there; return the path, or raise a sentence."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:  # to a temporary name, then renamed
@@ -1179,31 +1066,25 @@ def download_corpus(name, root, cache="cache"):
     """--download: bring the archive of a corpus into an empty or new `root`, or its lists into any.
     A root that holds something is left as it is, so the command can be repeated."""
     source = CORPORA[name]
-    if not source.address:
-        raise ValueError(f"--download: {name} has none. {how_to_get(source)}")
-    if not root:
-        raise ValueError(f"--download needs --root, the folder to put {name} into")
-    root = Path(root)
+    if not (root and source.address):
+        raise ValueError(f"--download needs --root, and an address: {name} has "
+                         f"{source.address or 'none'}. {source.tree}")
     for file, _ in source.lists.values():
-        download(source.address + file, root / file)
-    if not source.lists and not any(path.name != UNPACKING for path in root.glob("*")):
-        unpack(download(source.address, Path(cache) / f"{name}.archive", source.sha256), root)
+        download(source.address + file, Path(root) / file)
+    if not source.lists and not any(Path(root).glob("[!.]*")):
+        unpack(download(source.address, Path(cache) / f"{name}.archive", source.sha256), Path(root))
 
 
 def unpack(archive, folder):
     """Unpack a zip or tar.gz into `folder`, without the one folder that may hold all the rest, and
     delete it. Raises ValueError for a damaged archive. Nothing is written outside: tar's filter
     refuses such members, shutil leaves zip's out. `folder` never looks whole when it is not."""
-    part = folder / UNPACKING  # inside: `folder` may be a disk of its own
-    shutil.rmtree(part, ignore_errors=True)
+    part = folder / ".unpacking"  # inside: `folder` may be a disk of its own
+    form = {"format": "zip"} if zipfile.is_zipfile(archive) else dict(format="gztar", filter="data")
     try:
-        if zipfile.is_zipfile(archive):
-            shutil.unpack_archive(archive, part, "zip")
-        else:
-            shutil.unpack_archive(archive, part, "gztar", filter="data")
-        inside = [path for path in part.iterdir() if not path.name.startswith((".", "__"))]  # Mac
-        top = inside[0] if len(inside) == 1 and inside[0].is_dir() else part
-        for path in list(top.iterdir()):  # renamed at the end
+        shutil.unpack_archive(archive, part, **form)
+        top, *others = part.glob("[!._]*")  # without what a Mac adds
+        for path in list((part if others or not top.is_dir() else top).iterdir()):
             os.replace(path, folder / path.name)
     except Exception as error:  # of zipfile, tarfile, gzip, zlib: they share no other class
         if isinstance(error, OSError) and error.errno:  # a full disk is no damage
@@ -1216,80 +1097,30 @@ def unpack(archive, folder):
     archive.unlink()
 
 
-def find_gaps(source, corpus, which, trials):
-    """Sentences on what the official corpus has and this one lacks."""
-    good = Counter(corpus.splits[corpus.length > 0])
-    good["all"] = good.total()
-    expect = source.expect and source.expect | {"all": sum(source.expect.values())}
-    label = lambda split: "fold " * split.isdigit() + split.rstrip("*")
-    gaps = [f"{label(split)}: expected {count:,} clips, found {good[split]:,}"
-            for split, count in expect.items() if count != good[split]]
-    file, count = source.lists.get(which, ("", trials))
-    return gaps + [f"{file}: expected {count:,} trials, found {trials:,}"] * (count != trials)
-
-
-def check(name, root, cache="cache", seed=0, trials="o"):
-    """Print what a corpus holds and every fault by name; return the corpus and its faults."""
-    opened = functools.partial(open_corpus, name, root, cache, seed, trials=trials, train=False)
-    try:
-        corpus = opened()  # without skip_bad, so that what is bad is read again
-    except ValueError:
-        corpus = opened(skip_bad=True)
-    faults = [*corpus.bad.values(), *corpus.gaps]
-    stray = set(find_audio(root)) - set(corpus.ids) if CORPORA[name].tree else ()
-    if stray:
-        print(f"{len(stray):,} audio files are in no list and not used, the first is {min(stray)}")
-    print(f"{name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or training speakers")
-    for split in sorted(set(corpus.splits)):
-        clips = corpus.pick(split)
-        seconds = corpus.length[clips] / (100 if corpus.mels else RATE)  # frames or samples
-        counts = Counter(corpus.labels[clips].tolist()).values()
-        print(f"  {split:7s} {len(clips):7,} clips  {min(counts)} to {max(counts)} a class  "
-              f"{seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s shortest, "
-              f"median, longest  {seconds.sum() / 3600:.2f} h")
-    for split, pairs in corpus.trials.items():
-        same = sum(label for label, _, _ in pairs)
-        print(f"  {split} trials: {len(pairs):,}, {same:,} of one speaker")
-    notes = [f"note: {note}" for note in corpus.notes if note not in corpus.gaps]
-    for line in [*notes, *(f"fault: {fault}" for fault in faults), f"{len(faults)} faults"]:
-        print(f"  {line}")
-    return corpus, faults
-
-
-# --------------------------------------------------------------------------------------------------
-# 10. Figures: matplotlib is asked for only here, and only by --figure
-
-
 def check_figure(path):
     """Raise a sentence, before any work, for a figure that could not be drawn or written."""
     path = Path(path)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--figure {path}: expected a name that ends in .png, .svg or .pdf")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--figure {path}: there is no folder {path.parent}, or it is read-only")
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError("--figure needs matplotlib: pip install matplotlib")
+    fine = path.suffix in (".png", ".svg", ".pdf") and os.access(path.parent, os.W_OK)
+    if not (fine and importlib.util.find_spec("matplotlib")):
+        raise ValueError(f"--figure {path}: expected a name that ends in .png, .svg or .pdf, in a "
+                         "folder that is there, and matplotlib (pip install matplotlib)")
 
 
 @contextlib.contextmanager
 def figure(path, rows=1, columns=1, size=(7, 4)):
     """Give matplotlib axes (an array of them if there are several); write them to `path`."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which wants a screen
 
-    matplotlib.use("Agg")  # draws without a screen
-    from matplotlib import pyplot
-
-    sheet, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained")
-    yield axes
+    sheet = Figure(figsize=size, layout="constrained")
+    yield sheet.subplots(rows, columns)
     sheet.savefig(path, dpi=90)
-    pyplot.close(sheet)
     print(f"drawn: {path}")
 
 
-def draw_spectrograms(corpus, path, count=6):
-    """Draw a training clip of some classes, twins in order first; below each augmented."""
+def draw_spectrograms(corpus, path):
+    """Draw a training clip of six classes, twins in order first; below each augmented."""
     train = corpus.pick("train")
-    names = sorted(corpus.classes, key=lambda name: (">" not in name, name))[:count]
+    names = sorted(corpus.classes, key=lambda name: (">" not in name, name))[:6]
     clips = [train[corpus.labels[train] == corpus.classes.index(name)][0] for name in names]
     frames = 300 if corpus.mels else int(min(300, frames_of(corpus.length[clips].max())))
     batch = load_batch(corpus, np.array(clips), frames)
@@ -1305,24 +1136,42 @@ def draw_spectrograms(corpus, path, count=6):
 
 
 def main(argv=None):
+    """Print what a corpus holds, and every fault by name."""
     parser = argparse.ArgumentParser(description="Check a corpus: counts, durations, faults.")
     parser.add_argument("name", choices=CORPORA, metavar="NAME", help=", ".join(CORPORA))
     parser.add_argument("root", metavar="ROOT", nargs="?", help="its folder; none if built in")
     parser.add_argument("--cache", default="cache", help="folder for packed corpora")
-    parser.add_argument("--seed", type=int, default=0, help="draws validation and few-shot clips")
-    parser.add_argument("--trials", default="o", help="VoxCeleb's list of trials: o, e or h")
+    parser.add_argument("--trials", default="o", choices=("o", "e", "h"), help="VoxCeleb's list")
     parser.add_argument("--download", action="store_true", help="get it first, where that is free")
     parser.add_argument("--figure", help="draw spectrograms into this .png, .svg or .pdf")
     args = parser.parse_args(argv)
+    opened = partial(open_corpus, args.name, args.root, args.cache, trials=args.trials, train=False)
     try:
         if args.figure:
             check_figure(args.figure)
         if args.download:
             download_corpus(args.name, args.root, args.cache)
-        corpus, faults = check(args.name, args.root, args.cache, args.seed, args.trials)
+        try:
+            corpus = opened()  # without skip_bad, so that what is bad is read again
+        except ValueError:
+            corpus = opened(skip_bad=True)
+        print(f"{args.name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or training "
+              "speakers; shortest / median / longest clip")
+        for split in sorted(set(corpus.splits)):
+            clips = corpus.pick(split)
+            seconds = corpus.length[clips] / (100 if corpus.mels else RATE)  # frames or samples
+            counts = Counter(corpus.labels[clips].tolist()).values()
+            print(f"  {split:7s} {len(clips):7,} clips  {min(counts)} to {max(counts)} a class  "
+                  f"{seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s  "
+                  f"{seconds.sum() / 3600:.2f} h")
+        for split, pairs in corpus.trials.items():
+            labels, _, _ = zip(*pairs)
+            print(f"  {split} trials: {len(labels):,}, {sum(labels):,} of one speaker")
+        for fault in [*corpus.notes, *corpus.bad] or ["none"]:
+            print(f"  fault: {fault}")
         if args.figure:
             draw_spectrograms(corpus, args.figure)
-        sys.exit(1 if faults else 0)
+        sys.exit(1 if corpus.notes else 0)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
