@@ -28,7 +28,6 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import importlib.util
 import inspect
 import io
 import itertools
@@ -43,7 +42,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 # Threads that wait for each other spin, and so take the cores from other programs: beside one, a
 # nano step took 400 ms instead of 25. Let them spin shortly, then sleep (GNU; Intel and LLVM).
@@ -61,6 +59,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -78,7 +77,9 @@ progress = partial(tqdm, leave=False, disable=True if RANK else None)
 # 1. Settings: one Config is their only source; `--help` prints the comments behind its fields
 
 MODELS = [f"ast-{size}" for size in ast_adapters.SIZES] + list(lightweight_sv.MODELS)
-DEVICES, FOLDS = ("auto", "cpu", "cuda", "mps"), ("all", *map(str, range(1, 11)))
+ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)  # None: only a CPU
+DEVICES = ["auto", "cpu"] + ([ACCELERATOR.type] if ACCELERATOR else [])
+FOLDS = ("all", *map(str, range(1, 11)))
 METHOD_OPTIONS = sorted({name for _, options in METHODS.values() for name in options})
 SPEAKER_OPTIONS = ("subsets", "share", "fusion", "width", "embed_dim")
 MODES = ("compare", "sweep", "profile", "evaluate", "predict", "verify", "embed")  # or: train
@@ -202,12 +203,12 @@ class Config:
 # 2. The loop: batch -> features -> forward -> loss -> backward -> step -> log -> evaluate -> save
 
 
-def fit(cfg, corpus, model, augment_waves, out, device):
+def fit(cfg, corpus, model, augment_waves, out):
     """Train `model`; leave last.pt, best.pt and log.jsonl in `out`. Return the seconds it took."""
-    optimiser = make_optimiser(cfg, model, device)
+    optimiser = make_optimiser(cfg, model)
     state = load_last(out, corpus, model, optimiser)  # a new run's, or where --resume goes on
-    inputs, frames = cache_inputs(cfg, corpus, model, device)  # the corpus, or its features
-    forward, clips = parallel_model(cfg, model, device), corpus.pick("train")
+    inputs, frames = cache_inputs(cfg, corpus, model)  # the corpus, or its features
+    forward, clips = parallel_model(cfg, model), corpus.pick("train")
     per_epoch = min(cfg.steps or 10**9, max(1, len(clips) // cfg.batch_size))
     for epoch in range(state["epoch"], cfg.epochs):
         # A resumed epoch draws what it would have drawn; each process draws its own.
@@ -222,10 +223,10 @@ def fit(cfg, corpus, model, augment_waves, out, device):
                 group["lr"] = learning_rate(cfg, step, steps)
             model.head.margin = cfg.margin * min(1, (step + 1) / max(1, cfg.margin_rise * steps))
 
-            batch = augment_waves(batch.to(device))  # speed, gain, noise, rooms
+            batch = augment_waves(batch.to(model.device))  # speed, gain, noise, rooms
             x, y = data.features(batch, model.encoder), batch.labels  # (B, T, F), (B,)
             x = data.augment_features(x, cfg.shift, cfg.spec_f, cfg.spec_t)
-            with autocast(cfg, device):
+            with autocast(cfg, model.device):
                 loss = F.cross_entropy(forward(x, y), y)
             check_loss(loss, batch, corpus)
             optimiser.zero_grad()
@@ -233,7 +234,7 @@ def fit(cfg, corpus, model, augment_waves, out, device):
             optimiser.step()
             losses.append(loss.item())
         speed = per_epoch * min(cfg.batch_size, len(clips)) / (time.time() - start)
-        valid = evaluate(cfg, inputs, model, "valid", device, frames)
+        valid = evaluate(cfg, inputs, model, "valid")
         score = valid.get("score", epoch)  # nothing to select on: the last epoch is the best
         if score > state["best"]:
             state["best"] = score
@@ -257,7 +258,7 @@ def learning_rate(cfg, step, steps):
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
-def make_optimiser(cfg, model, device):
+def make_optimiser(cfg, model):
     """AdamW on what trains. Only matrices, kernels and the like decay: weight decay would pull
     scales that start at one (LayerNorm, SSF, IA3, DoRA's magnitude) towards zero."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -265,7 +266,7 @@ def make_optimiser(cfg, model, device):
     others = [p for p in trained if sum(size > 1 for size in p.shape) <= 1]
     groups = [dict(params=matrices), dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-6,
-                             weight_decay=cfg.weight_decay, fused=device.type != "mps")
+                             weight_decay=cfg.weight_decay, fused=True)
 
 
 def check_loss(loss, batch, corpus):
@@ -282,7 +283,7 @@ def autocast(cfg, device):
 
 
 @torch.inference_mode()
-def cache_inputs(cfg, corpus, model, device):
+def cache_inputs(cfg, corpus, model):
     """Return (what the loop reads, its frames): the corpus, or inputs that no epoch changes.
 
     For `linear` these are all frozen outputs (46 times as fast), if no feature is augmented; else
@@ -299,8 +300,8 @@ def cache_inputs(cfg, corpus, model, device):
     batches = data.batches(corpus, np.arange(clips), 64, cfg.frames, train=False,
                            repeat=cfg.speaker)
     for batch in progress(batches, "features, once"):
-        x = data.features(batch.to(device), encoder)  # (B, T, F)
-        with autocast(cfg, device):
+        x = data.features(batch.to(model.device), encoder)  # (B, T, F)
+        with autocast(cfg, model.device):
             store[batch.clips] = (encoder.pooled(x).float()[:, None] if frozen else x).cpu()
     return replace(corpus, store=store.reshape(-1, width), start=rows * np.arange(clips),
                    length=np.full(clips, rows)), rows
@@ -310,14 +311,19 @@ def cache_inputs(cfg, corpus, model, device):
 # 3. Evaluation: accuracy of a split, or error rates of its trials; processes share the work
 
 
-def evaluate(cfg, corpus, model, split, device, frames=None, threshold=None):
-    """Return the results of one split, {} of an empty one; "score" is what selection maximises."""
-    clips = corpus.pick(split)
+def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=None):
+    """Return the results of one split, {} of an empty one; "score" is what selection maximises.
+
+    frames: cut clips into windows of so many, utterances of trials to so many (None: whole)
+    threshold: judges test trials (validation trials give one)
+    strangers: the cohort of --as-norm, whose scores no threshold fits
+    """
     if split in corpus.trials:
-        return evaluate_trials(cfg, corpus, model, split, device, threshold=threshold)
+        return evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers)
+    clips = corpus.pick(split)
     if corpus.trials or not len(clips):
         return {}
-    chances = class_probabilities(cfg, corpus, model, clips, device, frames or cfg.frames)
+    chances = class_probabilities(cfg, corpus, model, clips, frames or cfg.frames)  # (clips, C)
     right = 100.0 * (chances.argmax(1).numpy() == corpus.labels[clips])
     results = dict(accuracy=right.mean(), score=right.mean())
     ordered = np.array([">" in corpus.classes[label] for label in corpus.labels[clips]])
@@ -327,29 +333,26 @@ def evaluate(cfg, corpus, model, split, device, frames=None, threshold=None):
 
 
 @torch.inference_mode()
-def class_probabilities(cfg, corpus, model, clips, device, frames):
+def class_probabilities(cfg, corpus, model, clips, frames):
     """Return (clips, C): the mean over a clip's windows of `frames` frames, side by side."""
+    if corpus.mels:  # ready features, and the frozen outputs of `cache_inputs`, which are one frame
+        frames = min(frames, int(corpus.length.max()))
     windows, owner = data.cut_windows(corpus, clips, frames)  # owner (windows,): row of the clip
     total = torch.zeros(len(clips), len(model.eval().head.weight))  # (clips, C)
     for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
                               repeat=cfg.speaker, shard=(RANK, WORLD)):
-        with autocast(cfg, device):
-            logits = model(data.features(batch.to(device), model.encoder))  # (B, C)
+        with autocast(cfg, model.device):
+            logits = model(data.features(batch.to(model.device), model.encoder))  # (B, C)
         total.index_add_(0, owner[batch.clips], logits.float().softmax(1).cpu())
     return sum_over_ranks(total) / owner.bincount()[:, None]
 
 
-def evaluate_trials(cfg, corpus, model, split, device, frames=None, threshold=None,
-                    strangers=None):
-    """Return the error rates of the cosine scores of a split's trials, and the scores.
-
-    frames: cut utterances to so many (None: whole); threshold: judges test trials (validation
-    trials give one); strangers: the cohort of --as-norm, whose scores no threshold fits.
-    """
+def evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers):
+    """Return the error rates of the cosine scores of a split's trials, and the scores."""
     labels, left, right = (np.array(column) for column in zip(*corpus.trials[split]))
     clips, rows = np.unique([left, right], return_inverse=True)  # each is embedded once
     pairs = rows.reshape(2, -1).T  # (trials, 2) rows of the embeddings
-    unit = embeddings(cfg, corpus, model, clips, device, frames)  # (clips, E)
+    unit = embeddings(cfg, corpus, model, clips, frames)  # (clips, E)
     scores = (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1).double().numpy()
     if strangers is not None:
         scores = lightweight_sv.adaptive_s_norm(scores, pairs, unit, strangers)
@@ -361,7 +364,7 @@ def evaluate_trials(cfg, corpus, model, split, device, frames=None, threshold=No
 
 
 @torch.inference_mode()
-def embeddings(cfg, corpus, model, clips, device, frames=None):
+def embeddings(cfg, corpus, model, clips, frames=None):
     """Return unit embeddings (clips, E), on the CPU; utterances of one length share a batch.
 
     frames: cut longer utterances; None: whole ones. An AST needs 16, so shorter ones are padded.
@@ -373,17 +376,17 @@ def embeddings(cfg, corpus, model, clips, device, frames=None):
     parts = [part for rows in groups for part in np.split(rows, range(64, len(rows), 64))]
     for part in parts[RANK::WORLD]:
         batch = data.load_batch(corpus, clips[part], int(lengths[part[0]]), repeat=cfg.speaker)
-        with autocast(cfg, device):
-            x = model.encoder(data.features(batch.to(device), model.encoder))  # (B, E)
+        with autocast(cfg, model.device):
+            x = model.encoder(data.features(batch.to(model.device), model.encoder))  # (B, E)
         unit[part] = F.normalize(x.float(), dim=1).cpu()
     return sum_over_ranks(unit)
 
 
-def cohort(cfg, corpus, model, device, each=20):
+def cohort(cfg, corpus, model, each=20):
     """Return one mean embedding for every training speaker, of up to `each` utterances: (C, E)."""
     train = np.random.default_rng(cfg.seed).permutation(corpus.pick("train"))
     chosen = [train[corpus.labels[train] == c][:each] for c in range(len(corpus.classes))]
-    unit = embeddings(cfg, corpus, model, np.concatenate(chosen), device)
+    unit = embeddings(cfg, corpus, model, np.concatenate(chosen))
     return torch.stack([own.mean(0) for own in unit.split([len(clips) for clips in chosen])])
 
 
@@ -397,6 +400,10 @@ class Model(nn.Module):
     def __init__(self, encoder, head):
         super().__init__()
         self.encoder, self.head = encoder, head
+
+    @property
+    def device(self):
+        return self.head.weight.device
 
     def forward(self, x, labels=None):
         embedding = self.encoder.rescale(x) if x.ndim == 2 else self.encoder(x)  # (B, E)
@@ -426,26 +433,25 @@ def make_model(cfg, about, pretrained=None):
 
 def build_model(cfg, corpus):
     """Return the model that a training starts with. A speaker model takes over the weights of
-    --init best.pt, and its head's for equal classes."""
+    --init best.pt, for equal classes those of its head too."""
     about = dict(classes=corpus.classes, mels=corpus.mels, trials=corpus.trials, settings=dict(
         size=cfg.model.removeprefix("ast-"), pos_embed=cfg.pos_embed, pool=cfg.pool))
     if not cfg.speaker:
         return make_model(cfg, about, None if cfg.init == "none" else pretrained_file(cfg))
     model = make_model(cfg, about)
-    if cfg.init in ("", "none"):
-        return model
-    _, before, saved = load_checkpoint(cfg.init, "cpu")
-    try:
-        model.encoder.load_state_dict(before.encoder.state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"--init {cfg.init} holds another model than this {cfg.model}") from error
-    if saved["classes"] == corpus.classes:  # of speakers at three speeds, those at their own
-        for ours, theirs in zip(model.head.parameters(), before.head.parameters()):
-            ours.data[: len(theirs)] = theirs.data[: len(ours)]
+    if cfg.init not in ("", "none"):
+        _, before, saved = load_checkpoint(cfg.init)
+        same = saved["classes"] == corpus.classes
+        ours, theirs = (model, before) if same else (model.encoder, before.encoder)
+        try:
+            ours.load_state_dict(theirs.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"--init {cfg.init} holds another model than this {cfg.model}, or "
+                             "one trained with other speeds") from error
     return model
 
 
-def load_checkpoint(path, device):
+def load_checkpoint(path, device="cpu"):
     """Read best.pt; return the Config of its training, its model in eval mode, what it holds."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -459,7 +465,7 @@ def load_checkpoint(path, device):
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
                          f"is never run ({reason})") from error
-    return cfg, model.to(device).eval(), saved
+    return cfg, model.to(find_device(device)).eval(), saved
 
 
 def pretrained_file(cfg):
@@ -582,15 +588,25 @@ def with_preset(cfg):
 
 def run(cfg):
     """Train, select, test once; return the flat results, which results.json holds too."""
-    cfg, corpus, augment_waves, model, device = prepare(cfg)
+    cfg, corpus, augment_waves, model = prepare(cfg)
     out = run_folder(cfg, f"{cfg.data}-{cfg.name}")
     if (out / "results.json").exists():
         print(f"{out} is finished already")
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     else:
-        print_plan(cfg, corpus, model, out, device)
-        seconds = fit(cfg, corpus, model, augment_waves, out, device)
-        results = test_once(cfg, corpus, out, device) | dict(seconds=round(seconds, 2))
+        trainable, _, total = ast_adapters.count(model.encoder)
+        clips = ", ".join(f"{len(corpus.pick(split))} {split}"
+                          for split in ("train", "valid", "test"))
+        print(f"\n{out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {model.device} x {WORLD}, torch "
+              f"{torch.__version__}, {torch.get_num_threads()} threads\n  {len(corpus.classes)} "
+              f"classes; clips: {clips}; trains {trainable:,} of {total:,} parameters "
+              f"({trainable / total:.2%}) and the head")
+        print("  " + ", ".join(f"{name} {getattr(cfg, name)}" for name in (
+            "epochs", "batch_size", "frames", "lr", "warmup", "weight_decay")))
+        for note in corpus.notes:
+            print(f"  note: {note}")
+        seconds = fit(cfg, corpus, model, augment_waves, out)
+        results = test_once(cfg, corpus, out) | dict(seconds=round(seconds, 2))
         save(out / "results.json", json.dumps(results, indent=1))
     if cfg.figure:
         draw_log(out, cfg.figure)
@@ -598,10 +614,10 @@ def run(cfg):
 
 
 def prepare(cfg):
-    """Return what `fit` takes: settings with their preset, corpus, augmentation, model, device."""
+    """Return what `fit` takes: settings with their preset, corpus, augmentation, model."""
     cfg, device = with_preset(cfg), find_device(cfg.device)
-    if cfg.bf16 is None:
-        cfg = replace(cfg, bf16=has_bf16(device, fast=True))
+    if cfg.bf16 is not False:
+        cfg = replace(cfg, bf16=has_bf16(device, fast=cfg.bf16 is None))
     if RANK:
         dist.barrier()  # the first process packs what is new; the others find it packed
     corpus = open_corpus(cfg)
@@ -613,7 +629,7 @@ def prepare(cfg):
     augment_waves = partial(data.augment_waves, classes=len(corpus.classes), frames=cfg.frames,
                             speeds=cfg.speed_perturb, gain=cfg.gain, noise=noise, rooms=rooms,
                             share=cfg.distorted, snr=(min(cfg.snr), max(cfg.snr)))
-    return cfg, corpus, augment_waves, build_model(cfg, corpus).to(device), device
+    return cfg, corpus, augment_waves, build_model(cfg, corpus).to(device)
 
 
 def open_corpus(cfg, train=True):
@@ -628,9 +644,6 @@ def check_corpus(cfg, corpus):
     longest = lengths.max() if ready else data.frames_of(lengths.max())
     if longest < (cfg.frames if ready else cfg.frames / 10):  # waves may be padded, within reason
         raise ValueError(f"--frames {cfg.frames}: the longest training clip has {longest} frames")
-    if ready and corpus.mels != 128 and not cfg.speaker:
-        raise ValueError(f"--model {cfg.model} expects 128 mel bins, --data {cfg.data} has "
-                         f"{corpus.mels}: take a speaker model, which is built with as many")
     if not corpus.trials and (cfg.speed_perturb, cfg.margin, cfg.margin_rise) != (False, 0.2, 0):
         raise ValueError("--speed-perturb, --margin and --margin-rise are for verification: --data "
                          f"{cfg.data} has no trials")
@@ -639,26 +652,10 @@ def check_corpus(cfg, corpus):
                          f"{WORLD} processes: --batch-size is of all processes together")
 
 
-def print_plan(cfg, corpus, model, out, device):
-    """Print what the run will do: device, versions, seed, sizes, preset, notes on the data."""
-    trainable, _, total = ast_adapters.count(model.encoder)
-    train, valid, test = (len(corpus.pick(split)) for split in ("train", "valid", "test"))
-    print(f"\n{out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {device}, "
-          + f"{WORLD} processes, " * (WORLD > 1)
-          + f"{'bfloat16 where it is safe' if cfg.bf16 else 'float32'}, "
-          f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
-          f"  {train} clips train, {valid} validate, {test} test, {len(corpus.classes)} classes; "
-          f"trains {trainable:,} of {total:,} parameters ({trainable / total:.2%}) and the head")
-    preset = ("epochs", "batch_size", "frames", "lr", "warmup", "weight_decay")
-    print("  " + ", ".join(f"{name} {getattr(cfg, name)}" for name in preset))
-    for note in corpus.notes + ["without validation the last epoch is tested"] * (not valid):
-        print(f"  note: {note}")
-
-
-def test_once(cfg, corpus, out, device):
+def test_once(cfg, corpus, out):
     """Test the best weights; write adapter.pt or scores.txt; return all results but the time."""
-    _, model, best = load_checkpoint(out / "best.pt", device)
-    results = evaluate(cfg, corpus, model, "test", device, threshold=best["threshold"])
+    _, model, best = load_checkpoint(out / "best.pt", cfg.device)
+    results = evaluate(cfg, corpus, model, "test", threshold=best["threshold"])
     print(f"tested once, with the weights of epoch {best['epoch']}: {numbers(results)}")
     del results["score"]
     if corpus.trials:
@@ -677,10 +674,10 @@ def test_once(cfg, corpus, out, device):
     results |= dict(trainable=trainable, parameters=total, share=100 * trainable / total,
                     epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1))
     # The memory is counted last: a step moves BatchNorm's statistics.
-    return results | dict(memory_mb=training_memory(cfg, corpus, model, device))
+    return results | dict(memory_mb=training_memory(cfg, corpus, model))
 
 
-def training_memory(cfg, corpus, model, device):
+def training_memory(cfg, corpus, model):
     """Return the MB that a training step needs beside the weights: what is kept for the backward
     pass, gradients and AdamW's two moments. Counted, so the same on every device."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -690,8 +687,9 @@ def training_memory(cfg, corpus, model, device):
         return tensor.detach()  # the tensor itself holds the graph that holds it: never freed
 
     clips = corpus.pick("train")[: cfg.batch_size]
-    batch = data.load_batch(corpus, clips, cfg.frames, repeat=cfg.speaker).to(device)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept), autocast(cfg, device):
+    batch = data.load_batch(corpus, clips, cfg.frames, repeat=cfg.speaker).to(model.device)
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept)
+    with hooks, autocast(cfg, model.device):
         model.train()(data.features(batch, model.encoder), batch.labels).sum().backward()
     activations = sum(size for place, size in kept.items() if place not in weights)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -754,33 +752,25 @@ def study(cfg, typed):
 
 
 def print_table(cfg, table, folder):
-    """Print the closing table of {label: results}, write it to compare.md for a README, draw it."""
+    """Print the closing table of {label: results}: means, with deviations where the runs differ;
+    write it to compare.md for a README; draw it."""
     keys = [key for key in COLUMNS if any(key in r for results in table.values() for r in results)]
     rows = [["", *(COLUMNS[key][0] for key in keys)]]
-    for label, results in table.items():  # other models may lack some keys
-        rows.append([label, *(cell([r[key] for r in results if key in r], COLUMNS[key][1])
-                              for key in keys)])
-    save(folder / "compare.md", markdown(rows))
-    print(f"\n{markdown(rows)}\n{folder}")
+    for label, results in table.items():
+        rows.append([label])
+        for key in keys:
+            values, digits = [r[key] for r in results if key in r], COLUMNS[key][1]
+            mean = f"{np.mean(values):,.{digits}f}" if values else ""  # other models may lack some
+            differ = len(set(values)) > 1
+            rows[-1].append(mean + f" ± {np.std(values, ddof=1):.{digits}f}" if differ else mean)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    text = "".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths)) + " |\n"
+                   for row in rows)
+    save(folder / "compare.md", text)
+    print(f"\n{text}\n{folder}")
     if cfg.figure:
         draw_table(table, cfg.figure, f"{folder.name}, {cfg.model}")
-    elif not importlib.util.find_spec("matplotlib"):
-        for row in rows[1:]:  # a bar a row, of the first score
-            print(f"{row[0]:>24} {'█' * round(float(row[1].split()[0]) / 2)}")
-
-
-def cell(values, digits):
-    """The mean, with its deviation where the runs differ; nothing of nothing."""
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(set(values)) > 1 else ""
-    return f"{np.mean(values):,.{digits}f}{deviation}" if values else ""
-
-
-def markdown(rows):
-    """Return rows of text as a table; the first row is its header."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rule = ["-" * (width - 1) + ":" for width in widths]
-    return "".join("| " + " | ".join(text.rjust(w) for text, w in zip(row, widths)) + " |\n"
-                   for row in [rows[0], rule, *rows[1:]])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -790,30 +780,21 @@ def markdown(rows):
 def evaluate_checkpoint(cfg, typed):
     """--evaluate: test a best.pt on its own corpus, or on another with the same classes or with
     trials of any speakers."""
-    device, elsewhere = find_device(cfg.device), "data" in typed
-    trained, model, saved = load_checkpoint(cfg.evaluate, device)
-    changes = dict(few_shot=0, fold=None if elsewhere else trained.fold)
+    trained, model, saved = load_checkpoint(cfg.evaluate, cfg.device)
+    changes = dict(few_shot=0, fold=None if "data" in typed else trained.fold)
     tested = replace(trained, **changes | {name: getattr(cfg, name) for name in typed})
-    corpus = open_corpus(tested, train=not elsewhere)
+    corpus, table = open_corpus(tested, train=False), {}
     if not (saved["trials"] and corpus.trials) and corpus.classes != saved["classes"]:
         raise ValueError(f"{cfg.evaluate} knows {len(saved['classes'])} classes, --data "
                          f"{tested.data} has {len(corpus.classes)}, or others: they must be equal")
-    if cfg.figure and not corpus.trials:
-        raise ValueError(f"--figure draws trials: --data {tested.data} has none, but classes")
+    if (cfg.figure or cfg.as_norm) and not corpus.trials:
+        raise ValueError(f"--figure and --as-norm are for trials: --data {tested.data} has none, "
+                         "but classes")
+    strangers = cohort(trained, open_corpus(trained), model) if cfg.as_norm else None
     print(f"{cfg.evaluate} on the test split of {tested.data}:")
-    if cfg.as_norm and not corpus.trials:
-        raise ValueError(f"--as-norm is for verification: --data {tested.data} has no trials")
-    strangers = None
-    if cfg.as_norm:
-        print(f"  s-norm: the cohort are training speakers of {trained.data}, {trained.root}")
-        home = open_corpus(trained) if elsewhere else corpus
-        strangers = cohort(trained, home, model, device)
-    table = {}
     for length in cfg.durations or [math.inf]:
         frames = None if length == math.inf else round(100 * length)
-        results = (evaluate_trials(tested, corpus, model, "test", device, frames,
-                                   saved["threshold"], strangers) if corpus.trials else
-                   evaluate(tested, corpus, model, "test", device, frames))
+        results = evaluate(tested, corpus, model, "test", frames, saved["threshold"], strangers)
         print(f"  {f'{length:g} s' if frames else 'full':>6}  {numbers(results)}")
         table[f"seconds={length:g}"] = [results]
     if cfg.figure and cfg.durations:
@@ -826,25 +807,16 @@ def evaluate_checkpoint(cfg, typed):
 
 def use_checkpoint(cfg):
     """--predict, --verify, --embed: give the files, and those below the folders, to the model."""
-    device = find_device(cfg.device)
-    trained, model, saved = load_checkpoint(cfg.checkpoint, device)
-    classes, threshold = saved["classes"], saved["threshold"]
+    trained, model, saved = load_checkpoint(cfg.checkpoint, cfg.device)
     if saved["mels"]:
         raise ValueError(f"{cfg.checkpoint} was trained on ready features: how they were made of "
                          "audio is not known here, so it reads no files")
-    if cfg.verify and not saved["trials"]:
-        raise ValueError(f"--verify: {cfg.checkpoint} tells {len(classes)} classes apart, not "
-                         "speakers: train on a corpus with trials, such as --data voices")
     if cfg.figure and trained.speaker:
         raise ValueError(f"--figure draws the attention of an AST: {cfg.checkpoint} holds none")
     corpus = data.corpus_of_files(cfg.predict or cfg.verify or cfg.embed)
-    clips = np.arange(len(corpus.ids))
-    if cfg.figure:
-        draw_attention(trained, corpus, model, device, cfg.figure)
     if cfg.predict:
-        chances = class_probabilities(trained, corpus, model, clips, device, trained.frames)
-        return name_classes(cfg, corpus.ids, chances.unflatten(1, (-1, len(classes))), classes)
-    unit = embeddings(trained, corpus, model, clips, device)  # (files, E)
+        return predict(cfg, trained, corpus, model, saved["classes"])
+    unit = embeddings(trained, corpus, model, np.arange(len(corpus.ids)))  # (files, E)
     if cfg.embed:
         out = run_folder(cfg, "embeddings")
         save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
@@ -853,24 +825,27 @@ def use_checkpoint(cfg):
         return print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
     if len(unit) < 2:
         raise ValueError("--verify: expected two files or more, the last of them to be judged")
-    score = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1])  # (E,) @ (E,)
+    score, threshold = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1]), saved["threshold"]
     print(f"score {score:.4f}, " + (
         "no threshold: this model had no validation trials" if threshold is None else
         f"threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"))
 
 
-def name_classes(cfg, files, chances, classes):
-    """Print the three likeliest classes of each file, and write them to the file of --csv.
-
-    chances: (files, speeds, C); the speeds of a speaker are one."""
-    rows = []
-    for file, row in zip(files, chances.sum(1)):
+def predict(cfg, trained, corpus, model, classes):
+    """Print the three likeliest classes of each file; --csv writes them too, --figure draws what
+    the model looks at in the first one."""
+    clips, rows = np.arange(len(corpus.ids)), []
+    chances = class_probabilities(trained, corpus, model, clips, trained.frames)
+    chances = chances.unflatten(1, (-1, len(classes))).sum(1)  # (files, C): all speeds of a speaker
+    for file, row in zip(corpus.ids, chances):
         best = row.topk(min(3, len(classes))).indices
         rows.append([file, *(text for i in best for text in (classes[i], f"{row[i]:.4f}"))])
         print(*rows[-1], sep="  ")
     if cfg.csv:
         with open(cfg.csv, "w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows(rows)
+    if cfg.figure:
+        draw_attention(trained, corpus, model, cfg.figure)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -881,60 +856,46 @@ def profile(cfg):
     """--profile: print the milliseconds of each line of `fit`, and the floor: multiply-accumulates
     of a step over the rate of this machine's own product of two matrices.
 
-    Each line waits for the device, so a GPU's lines do not overlap as they do in training.
+    Each line waits for the device, so a GPU's lines do not overlap as they do in training. The
+    first three of 13 steps warm up and do not count.
     """
-    cfg, corpus, augment_waves, model, device = prepare(cfg)
+    cfg, corpus, augment_waves, model = prepare(cfg)
     per_epoch = min(13, max(1, len(corpus.pick("train")) // cfg.batch_size))
-    cfg = replace(cfg, steps=per_epoch, epochs=math.ceil(13 / per_epoch))
-    spent, last = {}, [0, 0.0]  # spent: line -> milliseconds of each time; last: line, moment
+    cfg = replace(cfg, steps=13, epochs=math.ceil(13 / per_epoch))
+    code, first = inspect.getsourcelines(fit)
+    spent, last = {}, [first, time.perf_counter()]  # line -> ms of each time; last line, moment
 
     def trace(frame, event, _):
         """Python calls this where a function begins and, if it returns itself, at each line."""
         if frame.f_code is not fit.__code__:
             return None
-        if device.type != "cpu":
+        if ACCELERATOR:
             torch.accelerator.synchronize()
         spent.setdefault(last[0], []).append(1000 * (time.perf_counter() - last[1]))
         last[:] = frame.f_lineno, time.perf_counter()
         return trace
 
-    with mock.patch.object(sys.modules[__name__], "save"):  # nothing is written
+    with tempfile.TemporaryDirectory() as out:
         sys.settrace(trace)
-        try:
-            fit(cfg, corpus, model, augment_waves, Path(os.devnull), device)
-        finally:
-            sys.settrace(None)
-    del spent[0]  # the moments before `fit`
-    print_profile(cfg, corpus, model, device, spent, cfg.epochs * per_epoch)
-
-
-def print_profile(cfg, corpus, model, device, spent, steps):
-    """Print the lines of `fit` that take half a percent of a step or more. The first three steps
-    warm up and do not count."""
-    ms = {line: np.mean(times[3 * len(times) // steps:]) for line, times in spent.items()}
-    inside = [line for line, times in spent.items() if len(times) >= steps]
-    step, (code, first) = sum(ms[line] for line in inside), inspect.getsourcelines(fit)
+        fit(cfg, corpus, model, augment_waves, Path(out))
+        sys.settrace(None)
+    ms = {line: np.mean(times[len(times) // 4 :]) for line, times in spent.items()}
+    step = sum(ms[line] for line, times in spent.items() if len(times) >= 13)
     with FlopCounterMode(display=False) as counter:
-        memory = training_memory(cfg, corpus, model, device)
-    macs, dtype = counter.get_total_flops() / 2, torch.bfloat16 if cfg.bf16 else torch.float32
-    square, taken = torch.randn(2048, 2048, device=device, dtype=dtype), []
-    for _ in range(7):
-        start = time.perf_counter()
-        (square @ square)[0, 0].item()  # waits for the device
-        taken.append(time.perf_counter() - start)
-    rate, floor = 2048**3 / np.median(taken), 1000 * macs * np.median(taken) / 2048**3
-    rows = [["line of the loop", "ms", "of a step"]]
-    rows += [[code[line - first].split("#")[0].strip()[:60], f"{ms[line]:.2f}",
-              f"{ms[line] / step:.1%}" if line in inside else "an epoch"]
-             for line in sorted(ms) if ms[line] > step / 200]
-    rows += [["a step", f"{step:.2f}", "100.0%"],
-             ["its products alone", f"{floor:.2f}", f"{floor / step:.1%}"]]
+        memory = training_memory(cfg, corpus, model)
+    square = torch.randn(2048, 2048, device=model.device, dtype=torch.bfloat16 if cfg.bf16 else None)
+    timer = Timer("(a @ a)[0, 0].item()", globals=dict(a=square),  # .item() waits for the device
+                  num_threads=torch.get_num_threads())
+    floor = counter.get_total_flops() / 2 / 2048**3 * 1000 * timer.blocked_autorange().median
+    for line in sorted(ms):
+        if ms[line] > step / 200:
+            share = f"{ms[line] / step:6.1%}" if len(spent[line]) >= 13 else "epoch "
+            print(f"{ms[line]:9.2f} ms {share}  {code[line - first].strip()}")
     clips = min(cfg.batch_size, len(corpus.pick("train")))
-    print(f"\n{markdown(rows)}{1000 * clips / step:.1f} clips a second; {macs / 1e9:.3g} GMAC a "
-          f"step, {rate / 1e9:.4g} GMAC a second in {dtype}\nmemory: {memory:.1f} MB for the "
-          "backward pass, gradients and moments")
-    if device.type == "cuda":
-        print(f"peak: {torch.cuda.max_memory_allocated() / 2**20:.0f} MB")
+    print(f"{step:9.2f} ms 100.0%  a step; {1000 * clips / step:.1f} clips a second\n"
+          f"{floor:9.2f} ms {floor / step:6.1%}  its products alone, as fast as two matrices'\n"
+          f"memory: {memory:.1f} MB for the backward pass, gradients and moments; on a GPU at most "
+          f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MB")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -944,47 +905,40 @@ def print_profile(cfg, corpus, model, device, spent, steps):
 def draw_log(out, path):
     """Draw the loss and the validation score over the epochs of a run."""
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    epochs = [line["epoch"] for line in log]
-    with data.figure(path) as axes:
-        axes.plot(epochs, [line["loss"] for line in log], "o-", color="black")
-        axes.set(xlabel="epoch", ylabel="training loss (line)")
-        right = axes.twinx()
-        right.plot(epochs, [line["valid"] for line in log], "s--", color="grey")
-        right.set_ylabel("validation score, % (dashes)")
+    with data.figure(path, 2) as axes:
+        for axis, key in zip(axes, ("loss", "valid")):
+            axis.plot([line["epoch"] for line in log], [line[key] for line in log], "o-")
+            axis.set(xlabel="epoch", ylabel=key)
 
 
 def draw_table(table, path, title):
     """Draw the score of each row with its deviation: over the number that changes from row to row,
     or, with the names of the rows, over the trainable parameters."""
-    key = "eer" if any("eer" in r for results in table.values() for r in results) else "accuracy"
-    name, _, _ = next(iter(table)).partition("=")
+    key = "eer" if any("eer" in results[0] for results in table.values()) else "accuracy"
     swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
-    points = {label: [r[key] for r in results if key in r] for label, results in table.items()}
     x = [float(label.partition("=")[2]) if swept else results[0]["trainable"]
          for label, results in table.items()]
-    y = [np.mean(scores) for scores in points.values()]
-    bars = [np.std(scores, ddof=1) if len(scores) > 1 else 0 for scores in points.values()]
+    scores = [[r[key] for r in results if key in r] for results in table.values()]
+    y = [np.mean(values) for values in scores]
     with data.figure(path) as axes:
-        axes.errorbar(x, y, bars, fmt="o-" if swept else "o", color="black", capsize=3)
-        names = [] if swept else sorted(zip(y, x, table))
-        for n, (score, place, label) in enumerate(names):  # now left, now right: fewer meet
-            axes.annotate(label, (place, score), xytext=(6 - 12 * (n % 2), -3), fontsize=8,
-                          ha="right" if n % 2 else "left", textcoords="offset points")
+        axes.errorbar(x, y, [np.std(values) for values in scores], fmt="o-" if swept else "o")
+        for n, (score, place, label) in enumerate(sorted(zip(y, x, table))):
+            side = "right" if n % 2 else "left"  # in turn, so fewer meet
+            axes.annotate("" if swept else f"  {label}  ", (place, score), ha=side, fontsize=8)
         axes.set(xscale="linear" if swept else "log", ylabel=f"{key}, %", title=title,
-                 xlabel=name if swept else "trainable parameters without the head")
+                 xlabel=label.partition("=")[0] if swept else "trainable parameters, no head")
 
 
-def draw_attention(cfg, corpus, model, device, path):
+def draw_attention(cfg, corpus, model, path):
     """Draw the first file's spectrogram, and how much CLS looks at each patch of it."""
-    frames = max(16, int(min(cfg.frames, data.frames_of(corpus.length[0]))))
-    x = data.features(data.load_batch(corpus, np.array([0]), frames).to(device), model.encoder)
-    seconds = (0, frames / 100, 0, x.shape[2])
+    batch = data.load_batch(corpus, np.array([0]), cfg.frames).to(model.device)
+    x = data.features(batch, model.encoder)  # (1, T, F)
+    looks = ast_adapters.cls_attention(model.encoder, x)  # (1, f, t)
     with data.figure(path, 2, 1, (7, 5)) as axes:
-        for axis, picture, title in zip(axes, (x, ast_adapters.cls_attention(model.encoder, x)), (
+        for axis, picture, title in zip(axes, (x[0].T, looks[0]), (
                 corpus.ids[0], "attention of CLS in the last block, mean of the heads")):
-            picture = picture[0].T if picture is x else picture[0]
             axis.imshow(picture.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
-                        extent=seconds)
+                        extent=(0, cfg.frames / 100, 0, x.shape[2]))
             axis.set(title=title, xlabel="seconds", ylabel="mel bin")
 
 
@@ -994,28 +948,25 @@ def draw_attention(cfg, corpus, model, device, path):
 
 def find_device(name):
     """Return the device of --device; of several processes each has the GPU of its number."""
-    mps = torch.backends.mps.is_available() and WORLD == 1  # gloo reaches CPUs alone
-    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name not in ("auto", "cpu", best):
-        raise ValueError(f"--device {name} is not here, or not in this build of torch: take cpu")
-    if best == "cuda" and name != "cpu":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(best if name == "auto" else name)
+    if name == "cpu" or not ACCELERATOR or (ACCELERATOR.type == "mps" and WORLD > 1):  # gloo: CPUs
+        return torch.device("cpu")
+    torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+    return ACCELERATOR
 
 
 def has_bf16(device, fast=False):
     """Whether bfloat16 is computed here, untried on Macs' GPUs; `fast`: not emulated on a CPU."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
-    fast_here = able.get("avx512_bf16") or able.get("amx_bf16")
-    return device.type == "cpu" and bool(fast_here or not fast)
+    able = torch.cpu.get_capabilities()
+    quick = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    return device.type == "cpu" and (quick or not fast)
 
 
-def parallel_model(cfg, model, device):
+def parallel_model(cfg, model):
     """Return what the loop calls: the model, compiled if asked, with gradients that are the mean
     over all processes. Evaluation and checkpoints use the plain model, whose weights these are."""
-    if WORLD > 1 and device.type == "cuda":  # on CPUs each process has its own BatchNorm
+    if WORLD > 1 and model.device.type == "cuda":  # on CPUs each process has its own BatchNorm
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = torch.compile(model) if cfg.compile else model
     return nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
@@ -1093,8 +1044,6 @@ def check(cfg, typed):
         if f.name in typed and value is not None:
             if broken := broken_rule(cfg, typed, f.name, value, f.metadata):
                 raise ValueError(f"{flag_of(f.name)} {value}: {broken}")
-    if cfg.bf16 and not has_bf16(find_device(cfg.device)):
-        raise ValueError(f"--bf16: {find_device(cfg.device)} has no bfloat16 that is known to work")
     if cfg.figure:
         data.check_figure(cfg.figure)
     if mode_of(cfg) not in TRAINING or cfg.speaker:
@@ -1119,8 +1068,6 @@ def broken_rule(cfg, typed, name, value, rule):
         return f"expected at least {least}" + f" and at most {most}" * ("most" in rule)
     if "needs" in rule and not any(getattr(cfg, other) for other in rule["needs"].split()):
         return f"does nothing without {' or '.join(map(flag_of, rule['needs'].split()))}"
-    if "corpus" in rule and mode == "evaluate" and "data" not in typed:
-        return "a checkpoint is tested as it was trained; for another corpus add --data"
     if "corpus" in rule and value and not getattr(data.CORPORA[cfg.data], rule["corpus"]):
         missing = {"rows": "audio", "folds": "folds", "lists": "lists of trials"}[rule["corpus"]]
         return f"--data {cfg.data} has no {missing}"
