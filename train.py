@@ -9,11 +9,8 @@
     torchrun --nproc_per_node=2 train.py ...            # the same loop in several processes
 
 Sections  1 settings, 2 the loop, 3 evaluation, 4 the model, 5 files of a run, 6 a run, 7 tables of
-          runs, 8 using a checkpoint, 9 the profile, 10 figures, 11 the machine, 12 the command line
+          runs, 8 using a checkpoint, 9 the profile, 10 the machine, 11 the command line
 Axes      B batch, T frames, F mel bins, D width, E embedding, C classes or speakers
-
-Every setting is a field of Config, hence a flag. A setting without a default comes from the preset
-of its method and corpus (section 6), which is printed at the start.
 
 A run leaves in its folder: config.json, log.jsonl, last.pt (everything `--resume` needs), best.pt
 (the weights that validated best: all that `--predict` needs), results.json, for an AST adapter.pt
@@ -95,11 +92,6 @@ def opt(default, **rules):
     return field(default=default, metadata=rules)
 
 
-def seconds(text):
-    """A number of seconds, or full: the whole of an utterance."""
-    return math.inf if text == "full" else float(text)
-
-
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. None: the preset of method and corpus, or the model, decides. The
@@ -173,7 +165,7 @@ class Config:
     checkpointing: bool = opt(False, model="ast")  # less memory: compute blocks again, 1.4 x time
     # Use of a checkpoint: after training
     evaluate: str = ""  # test this best.pt
-    durations: list = opt((), item=seconds, least=0.16, modes=("evaluate",))  # of a test; full
+    durations: list = opt((), modes=("evaluate",))  # seconds of a test; full: whole utterances
     as_norm: bool = opt(False, modes=("evaluate",))  # s-norm, its cohort from training speakers
     predict: list = opt((), needs="checkpoint")  # name the classes of these files or folders
     verify: list = opt((), needs="checkpoint")  # is the last of these files the others' speaker?
@@ -226,7 +218,7 @@ def fit(cfg, corpus, model, augment_waves, out):
             batch = augment_waves(batch.to(model.device))  # speed, gain, noise, rooms
             x, y = data.features(batch, model.encoder), batch.labels  # (B, T, F), (B,)
             x = data.augment_features(x, cfg.shift, cfg.spec_f, cfg.spec_t)
-            with autocast(cfg, model.device):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16):
                 loss = F.cross_entropy(forward(x, y), y)
             check_loss(loss, batch, corpus)
             optimiser.zero_grad()
@@ -277,11 +269,6 @@ def check_loss(loss, batch, corpus):
                          "or look at these clips; the last epoch's checkpoint is whole")
 
 
-def autocast(cfg, device):
-    """With --bf16: bfloat16 for products, float32 for what needs it, where the device has it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(cfg.bf16 and has_bf16(device)))
-
-
 @torch.inference_mode()
 def cache_inputs(cfg, corpus, model):
     """Return (what the loop reads, its frames): the corpus, or inputs that no epoch changes.
@@ -301,7 +288,7 @@ def cache_inputs(cfg, corpus, model):
                            repeat=cfg.speaker)
     for batch in progress(batches, "features, once"):
         x = data.features(batch.to(model.device), encoder)  # (B, T, F)
-        with autocast(cfg, model.device):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16):
             store[batch.clips] = (encoder.pooled(x).float()[:, None] if frozen else x).cpu()
     return replace(corpus, store=store.reshape(-1, width), start=rows * np.arange(clips),
                    length=np.full(clips, rows)), rows
@@ -318,9 +305,9 @@ def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=N
     threshold: judges test trials (validation trials give one)
     strangers: the cohort of --as-norm, whose scores no threshold fits
     """
+    clips = corpus.pick(split)
     if split in corpus.trials:
         return evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers)
-    clips = corpus.pick(split)
     if corpus.trials or not len(clips):
         return {}
     chances = class_probabilities(cfg, corpus, model, clips, frames or cfg.frames)  # (clips, C)
@@ -341,7 +328,7 @@ def class_probabilities(cfg, corpus, model, clips, frames):
     total = torch.zeros(len(clips), len(model.eval().head.weight))  # (clips, C)
     for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
                               repeat=cfg.speaker, shard=(RANK, WORLD)):
-        with autocast(cfg, model.device):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16):
             logits = model(data.features(batch.to(model.device), model.encoder))  # (B, C)
         total.index_add_(0, owner[batch.clips], logits.float().softmax(1).cpu())
     return sum_over_ranks(total) / owner.bincount()[:, None]
@@ -376,7 +363,7 @@ def embeddings(cfg, corpus, model, clips, frames=None):
     parts = [part for rows in groups for part in np.split(rows, range(64, len(rows), 64))]
     for part in parts[RANK::WORLD]:
         batch = data.load_batch(corpus, clips[part], int(lengths[part[0]]), repeat=cfg.speaker)
-        with autocast(cfg, model.device):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16):
             x = model.encoder(data.features(batch.to(model.device), model.encoder))  # (B, E)
         unit[part] = F.normalize(x.float(), dim=1).cpu()
     return sum_over_ranks(unit)
@@ -574,15 +561,15 @@ VOICES_WIDTH = {"ecapa-tdnn": 64, "amcrn": 32, "resnet34": 8}
 def with_preset(cfg):
     """Fill every None that has a preset; what is typed wins."""
     nano, corpus = cfg.model == "ast-nano", data.CORPORA[cfg.data].recipe
-    rate = LEARNING_RATES.get(cfg.method, LEARNING_RATES["other"])[nano]
-    preset = RECIPE | dict(lr=rate) | corpus
-    if nano:  # it has positions for 100 frames
-        preset |= NANO_RECIPE | dict(tokens=NANO_TOKENS.get(cfg.method),
-                                     frames=corpus.get("frames", 100))
+    preset = RECIPE | dict(lr=LEARNING_RATES.get(cfg.method, LEARNING_RATES["other"])[nano])
     if cfg.speaker:  # its features have no level, since each bin's mean is removed: no gain
-        preset = RECIPE | SPEAKER_RECIPE | corpus | dict(gain=0.0)
+        preset |= SPEAKER_RECIPE | corpus | dict(gain=0.0)
         if cfg.data == "voices":
             preset |= dict(width=VOICES_WIDTH[cfg.model], embed_dim=128)
+    elif nano:  # it has positions for 100 frames
+        preset |= dict(frames=100, tokens=NANO_TOKENS.get(cfg.method)) | corpus | NANO_RECIPE
+    else:
+        preset |= corpus
     return replace(cfg, **{k: v for k, v in preset.items() if getattr(cfg, k) is None})
 
 
@@ -609,15 +596,19 @@ def run(cfg):
         results = test_once(cfg, corpus, out) | dict(seconds=round(seconds, 2))
         save(out / "results.json", json.dumps(results, indent=1))
     if cfg.figure:
-        draw_log(out, cfg.figure)
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        with data.figure(cfg.figure, 2) as axes:
+            for axis, key in zip(axes, ("loss", "valid")):
+                axis.plot([line["epoch"] for line in log], [line[key] for line in log], "o-")
+                axis.set(xlabel="epoch", ylabel=key)
     return results
 
 
 def prepare(cfg):
     """Return what `fit` takes: settings with their preset, corpus, augmentation, model."""
     cfg, device = with_preset(cfg), find_device(cfg.device)
-    if cfg.bf16 is not False:
-        cfg = replace(cfg, bf16=has_bf16(device, fast=cfg.bf16 is None))
+    if cfg.bf16 is None:
+        cfg = replace(cfg, bf16=has_fast_bf16(device))
     if RANK:
         dist.barrier()  # the first process packs what is new; the others find it packed
     corpus = open_corpus(cfg)
@@ -689,7 +680,7 @@ def training_memory(cfg, corpus, model):
     clips = corpus.pick("train")[: cfg.batch_size]
     batch = data.load_batch(corpus, clips, cfg.frames, repeat=cfg.speaker).to(model.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept)
-    with hooks, autocast(cfg, model.device):
+    with hooks, torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16):
         model.train()(data.features(batch, model.encoder), batch.labels).sum().backward()
     activations = sum(size for place, size in kept.items() if place not in weights)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -715,10 +706,12 @@ COLUMNS = {  # key of the results: (header, digits behind the point)
 
 def variants(cfg, typed):
     """Return (name of the table, {row: Config}): a row a method or value, or only one."""
-    if cfg.compare:  # each method without the options it does not have
-        return f"compare-{cfg.data}", {
-            method: replace(cfg, method=method, **dict.fromkeys(set(METHOD_OPTIONS) - set(options)))
-            for method, (_, options) in METHODS.items()}
+    quick = not typed & {"sweep", "data", "model", "method", "init", *METHOD_OPTIONS}
+    if cfg.compare or quick:  # each method without the options it does not have
+        return "quick-start" if not cfg.compare else f"compare-{cfg.data}", {
+            method: replace(cfg, method=method, **dict.fromkeys(
+                set(METHOD_OPTIONS) - set(METHODS[method][1])))
+            for method in (METHODS if cfg.compare else ("linear", "conformer", "full"))}
     if cfg.sweep:
         (name, _, values), rows = cfg.sweep.partition("="), {}
         for text in values.split(","):
@@ -727,9 +720,6 @@ def variants(cfg, typed):
             rows[f"{name}={text}"] = replace(cfg, **{k: getattr(value, k) for k in swept})
             check(rows[f"{name}={text}"], swept)
         return f"compare-{cfg.data}", rows
-    if not typed & {"data", "model", "method", "init", *METHOD_OPTIONS}:
-        return "quick-start", {method: replace(cfg, method=method)
-                               for method in ("linear", "conformer", "full")}
     return f"{cfg.data}-{cfg.name}", {cfg.name: cfg}
 
 
@@ -773,6 +763,24 @@ def print_table(cfg, table, folder):
         draw_table(table, cfg.figure, f"{folder.name}, {cfg.model}")
 
 
+def draw_table(table, path, title):
+    """Draw the score of each row with its deviation: over the number that changes from row to row,
+    or, with the names of the rows, over the trainable parameters."""
+    key = "eer" if any("eer" in results[0] for results in table.values()) else "accuracy"
+    swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
+    x = [float(label.partition("=")[2]) if swept else results[0]["trainable"]
+         for label, results in table.items()]
+    scores = [[r[key] for r in results if key in r] for results in table.values()]
+    y = [np.mean(values) for values in scores]
+    with data.figure(path) as axes:
+        axes.errorbar(x, y, [np.std(values) for values in scores], fmt="o-" if swept else "o")
+        for n, (score, place, label) in enumerate(sorted(zip(y, x, table))):
+            side = "right" if n % 2 else "left"  # in turn, so fewer meet
+            axes.annotate("" if swept else f"  {label}  ", (place, score), ha=side, fontsize=8)
+        axes.set(xscale="linear" if swept else "log", ylabel=f"{key}, %", title=title,
+                 xlabel=label.partition("=")[0] if swept else "trainable parameters, no head")
+
+
 # --------------------------------------------------------------------------------------------------
 # 8. Using a checkpoint: test it, or give it audio files
 
@@ -792,12 +800,13 @@ def evaluate_checkpoint(cfg, typed):
                          "but classes")
     strangers = cohort(trained, open_corpus(trained), model) if cfg.as_norm else None
     print(f"{cfg.evaluate} on the test split of {tested.data}:")
-    for length in cfg.durations or [math.inf]:
-        frames = None if length == math.inf else round(100 * length)
+    for length in cfg.durations or ["full"]:
+        frames = None if length == "full" else round(100 * float(length))
         results = evaluate(tested, corpus, model, "test", frames, saved["threshold"], strangers)
-        print(f"  {f'{length:g} s' if frames else 'full':>6}  {numbers(results)}")
-        table[f"seconds={length:g}"] = [results]
-    if cfg.figure and cfg.durations:
+        print(f"  {length:>6}  {numbers(results)}")
+        if frames:
+            table[f"seconds={length}"] = [results]
+    if cfg.figure and table:
         draw_table(table, cfg.figure, f"{cfg.evaluate} on {tested.data}")
     elif cfg.figure:
         labels = [label for label, _, _ in corpus.trials["test"]]
@@ -844,8 +853,17 @@ def predict(cfg, trained, corpus, model, classes):
     if cfg.csv:
         with open(cfg.csv, "w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows(rows)
-    if cfg.figure:
-        draw_attention(trained, corpus, model, cfg.figure)
+    if not cfg.figure:
+        return
+    batch = data.load_batch(corpus, clips[:1], trained.frames).to(model.device)
+    x = data.features(batch, model.encoder)  # (1, T, F)
+    looks = ast_adapters.cls_attention(model.encoder, x)  # (1, f, t)
+    with data.figure(cfg.figure, 2) as axes:
+        for axis, picture, title in zip(axes, (x[0].T, looks[0]), (
+                corpus.ids[0], "attention of CLS in the last block, mean of the heads")):
+            axis.imshow(picture.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
+                        extent=(0, trained.frames / 100, 0, x.shape[2]))
+            axis.set(title=title, xlabel="seconds", ylabel="mel bin")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -899,51 +917,7 @@ def profile(cfg):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Figures: one function a kind; those of speaker models and corpora are in their files
-
-
-def draw_log(out, path):
-    """Draw the loss and the validation score over the epochs of a run."""
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    with data.figure(path, 2) as axes:
-        for axis, key in zip(axes, ("loss", "valid")):
-            axis.plot([line["epoch"] for line in log], [line[key] for line in log], "o-")
-            axis.set(xlabel="epoch", ylabel=key)
-
-
-def draw_table(table, path, title):
-    """Draw the score of each row with its deviation: over the number that changes from row to row,
-    or, with the names of the rows, over the trainable parameters."""
-    key = "eer" if any("eer" in results[0] for results in table.values()) else "accuracy"
-    swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
-    x = [float(label.partition("=")[2]) if swept else results[0]["trainable"]
-         for label, results in table.items()]
-    scores = [[r[key] for r in results if key in r] for results in table.values()]
-    y = [np.mean(values) for values in scores]
-    with data.figure(path) as axes:
-        axes.errorbar(x, y, [np.std(values) for values in scores], fmt="o-" if swept else "o")
-        for n, (score, place, label) in enumerate(sorted(zip(y, x, table))):
-            side = "right" if n % 2 else "left"  # in turn, so fewer meet
-            axes.annotate("" if swept else f"  {label}  ", (place, score), ha=side, fontsize=8)
-        axes.set(xscale="linear" if swept else "log", ylabel=f"{key}, %", title=title,
-                 xlabel=label.partition("=")[0] if swept else "trainable parameters, no head")
-
-
-def draw_attention(cfg, corpus, model, path):
-    """Draw the first file's spectrogram, and how much CLS looks at each patch of it."""
-    batch = data.load_batch(corpus, np.array([0]), cfg.frames).to(model.device)
-    x = data.features(batch, model.encoder)  # (1, T, F)
-    looks = ast_adapters.cls_attention(model.encoder, x)  # (1, f, t)
-    with data.figure(path, 2, 1, (7, 5)) as axes:
-        for axis, picture, title in zip(axes, (x[0].T, looks[0]), (
-                corpus.ids[0], "attention of CLS in the last block, mean of the heads")):
-            axis.imshow(picture.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
-                        extent=(0, cfg.frames / 100, 0, x.shape[2]))
-            axis.set(title=title, xlabel="seconds", ylabel="mel bin")
-
-
-# --------------------------------------------------------------------------------------------------
-# 11. The machine: its device, and the processes that torchrun starts
+# 10. The machine: its device, and the processes that torchrun starts
 
 
 def find_device(name):
@@ -954,13 +928,12 @@ def find_device(name):
     return ACCELERATOR
 
 
-def has_bf16(device, fast=False):
-    """Whether bfloat16 is computed here, untried on Macs' GPUs; `fast`: not emulated on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    quick = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
-    return device.type == "cpu" and (quick or not fast)
+def has_fast_bf16(device):
+    """Whether products in bfloat16 are fast here: neither emulated nor, as on Macs, untried."""
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def parallel_model(cfg, model):
@@ -970,16 +943,6 @@ def parallel_model(cfg, model):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = torch.compile(model) if cfg.compile else model
     return nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
-
-
-def join_processes():
-    """Join the processes of torchrun, if it started this one; all but the first print nothing."""
-    if WORLD > 1:
-        nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
-        # One that dies ends the others at once. A day: they wait while the first packs a corpus.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=1))
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
 
 
 def on_first_rank(work):
@@ -998,11 +961,7 @@ def sum_over_ranks(total):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. The command line
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
+# 11. The command line
 
 
 def parse(argv=None):
@@ -1022,7 +981,7 @@ def parse(argv=None):
             if f.type is bool:
                 rules = dict(action=argparse.BooleanOptionalAction)
             words = {None: "of preset, method or model", "": "none", (): "none"}
-            group.add_argument(flag_of(f.name), **rules,
+            group.add_argument("--" + f.name.replace("_", "-"), **rules,
                                help=f"{found[2]} (default: {words.get(f.default, f.default)})")
     typed = vars(parser.parse_args(argv))
     return Config(**typed), set(typed)
@@ -1030,20 +989,16 @@ def parse(argv=None):
 
 def mode_of(cfg):
     """Return the one of MODES that the command line asks for, or "train"."""
-    asked = [mode for mode in MODES if getattr(cfg, mode)] or ["train"]
-    if len(asked) > 1:
-        raise ValueError(f"{flag_of(asked[0])} and {flag_of(asked[1])} exclude each other")
-    return asked[0]
+    return next((mode for mode in MODES if getattr(cfg, mode)), "train")
 
 
 def check(cfg, typed):
     """Refuse, before anything is opened, what is typed and breaks the rules of `opt`, and an AST
     that cannot start so."""
     for f in fields(Config):
-        value = getattr(cfg, f.name)
-        if f.name in typed and value is not None:
-            if broken := broken_rule(cfg, typed, f.name, value, f.metadata):
-                raise ValueError(f"{flag_of(f.name)} {value}: {broken}")
+        if f.name in typed and (broken := broken_rule(cfg, f)):
+            flag = "--" + f.name.replace("_", "-")
+            raise ValueError(f"{flag} {getattr(cfg, f.name)}: {broken}")
     if cfg.figure:
         data.check_figure(cfg.figure)
     if mode_of(cfg) not in TRAINING or cfg.speaker:
@@ -1055,19 +1010,19 @@ def check(cfg, typed):
     ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, cfg.options)
 
 
-def broken_rule(cfg, typed, name, value, rule):
-    """Return what is wrong with a value by the rules of its field; None: nothing."""
-    mode, modes = mode_of(cfg), rule.get("modes", TRAINING)
-    if mode not in modes and mode != name:
+def broken_rule(cfg, f):
+    """Return what is wrong with the value of a field by its rules; None: nothing."""
+    mode, value, rule = mode_of(cfg), getattr(cfg, f.name), f.metadata
+    modes = [f.name] if f.name in MODES else rule.get("modes", TRAINING)
+    if mode not in modes:
         return f"read by {', '.join(modes)}, not by {mode}"
     if mode in TRAINING and "model" in rule and (rule["model"] == "speaker") != cfg.speaker:
         return f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
     least, most = rule.get("least"), rule.get("most", math.inf)
-    values = value if isinstance(value, (list, tuple)) else [value]
-    if least is not None and not all(least <= v <= most for v in values):  # nor nan
+    if least is not None and not least <= value <= most:  # nor nan
         return f"expected at least {least}" + f" and at most {most}" * ("most" in rule)
     if "needs" in rule and not any(getattr(cfg, other) for other in rule["needs"].split()):
-        return f"does nothing without {' or '.join(map(flag_of, rule['needs'].split()))}"
+        return "does nothing without --" + " or --".join(rule["needs"].split())
     if "corpus" in rule and value and not getattr(data.CORPORA[cfg.data], rule["corpus"]):
         missing = {"rows": "audio", "folds": "folds", "lists": "lists of trials"}[rule["corpus"]]
         return f"--data {cfg.data} has no {missing}"
@@ -1076,10 +1031,13 @@ def broken_rule(cfg, typed, name, value, rule):
 def main(argv=None):
     cfg, typed = parse(argv)
     try:
-        join_processes()
+        if WORLD > 1:  # torchrun started this; a process that dies ends the others at once
+            nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo",
+                                    timeout=timedelta(days=1))  # while the first packs a corpus
         check(cfg, typed)
-        if RANK:  # the first process alone draws and writes
-            cfg = replace(cfg, figure="", csv="")
+        if RANK:  # the first process alone prints, draws and writes
+            sys.stdout, cfg = open(os.devnull, "w"), replace(cfg, figure="", csv="")
         if cfg.download:
             on_first_rank(lambda: data.download_corpus(cfg.data, cfg.root, cfg.cache))
         if cfg.evaluate:
