@@ -1075,7 +1075,7 @@ def test_a_folder_with_another_run_is_refused_and_kept(small, tmp_path, monkeypa
     interrupt(settings, out, monkeypatch, 1)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for changes, sentence in (
-            (dict(lr=0.5), "configuration (lr 0.01 -> 0.5)"), ({}, "holds this run already"),
+            (dict(lr=0.5), "another configuration (lr 0.01 -> 0.5)"), ({}, "holds this run already"),
             (dict(method="full", resume=True), "another configuration (method")):
         with pytest.raises(ValueError, match=re.escape(sentence)):
             run(settings, out, **changes)
@@ -1154,12 +1154,12 @@ def test_a_run_leaves_its_files_and_best_is_not_the_live_model(small, tmp_path):
 
 def test_what_no_epoch_changes_is_computed_once_and_changes_nothing(small, tmp_path, monkeypatch):
     cfg = train.with_preset(train.Config(**small[1]))
-    corpus, cpu = data.open_corpus("folder", cfg.root, cfg.cache), torch.device("cpu")
+    corpus = data.open_corpus("folder", cfg.root, cfg.cache)
     model = train.build_model(replace(cfg, method="linear"), corpus)
     for changes, shape in ((dict(method="linear"), (30, 64)), (dict(), (30 * 50, 128)),
                            (dict(method="linear", spec_f=4), (30 * 50, 128)), (dict(frames=20), 0),
                            (dict(noise="generated"), 0), (dict(gain=1.0), 0)):
-        inputs, _ = train.cache_inputs(replace(cfg, **changes), corpus, model, cpu)
+        inputs, _ = train.cache_inputs(replace(cfg, **changes), corpus, model)
         assert inputs is corpus if shape == 0 else inputs.store.shape == shape, changes
     kept = [run(small[1], tmp_path / method, method=method) for method in ("linear", "lora")]
     monkeypatch.setattr(train, "cache_inputs", lambda cfg, corpus, *rest: (corpus, cfg.frames))
@@ -1175,11 +1175,11 @@ def test_the_profile_times_the_lines_of_the_real_loop_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     settings = {k: v for k, v in small[1].items() if k not in ("epochs", "batch_size")}
     printed = told("--profile", *as_flags(settings))
-    rows = {line: (float(ms), share) for line, ms, share in re.findall(
-        r"^\| *(.+?) \| *([\d.]+) \| *(.*?) \|$", printed, re.M)}
+    rows = {line: (float(ms), share) for ms, share, line in re.findall(
+        r"^ *([\d.]+) ms +(\S+) +(.*?)(?: *#.*|;.*)?$", printed, re.M)}
     for line in ("loss = F.cross_entropy(forward(x, y), y)", "loss.backward()", "optimiser.step()"):
         assert rows[line][0] > 0 and rows[line][1].endswith("%")
-    step, alone = rows["a step"][0], rows["its products alone"][0]
+    step, alone = rows["a step"][0], rows["its products alone, as fast as two matrices'"][0]
     parts = [ms for ms, share in rows.values() if share.endswith("%")]
     assert 0 < alone < step and 0.8 * step < sum(parts) - step - alone < 1.01 * step
     assert any(line.startswith("valid = evaluate") for line in rows) and "clips a second" in printed
@@ -1192,7 +1192,7 @@ def test_rate_and_margin_follow_the_steps_and_a_loss_of_nan_stops(small, tmp_pat
     assert rates[0] == 0.2 and rates[9] == 2.0
     assert rates[55] == pytest.approx(1.0) and 0 < rates[-1] < 1e-3
     models, margins = [], []
-    monkeypatch.setattr(train, "parallel_model", lambda cfg, model, device: (
+    monkeypatch.setattr(train, "parallel_model", lambda cfg, model: (
         models.append(model) or model))
     with monkeypatch.context() as patch:
         patch.setattr(train, "check_loss", lambda *rest: margins.append(models[0].head.margin))
@@ -1211,7 +1211,7 @@ def test_weight_decay_leaves_scales_biases_and_norms_alone():
         model = train.Model(adapt(AST("nano"), method), ast_adapters.LinearHead(64, 3))
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         cfg = train.Config(lr=0.1, weight_decay=0.5)
-        optimiser = train.make_optimiser(cfg, model, torch.device("cpu"))
+        optimiser = train.make_optimiser(cfg, model)
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         optimiser.step()
@@ -1273,15 +1273,13 @@ BAD_COMMANDS = [  # command, part of the sentence that answers
     ("--sweep rank=2,many", "--rank: invalid int value: 'many'"),
     ("--sweep batch-size=8,0", "--batch-size 0: expected at least 1"),
     ("--sweep epochs=0", "--epochs 0: expected at least 1"),
-    ("--sweep compare=true", "--compare and --sweep exclude each other"),
-    ("--profile --compare", "--compare and --profile exclude each other"),
+    ("--sweep compare=true", "--sweep compare=true: read by sweep, not by compare"),
+    ("--profile --compare", "--profile True: read by profile, not by compare"),
     ("--profile --data esc50 --root empty", "no clips of esc50 there"),
     ("--profile --out x", "--out x: read by train, compare, sweep, embed, not by profile"),
-    ("--evaluate x --predict y", "--evaluate and --predict exclude each other"),
+    ("--evaluate x --predict y", "--predict ['y']: read by predict, not by evaluate"),
     ("--evaluate x --epochs 7", "--epochs 7: read by train, compare, sweep, profile, not by eval"),
-    ("--evaluate x --fold 2", "a checkpoint is tested as it was trained"),
-    ("--evaluate x --durations 0.03", "--durations [0.03]: expected at least 0.16"),
-    ("--evaluate x --durations x", "--durations: invalid seconds value: 'x'"),
+    ("--evaluate x --fold 2", "--data sounds has no folds"),
     ("--as-norm --data voices", "--as-norm True: read by evaluate, not by train"),
     ("--checkpoint x", "--checkpoint x: read by predict, verify, embed, not"),
     ("--verify empty", "does nothing without --checkpoint"),
@@ -1293,7 +1291,7 @@ BAD_COMMANDS = [  # command, part of the sentence that answers
     ("--data sounds --fold 1", "--fold 1: --data sounds has no folds"),
     ("--data sounds --trials e", "--data sounds has no lists of trials"),
     ("--data features --root empty --speed-perturb", "--data features has no audio"),
-    (f"--data sounds --device {ABSENT}", f"--device {ABSENT} is not here"),
+    (f"--data sounds --device {ABSENT}", f"--device: invalid choice: '{ABSENT}'"),
     (f"{RANDOM} --speed-perturb", "sounds has no trials"),
     (f"{RANDOM} --frames 100000", "longest training clip"),
     (f"{RANDOM} --out text.pt", "--out text.pt is a file")]
@@ -1313,10 +1311,6 @@ def test_bad_input_is_answered_with_a_sentence_and_nothing_is_made(tmp_path, mon
         assert not printed.endswith(("None", "with 0"))
     made = {path.name for path in tmp_path.iterdir()} - before - {"cache"}
     assert not made, made
-    monkeypatch.setattr(train, "has_bf16", lambda device, fast=False: False)
-    assert "--bf16: cpu has no bfloat16" in told("--bf16")
-    with train.autocast(train.Config(bf16=True), torch.device("cpu")):  # evaluating elsewhere
-        assert not torch.is_autocast_enabled("cpu")
     monkeypatch.setattr(train, "WORLD", 2)
     cfg = train.with_preset(train.Config(**small[1]))
     corpus = data.open_corpus("folder", cfg.root, cfg.cache)
@@ -1491,13 +1485,13 @@ def test_a_speaker_model_is_tested_on_a_corpus_whose_trials_name_every_speaker(
     evaluate = ["--evaluate", folder / "run/best.pt", "--data", "folder", "--cache",
                 settings["cache"], "--root"]
     printed = told(*evaluate, tmp_path / "root", "--durations", "0.2", "full", "--as-norm")
-    assert "cohort are training speakers of folder" in printed and printed.count(" eer ") == 2
+    assert printed.count(" eer ") == 2
     assert re.search("knows 4 classes.* has 3", told(*evaluate, small[1]["root"]))
     (folder / "root").rename(folder / "away")  # so there is no cohort
     try:
         assert " eer " in told(*evaluate, tmp_path / "root")
         printed = told(*evaluate, tmp_path / "root", "--as-norm")
-        assert re.search("training speakers of folder(.|\n)*needs --root", printed)
+        assert "--data folder needs --root" in printed
     finally:
         (folder / "away").rename(folder / "root")
 
@@ -1537,16 +1531,14 @@ def test_a_speaker_model_goes_on_from_a_checkpoint_and_gives_a_cohort(verified):
     with pytest.raises(ValueError, match="holds another model"):
         train.build_model(replace(wide, width=32), corpus)
     cfg, model, _ = train.load_checkpoint(best, "cpu")
-    strangers = train.cohort(cfg, corpus, model, torch.device("cpu"))
+    strangers = train.cohort(cfg, corpus, model)
     clips = np.flatnonzero((corpus.labels == 0) & (corpus.splits == "train"))
-    own = train.embeddings(cfg, corpus, model, clips, torch.device("cpu"))
+    own = train.embeddings(cfg, corpus, model, clips)
     assert strangers.shape == (len(corpus.classes), 12)
     assert_close(strangers[0], own.mean(0))
     corpus.store = np.zeros((len(corpus.store), 40), np.int8)  # ready features: lengths in frames
     with pytest.raises(ValueError, match="the longest training clip has 8000 frames"):
         train.check_corpus(replace(wide, frames=9000), corpus)
-    with pytest.raises(ValueError, match="expects 128 mel bins, --data folder has 40"):
-        train.check_corpus(replace(wide, model="ast-nano"), corpus)
 
 
 def test_init_audioset_is_downloaded_once_and_checked(server, tmp_path, monkeypatch):
@@ -1613,14 +1605,13 @@ def test_figures_are_drawn_or_refused_before_any_work(
     for command, sentence in (
             ([*flags, "--figure", "a.jpg"], "expected a name that ends in .png, .svg or .pdf"),
             ([*flags, "--figure", "none/a.png"], "there is no folder none"),
-            (["--evaluate", classifier[0], "--figure", "a.png"], "has none, but classes"),
+            (["--evaluate", classifier[0], "--figure", "a.png"], "has no trials, but classes"),
             (["--predict", clip, "--checkpoint", best, "--figure", "a.png"], "holds none"),
             (["--verify", clip, clip, "--checkpoint", best, "--figure", "a.png"], "not by verify")):
         assert sentence in told(*command), command
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install matplotlib" in told(*flags, "--figure", "a.png")
-    assert "█" in told(*flags, "--sweep", "seed=0,1", "--out", "bars")  # instead of a picture
-    assert {path.name for path in tmp_path.iterdir()} == before | {"bars"}
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=2 train.py ...            # the same loop in several processes
 
 Sections  1 settings, 2 the loop, 3 evaluation, 4 the model, 5 files of a run, 6 a run, 7 tables of
-          runs, 8 using a checkpoint, 9 the profile, 10 the machine, 11 the command line
+          runs, 8 using a checkpoint, 9 the machine, 10 the command line
 Axes      B batch, T frames, F mel bins, D width, E embedding, C classes or speakers
 
 A run leaves in its folder: config.json, log.jsonl, last.pt (everything `--resume` needs), best.pt
@@ -176,7 +176,6 @@ class Config:
 
     @property
     def speaker(self):
-        """Whether the model is a speaker model, and no AST."""
         return self.model in lightweight_sv.MODELS
 
     @property
@@ -187,7 +186,6 @@ class Config:
 
     @property
     def name(self):
-        """The model, and how it is adapted."""
         return self.model if self.speaker else f"{self.model}-{self.method}"
 
 
@@ -215,10 +213,10 @@ def fit(cfg, corpus, model, augment_waves, out):
                 group["lr"] = learning_rate(cfg, step, steps)
             model.head.margin = cfg.margin * min(1, (step + 1) / max(1, cfg.margin_rise * steps))
 
-            batch = augment_waves(batch.to(model.device))  # speed, gain, noise, rooms
+            batch = augment_waves(batch.to(cfg.device))  # speed, gain, noise, rooms
             x, y = data.features(batch, model.encoder), batch.labels  # (B, T, F), (B,)
             x = data.augment_features(x, cfg.shift, cfg.spec_f, cfg.spec_t)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16):
+            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
                 loss = F.cross_entropy(forward(x, y), y)
             check_loss(loss, batch, corpus)
             optimiser.zero_grad()
@@ -287,8 +285,8 @@ def cache_inputs(cfg, corpus, model):
     batches = data.batches(corpus, np.arange(clips), 64, cfg.frames, train=False,
                            repeat=cfg.speaker)
     for batch in progress(batches, "features, once"):
-        x = data.features(batch.to(model.device), encoder)  # (B, T, F)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16):
+        x = data.features(batch.to(cfg.device), encoder)  # (B, T, F)
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             store[batch.clips] = (encoder.pooled(x).float()[:, None] if frozen else x).cpu()
     return replace(corpus, store=store.reshape(-1, width), start=rows * np.arange(clips),
                    length=np.full(clips, rows)), rows
@@ -328,8 +326,8 @@ def class_probabilities(cfg, corpus, model, clips, frames):
     total = torch.zeros(len(clips), len(model.eval().head.weight))  # (clips, C)
     for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
                               repeat=cfg.speaker, shard=(RANK, WORLD)):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16):
-            logits = model(data.features(batch.to(model.device), model.encoder))  # (B, C)
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+            logits = model(data.features(batch.to(cfg.device), model.encoder))  # (B, C)
         total.index_add_(0, owner[batch.clips], logits.float().softmax(1).cpu())
     return sum_over_ranks(total) / owner.bincount()[:, None]
 
@@ -363,8 +361,8 @@ def embeddings(cfg, corpus, model, clips, frames=None):
     parts = [part for rows in groups for part in np.split(rows, range(64, len(rows), 64))]
     for part in parts[RANK::WORLD]:
         batch = data.load_batch(corpus, clips[part], int(lengths[part[0]]), repeat=cfg.speaker)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16):
-            x = model.encoder(data.features(batch.to(model.device), model.encoder))  # (B, E)
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+            x = model.encoder(data.features(batch.to(cfg.device), model.encoder))  # (B, E)
         unit[part] = F.normalize(x.float(), dim=1).cpu()
     return sum_over_ranks(unit)
 
@@ -387,10 +385,6 @@ class Model(nn.Module):
     def __init__(self, encoder, head):
         super().__init__()
         self.encoder, self.head = encoder, head
-
-    @property
-    def device(self):
-        return self.head.weight.device
 
     def forward(self, x, labels=None):
         embedding = self.encoder.rescale(x) if x.ndim == 2 else self.encoder(x)  # (B, E)
@@ -427,14 +421,14 @@ def build_model(cfg, corpus):
         return make_model(cfg, about, None if cfg.init == "none" else pretrained_file(cfg))
     model = make_model(cfg, about)
     if cfg.init not in ("", "none"):
-        _, before, saved = load_checkpoint(cfg.init)
-        same = saved["classes"] == corpus.classes
-        ours, theirs = (model, before) if same else (model.encoder, before.encoder)
+        saved = load_checkpoint(cfg.init)[2]
         try:
-            ours.load_state_dict(theirs.state_dict())
+            model.encoder.load_state_dict(saved["encoder"])
         except RuntimeError as error:
-            raise ValueError(f"--init {cfg.init} holds another model than this {cfg.model}, or "
-                             "one trained with other speeds") from error
+            raise ValueError(f"--init {cfg.init} holds another model or width") from error
+        if saved["classes"] == corpus.classes:  # of speakers at three speeds, those at their own
+            for ours, theirs in zip(model.head.parameters(), saved["head"].values()):
+                ours.data[: len(theirs)] = theirs[: len(ours)]
     return model
 
 
@@ -452,7 +446,9 @@ def load_checkpoint(path, device="cpu"):
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
                          f"is never run ({reason})") from error
-    return cfg, model.to(find_device(device)).eval(), saved
+    # Trained in bfloat16: used so where that is fast.
+    cfg = on_this_machine(replace(cfg, bf16=None if cfg.bf16 else False), device)
+    return cfg, model.to(cfg.device).eval(), saved
 
 
 def pretrained_file(cfg):
@@ -488,8 +484,7 @@ def save(path, value):
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error}): what was there before is whole; "
-                      "make room and go on with --resume") from error
+        raise OSError(f"{path} could not be written ({error}): the old one is whole") from error
 
 
 def checkpoint(cfg, corpus, model, epoch, valid):
@@ -512,8 +507,7 @@ def load_last(out, corpus, model, optimiser):
         return dict(epoch=0, best=-math.inf, seconds=0.0, log=[], corpus=corpus.fingerprint())
     saved = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
     if saved["corpus"] != corpus.fingerprint():
-        raise ValueError(f"{out} was begun on other clips: their list, lengths, splits or sound "
-                         "have changed; restore them, or begin anew in another --out")
+        raise ValueError(f"{out} was begun on other clips: their list, splits or sound changed")
     model.load_state_dict(saved.pop("model"))
     optimiser.load_state_dict(saved.pop("optimiser"))
     return saved
@@ -533,8 +527,7 @@ def run_folder(cfg, name):
         changes = [f"{f.name} {theirs.get(f.name)!r} -> {mine[f.name]!r}" for f in fields(Config)
                    if not f.metadata.get("passing") and theirs.get(f.name) != mine[f.name]]
         if changes:
-            raise ValueError(f"--out {out} holds a run with another configuration "
-                             f"({', '.join(changes)}): choose another --out")
+            raise ValueError(f"--out {out} has another configuration ({', '.join(changes)})")
         if not cfg.resume:
             raise ValueError(f"--out {out} holds this run already: --resume goes on with it")
     out.mkdir(parents=True, exist_ok=True)
@@ -582,14 +575,11 @@ def run(cfg):
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     else:
         trainable, _, total = ast_adapters.count(model.encoder)
-        clips = ", ".join(f"{len(corpus.pick(split))} {split}"
-                          for split in ("train", "valid", "test"))
-        print(f"\n{out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {model.device} x {WORLD}, torch "
-              f"{torch.__version__}, {torch.get_num_threads()} threads\n  {len(corpus.classes)} "
-              f"classes; clips: {clips}; trains {trainable:,} of {total:,} parameters "
-              f"({trainable / total:.2%}) and the head")
-        print("  " + ", ".join(f"{name} {getattr(cfg, name)}" for name in (
-            "epochs", "batch_size", "frames", "lr", "warmup", "weight_decay")))
+        clips = {split: len(corpus.pick(split)) for split in ("train", "valid", "test")}
+        print(f"\n{out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {cfg.device} x {WORLD}, torch "
+              f"{torch.__version__}; trains {trainable:,} of {total:,} parameters and the head\n"
+              f"  {len(corpus.classes)} classes, clips {clips}\n"
+              f"  preset {({name: getattr(cfg, name) for name in ('lr', 'bf16', *RECIPE)})}")
         for note in corpus.notes:
             print(f"  note: {note}")
         seconds = fit(cfg, corpus, model, augment_waves, out)
@@ -606,9 +596,7 @@ def run(cfg):
 
 def prepare(cfg):
     """Return what `fit` takes: settings with their preset, corpus, augmentation, model."""
-    cfg, device = with_preset(cfg), find_device(cfg.device)
-    if cfg.bf16 is None:
-        cfg = replace(cfg, bf16=has_fast_bf16(device))
+    cfg = on_this_machine(with_preset(cfg), cfg.device)
     if RANK:
         dist.barrier()  # the first process packs what is new; the others find it packed
     corpus = open_corpus(cfg)
@@ -620,7 +608,7 @@ def prepare(cfg):
     augment_waves = partial(data.augment_waves, classes=len(corpus.classes), frames=cfg.frames,
                             speeds=cfg.speed_perturb, gain=cfg.gain, noise=noise, rooms=rooms,
                             share=cfg.distorted, snr=(min(cfg.snr), max(cfg.snr)))
-    return cfg, corpus, augment_waves, build_model(cfg, corpus).to(device)
+    return cfg, corpus, augment_waves, build_model(cfg, corpus).to(cfg.device)
 
 
 def open_corpus(cfg, train=True):
@@ -636,11 +624,9 @@ def check_corpus(cfg, corpus):
     if longest < (cfg.frames if ready else cfg.frames / 10):  # waves may be padded, within reason
         raise ValueError(f"--frames {cfg.frames}: the longest training clip has {longest} frames")
     if not corpus.trials and (cfg.speed_perturb, cfg.margin, cfg.margin_rise) != (False, 0.2, 0):
-        raise ValueError("--speed-perturb, --margin and --margin-rise are for verification: --data "
-                         f"{cfg.data} has no trials")
-    if min(cfg.batch_size, len(lengths)) % WORLD:  # else some clips would weigh more in the mean
-        raise ValueError(f"{min(cfg.batch_size, len(lengths))} clips a step do not divide among "
-                         f"{WORLD} processes: --batch-size is of all processes together")
+        raise ValueError(f"--speed-perturb and --margin: --data {cfg.data} has no trials")
+    if (clips := min(cfg.batch_size, len(lengths))) % WORLD:  # else some would weigh more
+        raise ValueError(f"{clips} clips a step do not divide among {WORLD} processes")
 
 
 def test_once(cfg, corpus, out):
@@ -660,8 +646,7 @@ def test_once(cfg, corpus, out):
         save(out / "adapter.pt", dict(adapter=ast_adapters.adapter_state(model.encoder),
                                       head=model.head.state_dict(), classes=corpus.classes,
                                       config=asdict(cfg)))
-        if not RANK:
-            results["adapter_kb"] = round((out / "adapter.pt").stat().st_size / 1024)
+        results["adapter_kb"] = round(on_first_rank((out / "adapter.pt").stat).st_size / 1024)
     results |= dict(trainable=trainable, parameters=total, share=100 * trainable / total,
                     epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1))
     # The memory is counted last: a step moves BatchNorm's statistics.
@@ -678,9 +663,9 @@ def training_memory(cfg, corpus, model):
         return tensor.detach()  # the tensor itself holds the graph that holds it: never freed
 
     clips = corpus.pick("train")[: cfg.batch_size]
-    batch = data.load_batch(corpus, clips, cfg.frames, repeat=cfg.speaker).to(model.device)
+    batch = data.load_batch(corpus, clips, cfg.frames, repeat=cfg.speaker).to(cfg.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept)
-    with hooks, torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16):
+    with hooks, torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
         model.train()(data.features(batch, model.encoder), batch.labels).sum().backward()
     activations = sum(size for place, size in kept.items() if place not in weights)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -790,14 +775,14 @@ def evaluate_checkpoint(cfg, typed):
     trials of any speakers."""
     trained, model, saved = load_checkpoint(cfg.evaluate, cfg.device)
     changes = dict(few_shot=0, fold=None if "data" in typed else trained.fold)
-    tested = replace(trained, **changes | {name: getattr(cfg, name) for name in typed})
+    changes |= {name: getattr(cfg, name) for name in typed - {"device"}}
+    tested = replace(trained, **changes)
     corpus, table = open_corpus(tested, train=False), {}
     if not (saved["trials"] and corpus.trials) and corpus.classes != saved["classes"]:
         raise ValueError(f"{cfg.evaluate} knows {len(saved['classes'])} classes, --data "
                          f"{tested.data} has {len(corpus.classes)}, or others: they must be equal")
     if (cfg.figure or cfg.as_norm) and not corpus.trials:
-        raise ValueError(f"--figure and --as-norm are for trials: --data {tested.data} has none, "
-                         "but classes")
+        raise ValueError(f"--figure, --as-norm: --data {tested.data} has no trials, but classes")
     strangers = cohort(trained, open_corpus(trained), model) if cfg.as_norm else None
     print(f"{cfg.evaluate} on the test split of {tested.data}:")
     for length in cfg.durations or ["full"]:
@@ -818,8 +803,7 @@ def use_checkpoint(cfg):
     """--predict, --verify, --embed: give the files, and those below the folders, to the model."""
     trained, model, saved = load_checkpoint(cfg.checkpoint, cfg.device)
     if saved["mels"]:
-        raise ValueError(f"{cfg.checkpoint} was trained on ready features: how they were made of "
-                         "audio is not known here, so it reads no files")
+        raise ValueError(f"{cfg.checkpoint} was trained on ready features: it reads no audio")
     if cfg.figure and trained.speaker:
         raise ValueError(f"--figure draws the attention of an AST: {cfg.checkpoint} holds none")
     corpus = data.corpus_of_files(cfg.predict or cfg.verify or cfg.embed)
@@ -855,7 +839,7 @@ def predict(cfg, trained, corpus, model, classes):
             csv.writer(out).writerows(rows)
     if not cfg.figure:
         return
-    batch = data.load_batch(corpus, clips[:1], trained.frames).to(model.device)
+    batch = data.load_batch(corpus, clips[:1], trained.frames).to(trained.device)
     x = data.features(batch, model.encoder)  # (1, T, F)
     looks = ast_adapters.cls_attention(model.encoder, x)  # (1, f, t)
     with data.figure(cfg.figure, 2) as axes:
@@ -867,7 +851,44 @@ def predict(cfg, trained, corpus, model, classes):
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. The profile: how long each line of the loop takes
+# 9. The machine: its device, the processes that torchrun starts, and the time of each line
+
+
+def on_this_machine(cfg, device):
+    """Fill in the device (auto: a GPU; of several processes each has the one of its number) and,
+    where it is open, whether bfloat16 is fast there: neither emulated nor, as on Macs, untried."""
+    if device == "cpu" or not ACCELERATOR or (WORLD > 1 and ACCELERATOR.type == "mps"):
+        device, able = "cpu", torch.cpu.get_capabilities()
+        fast = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    else:
+        device = ACCELERATOR.type
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return replace(cfg, device=device, bf16=fast if cfg.bf16 is None else cfg.bf16)
+
+
+def parallel_model(cfg, model):
+    """Return what the loop calls: the model, compiled if asked, with gradients that are the mean
+    over all processes. Evaluation and checkpoints use the plain model, whose weights these are."""
+    if WORLD > 1 and cfg.device == "cuda":  # on CPUs each process has its own BatchNorm
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    forward = torch.compile(model) if cfg.compile else model
+    return nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
+
+
+def on_first_rank(work):
+    """Return, in all processes, what work() returns in the first one."""
+    result = [None if RANK else work()]
+    if WORLD > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def sum_over_ranks(total):
+    """Return the sum of a tensor over all processes."""
+    if WORLD > 1:
+        dist.all_reduce(total)
+    return total
 
 
 def profile(cfg):
@@ -901,7 +922,8 @@ def profile(cfg):
     step = sum(ms[line] for line, times in spent.items() if len(times) >= 13)
     with FlopCounterMode(display=False) as counter:
         memory = training_memory(cfg, corpus, model)
-    square = torch.randn(2048, 2048, device=model.device, dtype=torch.bfloat16 if cfg.bf16 else None)
+    square = torch.randn(2048, 2048, device=cfg.device)
+    square = square.bfloat16() if cfg.bf16 else square
     timer = Timer("(a @ a)[0, 0].item()", globals=dict(a=square),  # .item() waits for the device
                   num_threads=torch.get_num_threads())
     floor = counter.get_total_flops() / 2 / 2048**3 * 1000 * timer.blocked_autorange().median
@@ -917,51 +939,7 @@ def profile(cfg):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. The machine: its device, and the processes that torchrun starts
-
-
-def find_device(name):
-    """Return the device of --device; of several processes each has the GPU of its number."""
-    if name == "cpu" or not ACCELERATOR or (ACCELERATOR.type == "mps" and WORLD > 1):  # gloo: CPUs
-        return torch.device("cpu")
-    torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
-    return ACCELERATOR
-
-
-def has_fast_bf16(device):
-    """Whether products in bfloat16 are fast here: neither emulated nor, as on Macs, untried."""
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def parallel_model(cfg, model):
-    """Return what the loop calls: the model, compiled if asked, with gradients that are the mean
-    over all processes. Evaluation and checkpoints use the plain model, whose weights these are."""
-    if WORLD > 1 and model.device.type == "cuda":  # on CPUs each process has its own BatchNorm
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    forward = torch.compile(model) if cfg.compile else model
-    return nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
-
-
-def on_first_rank(work):
-    """Return, in all processes, what work() returns in the first one."""
-    result = [None if RANK else work()]
-    if WORLD > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
-
-
-def sum_over_ranks(total):
-    """Return the sum of a tensor over all processes."""
-    if WORLD > 1:
-        dist.all_reduce(total)
-    return total
-
-
-# --------------------------------------------------------------------------------------------------
-# 11. The command line
+# 10. The command line
 
 
 def parse(argv=None):
@@ -997,8 +975,7 @@ def check(cfg, typed):
     that cannot start so."""
     for f in fields(Config):
         if f.name in typed and (broken := broken_rule(cfg, f)):
-            flag = "--" + f.name.replace("_", "-")
-            raise ValueError(f"{flag} {getattr(cfg, f.name)}: {broken}")
+            raise ValueError(f"--{f.name.replace('_', '-')} {getattr(cfg, f.name)}: {broken}")
     if cfg.figure:
         data.check_figure(cfg.figure)
     if mode_of(cfg) not in TRAINING or cfg.speaker:
@@ -1051,8 +1028,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         sys.exit(f"error{f' in process {RANK}' * bool(RANK)}: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume and this run's --out goes on from the "
-                 "last whole epoch" * (not RANK))
+        sys.exit("stopped; the same command with --resume and --out RUN goes on" * (not RANK))
 
 
 if __name__ == "__main__":
