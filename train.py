@@ -8,13 +8,9 @@
     python train.py --predict a.wav DIR --checkpoint out/RUN/best.pt
     torchrun --nproc_per_node=2 train.py ...            # the same loop in several processes
 
-Sections  1 settings, 2 the loop, 3 evaluation, 4 the model, 5 files of a run, 6 a run, 7 tables of
-          runs, 8 using a checkpoint, 9 the machine, 10 the command line
+Sections  1 settings, 2 the loop, 3 evaluation, 4 the model, 5 a run and its files, 6 tables of
+          runs, 7 using a checkpoint, 8 the machine, 9 the command line
 Axes      B batch, T frames, F mel bins, D width, E embedding, C classes or speakers
-
-A run leaves in its folder: config.json, log.jsonl, last.pt (everything `--resume` needs), best.pt
-(the weights that validated best: all that `--predict` needs), results.json, for an AST adapter.pt
-(only what was trained), for verification scores.txt.
 
 Differs from P1's code: validation selects, the test split is scored once, with a copy of the best
 weights; scales, biases and norms have no weight decay, which would shrink scales that start at one.
@@ -35,6 +31,7 @@ import re
 import sys
 import tempfile
 import time
+import timeit
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -56,7 +53,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -85,10 +81,9 @@ TRAINING, TEST, ANY = (*RUNS, "profile"), (*RUNS, "profile", "evaluate"), ("trai
 
 
 def opt(default, **rules):
-    """A field of Config with rules for what is typed: `choices`, `least` and `most` (its values),
-    `item` (type of a list's items), `modes` that read it (else TRAINING), the kind of `model` that
-    reads it, `needs` (one of these flags), `corpus` (what the corpus must have), `passing` (it may
-    differ between a run and its continuation)."""
+    """A field of Config with rules for what is typed: `choices`, `least`, `most`, `item` (type in a
+    list), `modes` that read it (else TRAINING), the kind of `model` that reads it, `needs` (one of
+    these flags), `corpus` (what that must have), `passing` (may differ when a run goes on)."""
     return field(default=default, metadata=rules)
 
 
@@ -263,8 +258,7 @@ def check_loss(loss, batch, corpus):
     """Stop at a loss that is not finite, with the names of the clips."""
     if not loss.isfinite():
         names = ", ".join(corpus.ids[i] for i in batch.clips[:5])
-        raise ValueError(f"the loss became {loss.item()} in a batch with {names}, ...: lower --lr, "
-                         "or look at these clips; the last epoch's checkpoint is whole")
+        raise ValueError(f"the loss became {loss.item()} in a batch with {names}: lower --lr?")
 
 
 @torch.inference_mode()
@@ -304,17 +298,28 @@ def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=N
     strangers: the cohort of --as-norm, whose scores no threshold fits
     """
     clips = corpus.pick(split)
-    if split in corpus.trials:
-        return evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers)
-    if corpus.trials or not len(clips):
+    if not corpus.trials and len(clips):
+        chances = class_probabilities(cfg, corpus, model, clips, frames or cfg.frames)  # (clips, C)
+        right = 100.0 * (chances.argmax(1).numpy() == corpus.labels[clips])
+        results = dict(accuracy=right.mean(), score=right.mean())
+        ordered = np.array([">" in corpus.classes[label] for label in corpus.labels[clips]])
+        if ordered.any():  # `sounds`: classes told apart only by order in time
+            results |= dict(content=right[~ordered].mean(), order=right[ordered].mean())
+        return {name: float(value) for name, value in results.items()}
+    if split not in corpus.trials:
         return {}
-    chances = class_probabilities(cfg, corpus, model, clips, frames or cfg.frames)  # (clips, C)
-    right = 100.0 * (chances.argmax(1).numpy() == corpus.labels[clips])
-    results = dict(accuracy=right.mean(), score=right.mean())
-    ordered = np.array([">" in corpus.classes[label] for label in corpus.labels[clips]])
-    if ordered.any():  # `sounds`: classes told apart only by order in time
-        results |= dict(content=right[~ordered].mean(), order=right[ordered].mean())
-    return {name: float(value) for name, value in results.items()}
+    labels, left, right = (np.array(column) for column in zip(*corpus.trials[split]))
+    clips, rows = np.unique([left, right], return_inverse=True)  # each is embedded once
+    pairs = rows.reshape(2, -1).T  # (trials, 2) rows of the embeddings
+    unit = embeddings(cfg, corpus, model, clips, frames)  # (clips, E)
+    scores = (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1).double().numpy()  # cosines
+    if strangers is not None:
+        scores = lightweight_sv.adaptive_s_norm(scores, pairs, unit, strangers)
+        threshold = None
+    if split == "valid":
+        threshold = lightweight_sv.threshold_at(scores, labels)
+    results = lightweight_sv.error_rates(scores, labels, threshold)
+    return results | dict(score=-results["eer"], scores=scores)
 
 
 @torch.inference_mode()
@@ -332,28 +337,10 @@ def class_probabilities(cfg, corpus, model, clips, frames):
     return sum_over_ranks(total) / owner.bincount()[:, None]
 
 
-def evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers):
-    """Return the error rates of the cosine scores of a split's trials, and the scores."""
-    labels, left, right = (np.array(column) for column in zip(*corpus.trials[split]))
-    clips, rows = np.unique([left, right], return_inverse=True)  # each is embedded once
-    pairs = rows.reshape(2, -1).T  # (trials, 2) rows of the embeddings
-    unit = embeddings(cfg, corpus, model, clips, frames)  # (clips, E)
-    scores = (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1).double().numpy()
-    if strangers is not None:
-        scores = lightweight_sv.adaptive_s_norm(scores, pairs, unit, strangers)
-        threshold = None
-    if split == "valid":
-        threshold = lightweight_sv.threshold_at(scores, labels)
-    results = lightweight_sv.error_rates(scores, labels, threshold)
-    return results | dict(score=-results["eer"], scores=scores)
-
-
 @torch.inference_mode()
 def embeddings(cfg, corpus, model, clips, frames=None):
-    """Return unit embeddings (clips, E), on the CPU; utterances of one length share a batch.
-
-    frames: cut longer utterances; None: whole ones. An AST needs 16, so shorter ones are padded.
-    """
+    """Return unit embeddings (clips, E) of utterances, cut to `frames` if they are longer (None:
+    whole), padded to the 16 that an AST needs. Those of one length share a batch."""
     unit = torch.zeros(len(clips), model.eval().encoder.embed_dim)
     whole = corpus.length[clips] if corpus.mels else data.frames_of(corpus.length[clips])
     lengths = np.clip(whole, 16, frames)
@@ -455,8 +442,7 @@ def pretrained_file(cfg):
     """Return the checkpoint an AST starts from: a file, AudioSet's (downloaded once), or ours."""
     if cfg.init in ast_adapters.AUDIOSET:
         address, sha256 = ast_adapters.AUDIOSET[cfg.init]
-        path = Path(cfg.cache) / f"{cfg.init}.pth"
-        return on_first_rank(lambda: data.download(address, path, sha256))
+        return on_first_rank(lambda: data.download(address, f"{cfg.cache}/{cfg.init}.pth", sha256))
     file = Path(cfg.init or Path(cfg.cache) / f"ast-nano-v{data.VERSION}.pt")
     if not cfg.init and not on_first_rank(file.exists):
         print("making the nano AST: training on the source classes of `sounds`, once")
@@ -469,7 +455,7 @@ def pretrained_file(cfg):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Files of a run: written to a temporary name and renamed, read without running code
+# 5. A run: its files, the papers' recipes, corpus and model; train, select, test once
 
 
 def save(path, value):
@@ -534,9 +520,6 @@ def run_folder(cfg, name):
     save(out / "config.json", json.dumps(asdict(cfg), indent=1))
     return out
 
-
-# --------------------------------------------------------------------------------------------------
-# 6. A run: the papers' recipes, the corpus, the model; train, select, test once
 
 # Learning rate by method: P1's (section 3.1), and ours for a nano AST, which is four hundred times
 # smaller than AST-base. What P1 says of a corpus stands in data.CORPORA.
@@ -679,14 +662,12 @@ def numbers(values):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Tables of runs: methods, values, folds, seeds
+# 6. Tables of runs: methods, values, folds, seeds
 
-COLUMNS = {  # key of the results: (header, digits behind the point)
-    "accuracy": ("accuracy", 2), "content": ("content", 2), "order": ("order", 2),
-    "eer": ("eer", 2), "min_dcf_0.01": ("min_dcf_0.01", 3), "min_dcf_0.05": ("min_dcf_0.05", 3),
-    "trainable": ("trainable", 0), "share": ("share %", 2), "macs": ("MACs", 0),
-    "latency_ms": ("ms", 1), "seconds": ("seconds", 1), "memory_mb": ("memory MB", 1),
-    "adapter_kb": ("file KB", 0)}
+COLUMNS = {  # key of the results: digits behind the point
+    "accuracy": 2, "content": 2, "order": 2, "eer": 2, "min_dcf_0.01": 3, "min_dcf_0.05": 3,
+    "trainable": 0, "share": 2, "macs": 0, "latency_ms": 1, "seconds": 1, "memory_mb": 1,
+    "adapter_kb": 0}
 
 
 def variants(cfg, typed):
@@ -730,11 +711,11 @@ def print_table(cfg, table, folder):
     """Print the closing table of {label: results}: means, with deviations where the runs differ;
     write it to compare.md for a README; draw it."""
     keys = [key for key in COLUMNS if any(key in r for results in table.values() for r in results)]
-    rows = [["", *(COLUMNS[key][0] for key in keys)]]
+    rows = [["", *keys]]
     for label, results in table.items():
         rows.append([label])
         for key in keys:
-            values, digits = [r[key] for r in results if key in r], COLUMNS[key][1]
+            values, digits = [r[key] for r in results if key in r], COLUMNS[key]
             mean = f"{np.mean(values):,.{digits}f}" if values else ""  # other models may lack some
             differ = len(set(values)) > 1
             rows[-1].append(mean + f" ± {np.std(values, ddof=1):.{digits}f}" if differ else mean)
@@ -767,16 +748,15 @@ def draw_table(table, path, title):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Using a checkpoint: test it, or give it audio files
+# 7. Using a checkpoint: test it, or give it audio files
 
 
 def evaluate_checkpoint(cfg, typed):
     """--evaluate: test a best.pt on its own corpus, or on another with the same classes or with
     trials of any speakers."""
     trained, model, saved = load_checkpoint(cfg.evaluate, cfg.device)
-    changes = dict(few_shot=0, fold=None if "data" in typed else trained.fold)
-    changes |= {name: getattr(cfg, name) for name in typed - {"device"}}
-    tested = replace(trained, **changes)
+    tested = replace(trained, few_shot=0, fold=None if "data" in typed else trained.fold)
+    tested = replace(tested, **{name: getattr(cfg, name) for name in typed - {"device"}})
     corpus, table = open_corpus(tested, train=False), {}
     if not (saved["trials"] and corpus.trials) and corpus.classes != saved["classes"]:
         raise ValueError(f"{cfg.evaluate} knows {len(saved['classes'])} classes, --data "
@@ -843,15 +823,15 @@ def predict(cfg, trained, corpus, model, classes):
     x = data.features(batch, model.encoder)  # (1, T, F)
     looks = ast_adapters.cls_attention(model.encoder, x)  # (1, f, t)
     with data.figure(cfg.figure, 2) as axes:
-        for axis, picture, title in zip(axes, (x[0].T, looks[0]), (
-                corpus.ids[0], "attention of CLS in the last block, mean of the heads")):
+        for axis, picture in zip(axes, (x[0].T, looks[0])):
             axis.imshow(picture.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
                         extent=(0, trained.frames / 100, 0, x.shape[2]))
-            axis.set(title=title, xlabel="seconds", ylabel="mel bin")
+            axis.set(xlabel="seconds", ylabel="mel bin")
+        axes[0].set_title(f"{corpus.ids[0]}; below: attention of CLS in the last block")
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. The machine: its device, the processes that torchrun starts, and the time of each line
+# 8. The machine: its device, the processes that torchrun starts, and the time of each line
 
 
 def on_this_machine(cfg, device):
@@ -924,9 +904,8 @@ def profile(cfg):
         memory = training_memory(cfg, corpus, model)
     square = torch.randn(2048, 2048, device=cfg.device)
     square = square.bfloat16() if cfg.bf16 else square
-    timer = Timer("(a @ a)[0, 0].item()", globals=dict(a=square),  # .item() waits for the device
-                  num_threads=torch.get_num_threads())
-    floor = counter.get_total_flops() / 2 / 2048**3 * 1000 * timer.blocked_autorange().median
+    taken = timeit.repeat(lambda: (square @ square)[0, 0].item(), number=1, repeat=7)  # it waits
+    floor = counter.get_total_flops() / 2 / 2048**3 * 1000 * np.median(taken)
     for line in sorted(ms):
         if ms[line] > step / 200:
             share = f"{ms[line] / step:6.1%}" if len(spent[line]) >= 13 else "epoch "
@@ -939,7 +918,7 @@ def profile(cfg):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. The command line
+# 9. The command line
 
 
 def parse(argv=None):
@@ -1009,8 +988,7 @@ def main(argv=None):
     cfg, typed = parse(argv)
     try:
         if WORLD > 1:  # torchrun started this; a process that dies ends the others at once
-            nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
-            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo",
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                     timeout=timedelta(days=1))  # while the first packs a corpus
         check(cfg, typed)
         if RANK:  # the first process alone prints, draws and writes
