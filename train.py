@@ -18,7 +18,6 @@ Does not: split one model over several GPUs, search hyper-parameters, or log to 
 """
 
 import argparse
-import contextlib
 import csv
 import ctypes
 import inspect
@@ -43,7 +42,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("KMP_BLOCKTIME", "1")
 # glibc gives big blocks back to the system at once and gets new ones, page by page, at each step:
 # with these two (M_MMAP_MAX, M_TRIM_THRESHOLD) a light ResNet34's step takes 0.75 of the time.
-with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no mallopt
+if sys.platform == "linux":
     libc = ctypes.CDLL(None)
     libc.mallopt(-4, 0)
     libc.mallopt(-1, 2**31 - 1)
@@ -247,9 +246,8 @@ def make_optimiser(cfg, model):
     """AdamW on what trains. Only matrices, kernels and the like decay: weight decay would pull
     scales that start at one (LayerNorm, SSF, IA3, DoRA's magnitude) towards zero."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if sum(size > 1 for size in p.shape) > 1]
-    others = [p for p in trained if sum(size > 1 for size in p.shape) <= 1]
-    groups = [dict(params=matrices), dict(params=others, weight_decay=0.0)]
+    groups = [dict(params=[p for p in trained if p.squeeze().ndim > 1]),
+              dict(params=[p for p in trained if p.squeeze().ndim < 2], weight_decay=0.0)]
     return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-6,
                              weight_decay=cfg.weight_decay, fused=True)
 
@@ -420,7 +418,8 @@ def build_model(cfg, corpus):
 
 
 def load_checkpoint(path, device="cpu"):
-    """Read best.pt; return the Config of its training, its model in eval mode, what it holds."""
+    """Read best.pt; return the Config of its training (bfloat16 only where that is fast here), its
+    model in eval mode, and what it holds."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         cfg = Config(**saved["config"])
@@ -433,7 +432,6 @@ def load_checkpoint(path, device="cpu"):
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
                          f"is never run ({reason})") from error
-    # Trained in bfloat16: used so where that is fast.
     cfg = on_this_machine(replace(cfg, bf16=None if cfg.bf16 else False), device)
     return cfg, model.to(cfg.device).eval(), saved
 
@@ -566,7 +564,9 @@ def run(cfg):
         for note in corpus.notes:
             print(f"  note: {note}")
         seconds = fit(cfg, corpus, model, augment_waves, out)
-        results = test_once(cfg, corpus, out) | dict(seconds=round(seconds, 2))
+        results = test_once(cfg, corpus, out) | dict(
+            trainable=trainable, parameters=total, share=100 * trainable / total,
+            seconds=round(seconds, 2), epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1))
         save(out / "results.json", json.dumps(results, indent=1))
     if cfg.figure:
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -613,7 +613,7 @@ def check_corpus(cfg, corpus):
 
 
 def test_once(cfg, corpus, out):
-    """Test the best weights; write adapter.pt or scores.txt; return all results but the time."""
+    """Test the best weights; write adapter.pt or scores.txt; return what was measured."""
     _, model, best = load_checkpoint(out / "best.pt", cfg.device)
     results = evaluate(cfg, corpus, model, "test", threshold=best["threshold"])
     print(f"tested once, with the weights of epoch {best['epoch']}: {numbers(results)}")
@@ -622,7 +622,6 @@ def test_once(cfg, corpus, out):
         save(out / "scores.txt", "".join(
             f"{corpus.ids[a]} {corpus.ids[b]} {score:.6f} {label}\n"
             for (label, a, b), score in zip(corpus.trials["test"], results.pop("scores"))))
-    trainable, _, total = ast_adapters.count(model.encoder)
     if cfg.speaker:
         results |= lightweight_sv.complexity(model.encoder, cfg.frames)
     else:
@@ -630,8 +629,6 @@ def test_once(cfg, corpus, out):
                                       head=model.head.state_dict(), classes=corpus.classes,
                                       config=asdict(cfg)))
         results["adapter_kb"] = round(on_first_rank((out / "adapter.pt").stat).st_size / 1024)
-    results |= dict(trainable=trainable, parameters=total, share=100 * trainable / total,
-                    epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1))
     # The memory is counted last: a step moves BatchNorm's statistics.
     return results | dict(memory_mb=training_memory(cfg, corpus, model))
 
@@ -690,26 +687,21 @@ def variants(cfg, typed):
 
 
 def study(cfg, typed):
-    """Do what the command line asks for: one run, or a table of rows, each of folds and seeds."""
-    title, rows = variants(cfg, typed)
-    for variant in rows.values():
+    """Do what the command line asks for: one run, or a table of rows, each of folds and seeds. The
+    table has means, with deviations where runs differ; compare.md holds it for a README."""
+    title, variant_of = variants(cfg, typed)
+    for variant in variant_of.values():
         check(variant, typed)
     folds = [cfg.fold] if cfg.fold != "all" else FOLDS[1 : 1 + data.CORPORA[cfg.data].folds]
-    if len(rows) == len(folds) == cfg.seeds == 1:
-        return run(*rows.values())
-    table, folder = {label: [] for label in rows}, run_folder(cfg, title)
-    for label, fold, n in itertools.product(rows, folds, range(cfg.seeds)):
-        one = replace(rows[label], seed=rows[label].seed + n, fold=fold, resume=True, figure="")
+    if len(variant_of) == len(folds) == cfg.seeds == 1:
+        return run(variant)
+    table, folder = {label: [] for label in variant_of}, run_folder(cfg, title)
+    for (label, one), fold, n in itertools.product(variant_of.items(), folds, range(cfg.seeds)):
+        one = replace(one, seed=one.seed + n, fold=fold, resume=True, figure="")
         name = label + f"-fold{fold}" * (len(folds) > 1) + f"-seed{one.seed}" * (cfg.seeds > 1)
         out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
         table[label].append(run(replace(one, out=str(out))))
     save(folder / "compare.json", json.dumps(table, indent=1))
-    print_table(cfg, table, folder)
-
-
-def print_table(cfg, table, folder):
-    """Print the closing table of {label: results}: means, with deviations where the runs differ;
-    write it to compare.md for a README; draw it."""
     keys = [key for key in COLUMNS if any(key in r for results in table.values() for r in results)]
     rows = [["", *keys]]
     for label, results in table.items():
@@ -793,8 +785,7 @@ def use_checkpoint(cfg):
     if cfg.embed:
         out = run_folder(cfg, "embeddings")
         save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
-        if not RANK:
-            np.save(out / "embeddings.npy", unit.numpy())
+        on_first_rank(lambda: np.save(out / "embeddings.npy", unit.numpy()))
         return print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
     if len(unit) < 2:
         raise ValueError("--verify: expected two files or more, the last of them to be judged")
@@ -876,13 +867,13 @@ def profile(cfg):
     of a step over the rate of this machine's own product of two matrices.
 
     Each line waits for the device, so a GPU's lines do not overlap as they do in training. The
-    first three of 13 steps warm up and do not count.
-    """
+    first three of 13 times do not count: they warm up."""
     cfg, corpus, augment_waves, model = prepare(cfg)
-    per_epoch = min(13, max(1, len(corpus.pick("train")) // cfg.batch_size))
+    clips = min(cfg.batch_size, len(corpus.pick("train")))  # in a step
+    per_epoch = min(13, len(corpus.pick("train")) // clips)
     cfg = replace(cfg, steps=13, epochs=math.ceil(13 / per_epoch))
     code, first = inspect.getsourcelines(fit)
-    spent, last = {}, [first, time.perf_counter()]  # line -> ms of each time; last line, moment
+    spent, last = {}, [first, time.perf_counter()]  # {line: ms of each time}; a line, its start
 
     def trace(frame, event, _):
         """Python calls this where a function begins and, if it returns itself, at each line."""
@@ -910,7 +901,6 @@ def profile(cfg):
         if ms[line] > step / 200:
             share = f"{ms[line] / step:6.1%}" if len(spent[line]) >= 13 else "epoch "
             print(f"{ms[line]:9.2f} ms {share}  {code[line - first].strip()}")
-    clips = min(cfg.batch_size, len(corpus.pick("train")))
     print(f"{step:9.2f} ms 100.0%  a step; {1000 * clips / step:.1f} clips a second\n"
           f"{floor:9.2f} ms {floor / step:6.1%}  its products alone, as fast as two matrices'\n"
           f"memory: {memory:.1f} MB for the backward pass, gradients and moments; on a GPU at most "
@@ -927,12 +917,12 @@ def parse(argv=None):
         description=__doc__.split("\n\n")[0], usage="python train.py [--FLAG VALUE ...], or --help",
         epilog="examples:\n" + __doc__.split("\n\n")[1], allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings = {f.name: f for f in fields(Config)}
     for line in inspect.getsource(Config).splitlines():  # its comments are groups and helps
         if title := re.fullmatch(r"    # (.+): (.+)", line):
             group = parser.add_argument_group(*title.groups())
         elif found := re.match(r"    (\w+): .*?  # (.+)", line):
-            f, several = settings[found[1]], settings[found[1]].type is list
+            f = Config.__dataclass_fields__[found[1]]
+            several = f.type is list
             rules = dict(type=f.metadata.get("item", str if several else f.type),
                          nargs="+" if several else None, choices=f.metadata.get("choices"))
             if f.type is bool:
@@ -952,36 +942,35 @@ def mode_of(cfg):
 def check(cfg, typed):
     """Refuse, before anything is opened, what is typed and breaks the rules of `opt`, and an AST
     that cannot start so."""
+    mode, broken = mode_of(cfg), None
     for f in fields(Config):
-        if f.name in typed and (broken := broken_rule(cfg, f)):
-            raise ValueError(f"--{f.name.replace('_', '-')} {getattr(cfg, f.name)}: {broken}")
+        if f.name not in typed:
+            continue
+        value, rule = getattr(cfg, f.name), f.metadata
+        modes = [f.name] if f.name in MODES else rule.get("modes", TRAINING)
+        least, most = rule.get("least", -math.inf), rule.get("most", math.inf)
+        if mode not in modes:
+            broken = f"read by {', '.join(modes)}, not by {mode}"
+        elif mode in TRAINING and "model" in rule and (rule["model"] == "speaker") != cfg.speaker:
+            broken = f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
+        elif "least" in rule and not least <= value <= most:  # nor nan
+            broken = f"expected at least {least}" + f" and at most {most}" * ("most" in rule)
+        elif "needs" in rule and not any(getattr(cfg, other) for other in rule["needs"].split()):
+            broken = "does nothing without --" + " or --".join(rule["needs"].split())
+        elif "corpus" in rule and value and not getattr(data.CORPORA[cfg.data], rule["corpus"]):
+            missing = {"rows": "audio", "folds": "folds", "lists": "lists of trials"}
+            broken = f"--data {cfg.data} has no {missing[rule['corpus']]}"
+        if broken:
+            raise ValueError(f"--{f.name.replace('_', '-')} {value}: {broken}")
     if cfg.figure:
         data.check_figure(cfg.figure)
-    if mode_of(cfg) not in TRAINING or cfg.speaker:
+    if mode not in TRAINING or cfg.speaker:
         return
     if cfg.init in ast_adapters.AUDIOSET and cfg.model != "ast-base":
         raise ValueError(f"--init {cfg.init} is an AST-base: add --model ast-base")
     if not cfg.init and cfg.model != "ast-nano":
         raise ValueError(f"--model {cfg.model} needs --init CHECKPOINT; none: random weights")
     ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, cfg.options)
-
-
-def broken_rule(cfg, f):
-    """Return what is wrong with the value of a field by its rules; None: nothing."""
-    mode, value, rule = mode_of(cfg), getattr(cfg, f.name), f.metadata
-    modes = [f.name] if f.name in MODES else rule.get("modes", TRAINING)
-    if mode not in modes:
-        return f"read by {', '.join(modes)}, not by {mode}"
-    if mode in TRAINING and "model" in rule and (rule["model"] == "speaker") != cfg.speaker:
-        return f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
-    least, most = rule.get("least"), rule.get("most", math.inf)
-    if least is not None and not least <= value <= most:  # nor nan
-        return f"expected at least {least}" + f" and at most {most}" * ("most" in rule)
-    if "needs" in rule and not any(getattr(cfg, other) for other in rule["needs"].split()):
-        return "does nothing without --" + " or --".join(rule["needs"].split())
-    if "corpus" in rule and value and not getattr(data.CORPORA[cfg.data], rule["corpus"]):
-        missing = {"rows": "audio", "folds": "folds", "lists": "lists of trials"}[rule["corpus"]]
-        return f"--data {cfg.data} has no {missing}"
 
 
 def main(argv=None):
