@@ -760,7 +760,7 @@ def evaluate_checkpoint(cfg, typed):
     for length in cfg.durations or ["full"]:
         frames = None if length == "full" else round(100 * float(length))
         results = evaluate(tested, corpus, model, "test", frames, saved["threshold"], strangers)
-        print(f"  {length:>6}  {numbers(results)}")
+        print(f"  {f'{length} s' if frames else length:>6}  {numbers(results)}")
         if frames:
             table[f"seconds={length}"] = [results]
     if cfg.figure and table:
