@@ -722,8 +722,7 @@ def study(cfg, typed):
 
 
 def draw_table(table, path, title):
-    """Draw the score of each row with its deviation: over the number that changes from row to row,
-    or, with the names of the rows, over the trainable parameters."""
+    """Draw each row's score: over its number or, with its name, over its trainable parameters."""
     key = "eer" if any("eer" in results[0] for results in table.values()) else "accuracy"
     swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
     x = [float(label.partition("=")[2]) if swept else results[0]["trainable"]
@@ -744,8 +743,7 @@ def draw_table(table, path, title):
 
 
 def evaluate_checkpoint(cfg, typed):
-    """--evaluate: test a best.pt on its own corpus, or on another with the same classes or with
-    trials of any speakers."""
+    """--evaluate: test a best.pt on its corpus, on another of equal classes, or on any trials."""
     trained, model, saved = load_checkpoint(cfg.evaluate, cfg.device)
     tested = replace(trained, few_shot=0, fold=None if "data" in typed else trained.fold)
     tested = replace(tested, **{name: getattr(cfg, name) for name in typed - {"device"}})
@@ -796,8 +794,7 @@ def use_checkpoint(cfg):
 
 
 def predict(cfg, trained, corpus, model, classes):
-    """Print the three likeliest classes of each file; --csv writes them too, --figure draws what
-    the model looks at in the first one."""
+    """Print each file's three likeliest classes; draw what the model looks at in the first one."""
     clips, rows = np.arange(len(corpus.ids)), []
     chances = class_probabilities(trained, corpus, model, clips, trained.frames)
     chances = chances.unflatten(1, (-1, len(classes))).sum(1)  # (files, C): all speeds of a speaker
@@ -940,8 +937,7 @@ def mode_of(cfg):
 
 
 def check(cfg, typed):
-    """Refuse, before anything is opened, what is typed and breaks the rules of `opt`, and an AST
-    that cannot start so."""
+    """Refuse, before anything is opened, what is typed and breaks a rule of `opt` or of an AST."""
     mode, broken = mode_of(cfg), None
     for f in fields(Config):
         if f.name not in typed:
