@@ -919,11 +919,9 @@ def parse(argv=None):
             group = parser.add_argument_group(*title.groups())
         elif found := re.match(r"    (\w+): .*?  # (.+)", line):
             f = Config.__dataclass_fields__[found[1]]
-            several = f.type is list
-            rules = dict(type=f.metadata.get("item", str if several else f.type),
-                         nargs="+" if several else None, choices=f.metadata.get("choices"))
-            if f.type is bool:
-                rules = dict(action=argparse.BooleanOptionalAction)
+            rules = {bool: dict(action=argparse.BooleanOptionalAction),
+                     list: dict(type=f.metadata.get("item", str), nargs="+")}.get(
+                         f.type, dict(type=f.type, choices=f.metadata.get("choices")))
             words = {None: "of preset, method or model", "": "none", (): "none"}
             group.add_argument("--" + f.name.replace("_", "-"), **rules,
                                help=f"{found[2]} (default: {words.get(f.default, f.default)})")
