@@ -830,7 +830,7 @@ def on_this_machine(cfg, device):
         fast = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
     else:
         device = ACCELERATOR.type
-        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", -1)))  # -1: as is
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return replace(cfg, device=device, bf16=fast if cfg.bf16 is None else cfg.bf16)
 
