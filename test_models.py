@@ -956,7 +956,6 @@ def test_bad_sizes_features_and_trials_are_answered_with_a_sentence(call, senten
 
 TRAIN = [sys.executable, str(HERE / "train.py")]
 README = (HERE / "README.md").read_text(encoding="utf-8")
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -1126,9 +1125,9 @@ def test_what_no_epoch_changes_is_computed_once_and_changes_nothing(small, tmp_p
 def test_the_profile_times_the_real_loop_and_writes_nothing(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = told("--profile", *as_flags(small[1] | dict(batch_size=16)))
-    *lines, step, products = map(float, re.findall(r"([\d.]+) \| *[\d.]+% \|$", printed, re.M))
+    *lines, step, products = map(float, re.findall(r"^ *([\d.]+) ms +[\d.]+% ", printed, re.M))
     assert 0.8 * step < sum(lines) < 1.01 * step and 0 < products < step
-    assert " loss.backward() |" in printed and not list(tmp_path.iterdir())
+    assert " loss.backward()" in printed and not list(tmp_path.iterdir())
 
 
 def test_rate_and_margin_follow_the_steps_of_an_ast_that_learns_speakers(
@@ -1146,7 +1145,7 @@ def test_rate_and_margin_follow_the_steps_of_an_ast_that_learns_speakers(
 def test_weight_decay_leaves_scales_biases_and_norms_alone():
     for method in METHODS:
         model = train.Model(adapt(AST("nano"), method), ast_adapters.LinearHead(64, 3))
-        optimiser = train.make_optimiser(train.Config(lr=0.1, weight_decay=0.5), model, CPU)
+        optimiser = train.make_optimiser(train.Config(lr=0.1, weight_decay=0.5), model)
         ids = {id(p) for g in optimiser.param_groups if g["weight_decay"] for p in g["params"]}
         names = {name for name, p in model.named_parameters() if id(p) in ids}
         assert "head.weight" in names, method
@@ -1174,15 +1173,15 @@ BAD_COMMANDS = [  # command, part of the sentence that answers
     ("--data voxceleb --root empty", "Ask for the audio by the form at https:"),
     ("--model ast-base", "needs --init"), ("--init audioset", "add --model ast-base"),
     ("--model ecapa-tdnn --rank 3", "does not read it"), ("--subsets 4", "does not read it"),
-    ("--rank 99", "at most 64"), ("--evaluate x --predict y", "predict exclude each other"),
+    ("--rank 99", "at most 64"), ("--evaluate x --predict y", "by predict, not by"),
     ("--sweep rank=2,many", "invalid int"), ("--sweep batch-size=8,0", "0: expected at least 1"),
     ("--evaluate x --epochs 7", "read by train, compare, sweep, profile, not by evaluate"),
-    ("--evaluate x --fold 2", "was trained"), ("--evaluate x --durations 0.03", "at least 0.16"),
+    ("--evaluate x --fold 2", "has no folds"),
     ("--as-norm", "not by train"), ("--lr -1", "expected at least 0"), ("--lr nan", "expected"),
     ("--margin 3", "expected at least 0 and at most 1.5"), ("--snr 3", "nothing without --noise"),
     ("--fold 1", "sounds has no folds"), ("--trials e", "sounds has no lists of trials"),
     ("--data features --root empty --speed-perturb", "--data features has no audio"),
-    (f"{RANDOM} --device {ABSENT}", "is not here"), (f"{RANDOM} --speed-perturb", "has no trials"),
+    (f"--device {ABSENT}", "invalid choice"), (f"{RANDOM} --speed-perturb", "has no trials"),
     (f"{RANDOM} --frames 100000", "longest training clip"), (f"{RANDOM} --out code.pt", "a file")]
 
 
@@ -1195,8 +1194,6 @@ def test_bad_input_is_answered_with_a_sentence_and_nothing_is_made(tmp_path, mon
         printed = told(*command.split())
         assert sentence in printed and re.search("ended with (error|2)", printed), command
     assert set(os.listdir()) <= {"empty", "code.pt", "cache"}
-    monkeypatch.setattr(train, "has_bf16", lambda device, fast=False: False)
-    assert "--bf16: cpu has no bfloat16" in told("--bf16")
     monkeypatch.setattr(train, "WORLD", 2)
     cfg = train.with_preset(train.Config(**small[1] | dict(batch_size=32)))
     with pytest.raises(ValueError, match="21 clips a step do not divide among 2 processes"):
@@ -1333,8 +1330,8 @@ def test_a_speaker_model_goes_on_from_a_checkpoint_and_gives_a_cohort(verified):
     with pytest.raises(ValueError, match="holds another model"):
         train.build_model(replace(cfg, width=32), corpus)
     clips = np.flatnonzero((corpus.labels == 0) & (corpus.splits == "train"))
-    strangers = train.cohort(cfg, corpus, model, CPU)
-    assert_close(strangers[0], train.embeddings(cfg, corpus, model, clips, CPU).mean(0))
+    strangers = train.cohort(cfg, corpus, model)
+    assert_close(strangers[0], train.embeddings(cfg, corpus, model, clips).mean(0))
 
 
 @pytest.fixture
@@ -1370,13 +1367,12 @@ def test_figures_are_drawn_or_refused_before_any_work(
             ([*flags, "--out", "run"], "drawn: 0.png"),
             ([*flags, "--sweep", "seed=0,1", "--out", "sweep"], "drawn: 1.png"),
             (["--evaluate", best], "drawn: 2.png"), ([*use, classifier[0]], "drawn: 3.png"),
-            (["--evaluate", classifier[0]], "has none, but classes"), ([*use, best], "holds none"),
+            (["--evaluate", classifier[0]], "has no trials"), ([*use, best], "holds none"),
             (["--figure", "a.jpg"], "expected a name that ends in .png, .svg or .pdf"))):
         assert sentence in told("--figure", f"{n}.png", *command), command
     assert {"run", "sweep", "0.png", "1.png", "2.png", "3.png"} == set(os.listdir())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install matplotlib" in told(*flags, "--figure", "a.png")
-    assert "█" in told(*flags, "--sweep", "seed=0,1", "--out", "sweep", "--resume")
 
 
 @torch.no_grad()

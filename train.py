@@ -8,16 +8,9 @@
     python train.py --predict a.wav DIR --checkpoint out/RUN/best.pt
     torchrun --nproc_per_node=2 train.py ...            # the same loop in several processes
 
-Sections  1 settings, 2 the loop, 3 evaluation, 4 the model, 5 files of a run, 6 a run, 7 tables of
-          runs, 8 using a checkpoint, 9 the profile, 10 figures, 11 the machine, 12 the command line
+Sections  1 settings, 2 the loop, 3 evaluation, 4 the model, 5 a run and its files, 6 tables of
+          runs, 7 using a checkpoint, 8 the machine, 9 the command line
 Axes      B batch, T frames, F mel bins, D width, E embedding, C classes or speakers
-
-Every setting is a field of Config, hence a flag. A setting without a default comes from the preset
-of its method and corpus (section 6), which is printed at the start.
-
-A run leaves in its folder: config.json, log.jsonl, last.pt (everything `--resume` needs), best.pt
-(the weights that validated best: all that `--predict` needs), results.json, for an AST adapter.pt
-(only what was trained), for verification scores.txt.
 
 Differs from P1's code: validation selects, the test split is scored once, with a copy of the best
 weights; scales, biases and norms have no weight decay, which would shrink scales that start at one.
@@ -25,10 +18,8 @@ Does not: split one model over several GPUs, search hyper-parameters, or log to 
 """
 
 import argparse
-import contextlib
 import csv
 import ctypes
-import importlib.util
 import inspect
 import io
 import itertools
@@ -39,11 +30,11 @@ import re
 import sys
 import tempfile
 import time
+import timeit
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 # Threads that wait for each other spin, and so take the cores from other programs: beside one, a
 # nano step took 400 ms instead of 25. Let them spin shortly, then sleep (GNU; Intel and LLVM).
@@ -51,7 +42,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("KMP_BLOCKTIME", "1")
 # glibc gives big blocks back to the system at once and gets new ones, page by page, at each step:
 # with these two (M_MMAP_MAX, M_TRIM_THRESHOLD) a light ResNet34's step takes 0.75 of the time.
-with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no mallopt
+if sys.platform == "linux":
     libc = ctypes.CDLL(None)
     libc.mallopt(-4, 0)
     libc.mallopt(-1, 2**31 - 1)
@@ -78,7 +69,9 @@ progress = partial(tqdm, leave=False, disable=True if RANK else None)
 # 1. Settings: one Config is their only source; `--help` prints the comments behind its fields
 
 MODELS = [f"ast-{size}" for size in ast_adapters.SIZES] + list(lightweight_sv.MODELS)
-DEVICES, FOLDS = ("auto", "cpu", "cuda", "mps"), ("all", *map(str, range(1, 11)))
+ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)  # None: only a CPU
+DEVICES = ["auto", "cpu"] + ([ACCELERATOR.type] if ACCELERATOR else [])
+FOLDS = ("all", *map(str, range(1, 11)))
 METHOD_OPTIONS = sorted({name for _, options in METHODS.values() for name in options})
 SPEAKER_OPTIONS = ("subsets", "share", "fusion", "width", "embed_dim")
 MODES = ("compare", "sweep", "profile", "evaluate", "predict", "verify", "embed")  # or: train
@@ -87,16 +80,10 @@ TRAINING, TEST, ANY = (*RUNS, "profile"), (*RUNS, "profile", "evaluate"), ("trai
 
 
 def opt(default, **rules):
-    """A field of Config with rules for what is typed: `choices`, `least` and `most` (its values),
-    `item` (type of a list's items), `modes` that read it (else TRAINING), the kind of `model` that
-    reads it, `needs` (one of these flags), `corpus` (what the corpus must have), `passing` (it may
-    differ between a run and its continuation)."""
+    """A field of Config with rules for what is typed: `choices`, `least`, `most`, `item` (type in a
+    list), `modes` that read it (else TRAINING), the kind of `model` that reads it, `needs` (one of
+    these flags), `corpus` (what that must have), `passing` (may differ when a run goes on)."""
     return field(default=default, metadata=rules)
-
-
-def seconds(text):
-    """A number of seconds, or full: the whole of an utterance."""
-    return math.inf if text == "full" else float(text)
 
 
 @dataclass(frozen=True)
@@ -172,7 +159,7 @@ class Config:
     checkpointing: bool = opt(False, model="ast")  # less memory: compute blocks again, 1.4 x time
     # Use of a checkpoint: after training
     evaluate: str = ""  # test this best.pt
-    durations: list = opt((), item=seconds, least=0.16, modes=("evaluate",))  # of a test; full
+    durations: list = opt((), modes=("evaluate",))  # seconds of a test; full: whole utterances
     as_norm: bool = opt(False, modes=("evaluate",))  # s-norm, its cohort from training speakers
     predict: list = opt((), needs="checkpoint")  # name the classes of these files or folders
     verify: list = opt((), needs="checkpoint")  # is the last of these files the others' speaker?
@@ -183,7 +170,6 @@ class Config:
 
     @property
     def speaker(self):
-        """Whether the model is a speaker model, and no AST."""
         return self.model in lightweight_sv.MODELS
 
     @property
@@ -194,7 +180,6 @@ class Config:
 
     @property
     def name(self):
-        """The model, and how it is adapted."""
         return self.model if self.speaker else f"{self.model}-{self.method}"
 
 
@@ -202,12 +187,12 @@ class Config:
 # 2. The loop: batch -> features -> forward -> loss -> backward -> step -> log -> evaluate -> save
 
 
-def fit(cfg, corpus, model, augment_waves, out, device):
+def fit(cfg, corpus, model, augment_waves, out):
     """Train `model`; leave last.pt, best.pt and log.jsonl in `out`. Return the seconds it took."""
-    optimiser = make_optimiser(cfg, model, device)
+    optimiser = make_optimiser(cfg, model)
     state = load_last(out, corpus, model, optimiser)  # a new run's, or where --resume goes on
-    inputs, frames = cache_inputs(cfg, corpus, model, device)  # the corpus, or its features
-    forward, clips = parallel_model(cfg, model, device), corpus.pick("train")
+    inputs, frames = cache_inputs(cfg, corpus, model)  # the corpus, or its features
+    forward, clips = parallel_model(cfg, model), corpus.pick("train")
     per_epoch = min(cfg.steps or 10**9, max(1, len(clips) // cfg.batch_size))
     for epoch in range(state["epoch"], cfg.epochs):
         # A resumed epoch draws what it would have drawn; each process draws its own.
@@ -222,10 +207,10 @@ def fit(cfg, corpus, model, augment_waves, out, device):
                 group["lr"] = learning_rate(cfg, step, steps)
             model.head.margin = cfg.margin * min(1, (step + 1) / max(1, cfg.margin_rise * steps))
 
-            batch = augment_waves(batch.to(device))  # speed, gain, noise, rooms
+            batch = augment_waves(batch.to(cfg.device))  # speed, gain, noise, rooms
             x, y = data.features(batch, model.encoder), batch.labels  # (B, T, F), (B,)
             x = data.augment_features(x, cfg.shift, cfg.spec_f, cfg.spec_t)
-            with autocast(cfg, device):
+            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
                 loss = F.cross_entropy(forward(x, y), y)
             check_loss(loss, batch, corpus)
             optimiser.zero_grad()
@@ -233,7 +218,7 @@ def fit(cfg, corpus, model, augment_waves, out, device):
             optimiser.step()
             losses.append(loss.item())
         speed = per_epoch * min(cfg.batch_size, len(clips)) / (time.time() - start)
-        valid = evaluate(cfg, inputs, model, "valid", device, frames)
+        valid = evaluate(cfg, inputs, model, "valid")
         score = valid.get("score", epoch)  # nothing to select on: the last epoch is the best
         if score > state["best"]:
             state["best"] = score
@@ -257,32 +242,25 @@ def learning_rate(cfg, step, steps):
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
-def make_optimiser(cfg, model, device):
+def make_optimiser(cfg, model):
     """AdamW on what trains. Only matrices, kernels and the like decay: weight decay would pull
     scales that start at one (LayerNorm, SSF, IA3, DoRA's magnitude) towards zero."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if sum(size > 1 for size in p.shape) > 1]
-    others = [p for p in trained if sum(size > 1 for size in p.shape) <= 1]
-    groups = [dict(params=matrices), dict(params=others, weight_decay=0.0)]
+    groups = [dict(params=[p for p in trained if p.squeeze().ndim > 1]),
+              dict(params=[p for p in trained if p.squeeze().ndim < 2], weight_decay=0.0)]
     return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-6,
-                             weight_decay=cfg.weight_decay, fused=device.type != "mps")
+                             weight_decay=cfg.weight_decay, fused=True)
 
 
 def check_loss(loss, batch, corpus):
     """Stop at a loss that is not finite, with the names of the clips."""
     if not loss.isfinite():
         names = ", ".join(corpus.ids[i] for i in batch.clips[:5])
-        raise ValueError(f"the loss became {loss.item()} in a batch with {names}, ...: lower --lr, "
-                         "or look at these clips; the last epoch's checkpoint is whole")
-
-
-def autocast(cfg, device):
-    """With --bf16: bfloat16 for products, float32 for what needs it, where the device has it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(cfg.bf16 and has_bf16(device)))
+        raise ValueError(f"the loss became {loss.item()} in a batch with {names}: lower --lr?")
 
 
 @torch.inference_mode()
-def cache_inputs(cfg, corpus, model, device):
+def cache_inputs(cfg, corpus, model):
     """Return (what the loop reads, its frames): the corpus, or inputs that no epoch changes.
 
     For `linear` these are all frozen outputs (46 times as fast), if no feature is augmented; else
@@ -299,8 +277,8 @@ def cache_inputs(cfg, corpus, model, device):
     batches = data.batches(corpus, np.arange(clips), 64, cfg.frames, train=False,
                            repeat=cfg.speaker)
     for batch in progress(batches, "features, once"):
-        x = data.features(batch.to(device), encoder)  # (B, T, F)
-        with autocast(cfg, device):
+        x = data.features(batch.to(cfg.device), encoder)  # (B, T, F)
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             store[batch.clips] = (encoder.pooled(x).float()[:, None] if frozen else x).cpu()
     return replace(corpus, store=store.reshape(-1, width), start=rows * np.arange(clips),
                    length=np.full(clips, rows)), rows
@@ -310,47 +288,29 @@ def cache_inputs(cfg, corpus, model, device):
 # 3. Evaluation: accuracy of a split, or error rates of its trials; processes share the work
 
 
-def evaluate(cfg, corpus, model, split, device, frames=None, threshold=None):
-    """Return the results of one split, {} of an empty one; "score" is what selection maximises."""
-    clips = corpus.pick(split)
-    if split in corpus.trials:
-        return evaluate_trials(cfg, corpus, model, split, device, threshold=threshold)
-    if corpus.trials or not len(clips):
-        return {}
-    chances = class_probabilities(cfg, corpus, model, clips, device, frames or cfg.frames)
-    right = 100.0 * (chances.argmax(1).numpy() == corpus.labels[clips])
-    results = dict(accuracy=right.mean(), score=right.mean())
-    ordered = np.array([">" in corpus.classes[label] for label in corpus.labels[clips]])
-    if ordered.any():  # `sounds`: classes told apart only by order in time
-        results |= dict(content=right[~ordered].mean(), order=right[ordered].mean())
-    return {name: float(value) for name, value in results.items()}
+def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=None):
+    """Return the results of one split, {} of an empty one; "score" is what selection maximises.
 
-
-@torch.inference_mode()
-def class_probabilities(cfg, corpus, model, clips, device, frames):
-    """Return (clips, C): the mean over a clip's windows of `frames` frames, side by side."""
-    windows, owner = data.cut_windows(corpus, clips, frames)  # owner (windows,): row of the clip
-    total = torch.zeros(len(clips), len(model.eval().head.weight))  # (clips, C)
-    for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
-                              repeat=cfg.speaker, shard=(RANK, WORLD)):
-        with autocast(cfg, device):
-            logits = model(data.features(batch.to(device), model.encoder))  # (B, C)
-        total.index_add_(0, owner[batch.clips], logits.float().softmax(1).cpu())
-    return sum_over_ranks(total) / owner.bincount()[:, None]
-
-
-def evaluate_trials(cfg, corpus, model, split, device, frames=None, threshold=None,
-                    strangers=None):
-    """Return the error rates of the cosine scores of a split's trials, and the scores.
-
-    frames: cut utterances to so many (None: whole); threshold: judges test trials (validation
-    trials give one); strangers: the cohort of --as-norm, whose scores no threshold fits.
+    frames: cut clips into windows of so many, utterances of trials to so many (None: whole)
+    threshold: judges test trials (validation trials give one)
+    strangers: the cohort of --as-norm, whose scores no threshold fits
     """
+    clips = corpus.pick(split)
+    if not corpus.trials and len(clips):
+        chances = class_probabilities(cfg, corpus, model, clips, frames or cfg.frames)  # (clips, C)
+        right = 100.0 * (chances.argmax(1).numpy() == corpus.labels[clips])
+        results = dict(accuracy=right.mean(), score=right.mean())
+        ordered = np.array([">" in corpus.classes[label] for label in corpus.labels[clips]])
+        if ordered.any():  # `sounds`: classes told apart only by order in time
+            results |= dict(content=right[~ordered].mean(), order=right[ordered].mean())
+        return {name: float(value) for name, value in results.items()}
+    if split not in corpus.trials:
+        return {}
     labels, left, right = (np.array(column) for column in zip(*corpus.trials[split]))
     clips, rows = np.unique([left, right], return_inverse=True)  # each is embedded once
     pairs = rows.reshape(2, -1).T  # (trials, 2) rows of the embeddings
-    unit = embeddings(cfg, corpus, model, clips, device, frames)  # (clips, E)
-    scores = (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1).double().numpy()
+    unit = embeddings(cfg, corpus, model, clips, frames)  # (clips, E)
+    scores = (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1).double().numpy()  # cosines
     if strangers is not None:
         scores = lightweight_sv.adaptive_s_norm(scores, pairs, unit, strangers)
         threshold = None
@@ -361,11 +321,24 @@ def evaluate_trials(cfg, corpus, model, split, device, frames=None, threshold=No
 
 
 @torch.inference_mode()
-def embeddings(cfg, corpus, model, clips, device, frames=None):
-    """Return unit embeddings (clips, E), on the CPU; utterances of one length share a batch.
+def class_probabilities(cfg, corpus, model, clips, frames):
+    """Return (clips, C): the mean over a clip's windows of `frames` frames, side by side."""
+    if corpus.mels:  # ready features, and the frozen outputs of `cache_inputs`, which are one frame
+        frames = min(frames, int(corpus.length.max()))
+    windows, owner = data.cut_windows(corpus, clips, frames)  # owner (windows,): row of the clip
+    total = torch.zeros(len(clips), len(model.eval().head.weight))  # (clips, C)
+    for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
+                              repeat=cfg.speaker, shard=(RANK, WORLD)):
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+            logits = model(data.features(batch.to(cfg.device), model.encoder))  # (B, C)
+        total.index_add_(0, owner[batch.clips], logits.float().softmax(1).cpu())
+    return sum_over_ranks(total) / owner.bincount()[:, None]
 
-    frames: cut longer utterances; None: whole ones. An AST needs 16, so shorter ones are padded.
-    """
+
+@torch.inference_mode()
+def embeddings(cfg, corpus, model, clips, frames=None):
+    """Return unit embeddings (clips, E) of utterances, cut to `frames` if they are longer (None:
+    whole), padded to the 16 that an AST needs. Those of one length share a batch."""
     unit = torch.zeros(len(clips), model.eval().encoder.embed_dim)
     whole = corpus.length[clips] if corpus.mels else data.frames_of(corpus.length[clips])
     lengths = np.clip(whole, 16, frames)
@@ -373,17 +346,17 @@ def embeddings(cfg, corpus, model, clips, device, frames=None):
     parts = [part for rows in groups for part in np.split(rows, range(64, len(rows), 64))]
     for part in parts[RANK::WORLD]:
         batch = data.load_batch(corpus, clips[part], int(lengths[part[0]]), repeat=cfg.speaker)
-        with autocast(cfg, device):
-            x = model.encoder(data.features(batch.to(device), model.encoder))  # (B, E)
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+            x = model.encoder(data.features(batch.to(cfg.device), model.encoder))  # (B, E)
         unit[part] = F.normalize(x.float(), dim=1).cpu()
     return sum_over_ranks(unit)
 
 
-def cohort(cfg, corpus, model, device, each=20):
+def cohort(cfg, corpus, model, each=20):
     """Return one mean embedding for every training speaker, of up to `each` utterances: (C, E)."""
     train = np.random.default_rng(cfg.seed).permutation(corpus.pick("train"))
     chosen = [train[corpus.labels[train] == c][:each] for c in range(len(corpus.classes))]
-    unit = embeddings(cfg, corpus, model, np.concatenate(chosen), device)
+    unit = embeddings(cfg, corpus, model, np.concatenate(chosen))
     return torch.stack([own.mean(0) for own in unit.split([len(clips) for clips in chosen])])
 
 
@@ -426,27 +399,27 @@ def make_model(cfg, about, pretrained=None):
 
 def build_model(cfg, corpus):
     """Return the model that a training starts with. A speaker model takes over the weights of
-    --init best.pt, and its head's for equal classes."""
+    --init best.pt, for equal classes those of its head too."""
     about = dict(classes=corpus.classes, mels=corpus.mels, trials=corpus.trials, settings=dict(
         size=cfg.model.removeprefix("ast-"), pos_embed=cfg.pos_embed, pool=cfg.pool))
     if not cfg.speaker:
         return make_model(cfg, about, None if cfg.init == "none" else pretrained_file(cfg))
     model = make_model(cfg, about)
-    if cfg.init in ("", "none"):
-        return model
-    _, before, saved = load_checkpoint(cfg.init, "cpu")
-    try:
-        model.encoder.load_state_dict(before.encoder.state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"--init {cfg.init} holds another model than this {cfg.model}") from error
-    if saved["classes"] == corpus.classes:  # of speakers at three speeds, those at their own
-        for ours, theirs in zip(model.head.parameters(), before.head.parameters()):
-            ours.data[: len(theirs)] = theirs.data[: len(ours)]
+    if cfg.init not in ("", "none"):
+        saved = load_checkpoint(cfg.init)[2]
+        try:
+            model.encoder.load_state_dict(saved["encoder"])
+        except RuntimeError as error:
+            raise ValueError(f"--init {cfg.init} holds another model or width") from error
+        if saved["classes"] == corpus.classes:  # of speakers at three speeds, those at their own
+            for ours, theirs in zip(model.head.parameters(), saved["head"].values()):
+                ours.data[: len(theirs)] = theirs[: len(ours)]
     return model
 
 
-def load_checkpoint(path, device):
-    """Read best.pt; return the Config of its training, its model in eval mode, what it holds."""
+def load_checkpoint(path, device="cpu"):
+    """Read best.pt; return the Config of its training (bfloat16 only where that is fast here), its
+    model in eval mode, and what it holds."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         cfg = Config(**saved["config"])
@@ -459,15 +432,15 @@ def load_checkpoint(path, device):
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
                          f"is never run ({reason})") from error
-    return cfg, model.to(device).eval(), saved
+    cfg = on_this_machine(replace(cfg, bf16=None if cfg.bf16 else False), device)
+    return cfg, model.to(cfg.device).eval(), saved
 
 
 def pretrained_file(cfg):
     """Return the checkpoint an AST starts from: a file, AudioSet's (downloaded once), or ours."""
     if cfg.init in ast_adapters.AUDIOSET:
         address, sha256 = ast_adapters.AUDIOSET[cfg.init]
-        path = Path(cfg.cache) / f"{cfg.init}.pth"
-        return on_first_rank(lambda: data.download(address, path, sha256))
+        return on_first_rank(lambda: data.download(address, f"{cfg.cache}/{cfg.init}.pth", sha256))
     file = Path(cfg.init or Path(cfg.cache) / f"ast-nano-v{data.VERSION}.pt")
     if not cfg.init and not on_first_rank(file.exists):
         print("making the nano AST: training on the source classes of `sounds`, once")
@@ -480,7 +453,7 @@ def pretrained_file(cfg):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Files of a run: written to a temporary name and renamed, read without running code
+# 5. A run: its files, the papers' recipes, corpus and model; train, select, test once
 
 
 def save(path, value):
@@ -495,8 +468,7 @@ def save(path, value):
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error}): what was there before is whole; "
-                      "make room and go on with --resume") from error
+        raise OSError(f"{path} could not be written ({error}): the old one is whole") from error
 
 
 def checkpoint(cfg, corpus, model, epoch, valid):
@@ -519,8 +491,7 @@ def load_last(out, corpus, model, optimiser):
         return dict(epoch=0, best=-math.inf, seconds=0.0, log=[], corpus=corpus.fingerprint())
     saved = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
     if saved["corpus"] != corpus.fingerprint():
-        raise ValueError(f"{out} was begun on other clips: their list, lengths, splits or sound "
-                         "have changed; restore them, or begin anew in another --out")
+        raise ValueError(f"{out} was begun on other clips: their list, splits or sound changed")
     model.load_state_dict(saved.pop("model"))
     optimiser.load_state_dict(saved.pop("optimiser"))
     return saved
@@ -540,17 +511,13 @@ def run_folder(cfg, name):
         changes = [f"{f.name} {theirs.get(f.name)!r} -> {mine[f.name]!r}" for f in fields(Config)
                    if not f.metadata.get("passing") and theirs.get(f.name) != mine[f.name]]
         if changes:
-            raise ValueError(f"--out {out} holds a run with another configuration "
-                             f"({', '.join(changes)}): choose another --out")
+            raise ValueError(f"--out {out} has another configuration ({', '.join(changes)})")
         if not cfg.resume:
             raise ValueError(f"--out {out} holds this run already: --resume goes on with it")
     out.mkdir(parents=True, exist_ok=True)
     save(out / "config.json", json.dumps(asdict(cfg), indent=1))
     return out
 
-
-# --------------------------------------------------------------------------------------------------
-# 6. A run: the papers' recipes, the corpus, the model; train, select, test once
 
 # Learning rate by method: P1's (section 3.1), and ours for a nano AST, which is four hundred times
 # smaller than AST-base. What P1 says of a corpus stands in data.CORPORA.
@@ -568,40 +535,51 @@ VOICES_WIDTH = {"ecapa-tdnn": 64, "amcrn": 32, "resnet34": 8}
 def with_preset(cfg):
     """Fill every None that has a preset; what is typed wins."""
     nano, corpus = cfg.model == "ast-nano", data.CORPORA[cfg.data].recipe
-    rate = LEARNING_RATES.get(cfg.method, LEARNING_RATES["other"])[nano]
-    preset = RECIPE | dict(lr=rate) | corpus
-    if nano:  # it has positions for 100 frames
-        preset |= NANO_RECIPE | dict(tokens=NANO_TOKENS.get(cfg.method),
-                                     frames=corpus.get("frames", 100))
+    preset = RECIPE | dict(lr=LEARNING_RATES.get(cfg.method, LEARNING_RATES["other"])[nano])
     if cfg.speaker:  # its features have no level, since each bin's mean is removed: no gain
-        preset = RECIPE | SPEAKER_RECIPE | corpus | dict(gain=0.0)
+        preset |= SPEAKER_RECIPE | corpus | dict(gain=0.0)
         if cfg.data == "voices":
             preset |= dict(width=VOICES_WIDTH[cfg.model], embed_dim=128)
+    elif nano:  # it has positions for 100 frames
+        preset |= dict(frames=100, tokens=NANO_TOKENS.get(cfg.method)) | corpus | NANO_RECIPE
+    else:
+        preset |= corpus
     return replace(cfg, **{k: v for k, v in preset.items() if getattr(cfg, k) is None})
 
 
 def run(cfg):
     """Train, select, test once; return the flat results, which results.json holds too."""
-    cfg, corpus, augment_waves, model, device = prepare(cfg)
+    cfg, corpus, augment_waves, model = prepare(cfg)
     out = run_folder(cfg, f"{cfg.data}-{cfg.name}")
     if (out / "results.json").exists():
         print(f"{out} is finished already")
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     else:
-        print_plan(cfg, corpus, model, out, device)
-        seconds = fit(cfg, corpus, model, augment_waves, out, device)
-        results = test_once(cfg, corpus, out, device) | dict(seconds=round(seconds, 2))
+        trainable, _, total = ast_adapters.count(model.encoder)
+        clips = {split: len(corpus.pick(split)) for split in ("train", "valid", "test")}
+        print(f"\n{out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {cfg.device} x {WORLD}, torch "
+              f"{torch.__version__}; trains {trainable:,} of {total:,} parameters and the head\n"
+              f"  {len(corpus.classes)} classes, clips {clips}\n"
+              f"  preset {({name: getattr(cfg, name) for name in ('lr', 'bf16', *RECIPE)})}")
+        for note in corpus.notes:
+            print(f"  note: {note}")
+        seconds = fit(cfg, corpus, model, augment_waves, out)
+        results = test_once(cfg, corpus, out) | dict(
+            trainable=trainable, parameters=total, share=100 * trainable / total,
+            seconds=round(seconds, 2), epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1))
         save(out / "results.json", json.dumps(results, indent=1))
     if cfg.figure:
-        draw_log(out, cfg.figure)
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        with data.figure(cfg.figure, 2) as axes:
+            for axis, key in zip(axes, ("loss", "valid")):
+                axis.plot([line["epoch"] for line in log], [line[key] for line in log], "o-")
+                axis.set(xlabel="epoch", ylabel=key)
     return results
 
 
 def prepare(cfg):
-    """Return what `fit` takes: settings with their preset, corpus, augmentation, model, device."""
-    cfg, device = with_preset(cfg), find_device(cfg.device)
-    if cfg.bf16 is None:
-        cfg = replace(cfg, bf16=has_bf16(device, fast=True))
+    """Return what `fit` takes: settings with their preset, corpus, augmentation, model."""
+    cfg = on_this_machine(with_preset(cfg), cfg.device)
     if RANK:
         dist.barrier()  # the first process packs what is new; the others find it packed
     corpus = open_corpus(cfg)
@@ -613,7 +591,7 @@ def prepare(cfg):
     augment_waves = partial(data.augment_waves, classes=len(corpus.classes), frames=cfg.frames,
                             speeds=cfg.speed_perturb, gain=cfg.gain, noise=noise, rooms=rooms,
                             share=cfg.distorted, snr=(min(cfg.snr), max(cfg.snr)))
-    return cfg, corpus, augment_waves, build_model(cfg, corpus).to(device), device
+    return cfg, corpus, augment_waves, build_model(cfg, corpus).to(cfg.device)
 
 
 def open_corpus(cfg, train=True):
@@ -628,59 +606,34 @@ def check_corpus(cfg, corpus):
     longest = lengths.max() if ready else data.frames_of(lengths.max())
     if longest < (cfg.frames if ready else cfg.frames / 10):  # waves may be padded, within reason
         raise ValueError(f"--frames {cfg.frames}: the longest training clip has {longest} frames")
-    if ready and corpus.mels != 128 and not cfg.speaker:
-        raise ValueError(f"--model {cfg.model} expects 128 mel bins, --data {cfg.data} has "
-                         f"{corpus.mels}: take a speaker model, which is built with as many")
     if not corpus.trials and (cfg.speed_perturb, cfg.margin, cfg.margin_rise) != (False, 0.2, 0):
-        raise ValueError("--speed-perturb, --margin and --margin-rise are for verification: --data "
-                         f"{cfg.data} has no trials")
-    if min(cfg.batch_size, len(lengths)) % WORLD:  # else some clips would weigh more in the mean
-        raise ValueError(f"{min(cfg.batch_size, len(lengths))} clips a step do not divide among "
-                         f"{WORLD} processes: --batch-size is of all processes together")
+        raise ValueError(f"--speed-perturb and --margin: --data {cfg.data} has no trials")
+    if (clips := min(cfg.batch_size, len(lengths))) % WORLD:  # else some would weigh more
+        raise ValueError(f"{clips} clips a step do not divide among {WORLD} processes")
 
 
-def print_plan(cfg, corpus, model, out, device):
-    """Print what the run will do: device, versions, seed, sizes, preset, notes on the data."""
-    trainable, _, total = ast_adapters.count(model.encoder)
-    train, valid, test = (len(corpus.pick(split)) for split in ("train", "valid", "test"))
-    print(f"\n{out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {device}, "
-          + f"{WORLD} processes, " * (WORLD > 1)
-          + f"{'bfloat16 where it is safe' if cfg.bf16 else 'float32'}, "
-          f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
-          f"  {train} clips train, {valid} validate, {test} test, {len(corpus.classes)} classes; "
-          f"trains {trainable:,} of {total:,} parameters ({trainable / total:.2%}) and the head")
-    preset = ("epochs", "batch_size", "frames", "lr", "warmup", "weight_decay")
-    print("  " + ", ".join(f"{name} {getattr(cfg, name)}" for name in preset))
-    for note in corpus.notes + ["without validation the last epoch is tested"] * (not valid):
-        print(f"  note: {note}")
-
-
-def test_once(cfg, corpus, out, device):
-    """Test the best weights; write adapter.pt or scores.txt; return all results but the time."""
-    _, model, best = load_checkpoint(out / "best.pt", device)
-    results = evaluate(cfg, corpus, model, "test", device, threshold=best["threshold"])
+def test_once(cfg, corpus, out):
+    """Test the best weights; write adapter.pt or scores.txt; return what was measured."""
+    _, model, best = load_checkpoint(out / "best.pt", cfg.device)
+    results = evaluate(cfg, corpus, model, "test", threshold=best["threshold"])
     print(f"tested once, with the weights of epoch {best['epoch']}: {numbers(results)}")
     del results["score"]
     if corpus.trials:
         save(out / "scores.txt", "".join(
             f"{corpus.ids[a]} {corpus.ids[b]} {score:.6f} {label}\n"
             for (label, a, b), score in zip(corpus.trials["test"], results.pop("scores"))))
-    trainable, _, total = ast_adapters.count(model.encoder)
     if cfg.speaker:
         results |= lightweight_sv.complexity(model.encoder, cfg.frames)
     else:
         save(out / "adapter.pt", dict(adapter=ast_adapters.adapter_state(model.encoder),
                                       head=model.head.state_dict(), classes=corpus.classes,
                                       config=asdict(cfg)))
-        if not RANK:
-            results["adapter_kb"] = round((out / "adapter.pt").stat().st_size / 1024)
-    results |= dict(trainable=trainable, parameters=total, share=100 * trainable / total,
-                    epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1))
+        results["adapter_kb"] = round(on_first_rank((out / "adapter.pt").stat).st_size / 1024)
     # The memory is counted last: a step moves BatchNorm's statistics.
-    return results | dict(memory_mb=training_memory(cfg, corpus, model, device))
+    return results | dict(memory_mb=training_memory(cfg, corpus, model))
 
 
-def training_memory(cfg, corpus, model, device):
+def training_memory(cfg, corpus, model):
     """Return the MB that a training step needs beside the weights: what is kept for the backward
     pass, gradients and AdamW's two moments. Counted, so the same on every device."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -690,8 +643,9 @@ def training_memory(cfg, corpus, model, device):
         return tensor.detach()  # the tensor itself holds the graph that holds it: never freed
 
     clips = corpus.pick("train")[: cfg.batch_size]
-    batch = data.load_batch(corpus, clips, cfg.frames, repeat=cfg.speaker).to(device)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept), autocast(cfg, device):
+    batch = data.load_batch(corpus, clips, cfg.frames, repeat=cfg.speaker).to(cfg.device)
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept)
+    with hooks, torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
         model.train()(data.features(batch, model.encoder), batch.labels).sum().backward()
     activations = sum(size for place, size in kept.items() if place not in weights)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -705,22 +659,22 @@ def numbers(values):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Tables of runs: methods, values, folds, seeds
+# 6. Tables of runs: methods, values, folds, seeds
 
-COLUMNS = {  # key of the results: (header, digits behind the point)
-    "accuracy": ("accuracy", 2), "content": ("content", 2), "order": ("order", 2),
-    "eer": ("eer", 2), "min_dcf_0.01": ("min_dcf_0.01", 3), "min_dcf_0.05": ("min_dcf_0.05", 3),
-    "trainable": ("trainable", 0), "share": ("share %", 2), "macs": ("MACs", 0),
-    "latency_ms": ("ms", 1), "seconds": ("seconds", 1), "memory_mb": ("memory MB", 1),
-    "adapter_kb": ("file KB", 0)}
+COLUMNS = {  # key of the results: digits behind the point
+    "accuracy": 2, "content": 2, "order": 2, "eer": 2, "min_dcf_0.01": 3, "min_dcf_0.05": 3,
+    "trainable": 0, "share": 2, "macs": 0, "latency_ms": 1, "seconds": 1, "memory_mb": 1,
+    "adapter_kb": 0}
 
 
 def variants(cfg, typed):
     """Return (name of the table, {row: Config}): a row a method or value, or only one."""
-    if cfg.compare:  # each method without the options it does not have
-        return f"compare-{cfg.data}", {
-            method: replace(cfg, method=method, **dict.fromkeys(set(METHOD_OPTIONS) - set(options)))
-            for method, (_, options) in METHODS.items()}
+    quick = not typed & {"sweep", "data", "model", "method", "init", *METHOD_OPTIONS}
+    if cfg.compare or quick:  # each method without the options it does not have
+        return "quick-start" if not cfg.compare else f"compare-{cfg.data}", {
+            method: replace(cfg, method=method, **dict.fromkeys(
+                set(METHOD_OPTIONS) - set(METHODS[method][1])))
+            for method in (METHODS if cfg.compare else ("linear", "conformer", "full"))}
     if cfg.sweep:
         (name, _, values), rows = cfg.sweep.partition("="), {}
         for text in values.split(","):
@@ -729,94 +683,85 @@ def variants(cfg, typed):
             rows[f"{name}={text}"] = replace(cfg, **{k: getattr(value, k) for k in swept})
             check(rows[f"{name}={text}"], swept)
         return f"compare-{cfg.data}", rows
-    if not typed & {"data", "model", "method", "init", *METHOD_OPTIONS}:
-        return "quick-start", {method: replace(cfg, method=method)
-                               for method in ("linear", "conformer", "full")}
     return f"{cfg.data}-{cfg.name}", {cfg.name: cfg}
 
 
 def study(cfg, typed):
-    """Do what the command line asks for: one run, or a table of rows, each of folds and seeds."""
-    title, rows = variants(cfg, typed)
-    for variant in rows.values():
+    """Do what the command line asks for: one run, or a table of rows, each of folds and seeds. The
+    table has means, with deviations where runs differ; compare.md holds it for a README."""
+    title, variant_of = variants(cfg, typed)
+    for variant in variant_of.values():
         check(variant, typed)
     folds = [cfg.fold] if cfg.fold != "all" else FOLDS[1 : 1 + data.CORPORA[cfg.data].folds]
-    if len(rows) == len(folds) == cfg.seeds == 1:
-        return run(*rows.values())
-    table, folder = {label: [] for label in rows}, run_folder(cfg, title)
-    for label, fold, n in itertools.product(rows, folds, range(cfg.seeds)):
-        one = replace(rows[label], seed=rows[label].seed + n, fold=fold, resume=True, figure="")
+    if len(variant_of) == len(folds) == cfg.seeds == 1:
+        return run(variant)
+    table, folder = {label: [] for label in variant_of}, run_folder(cfg, title)
+    for (label, one), fold, n in itertools.product(variant_of.items(), folds, range(cfg.seeds)):
+        one = replace(one, seed=one.seed + n, fold=fold, resume=True, figure="")
         name = label + f"-fold{fold}" * (len(folds) > 1) + f"-seed{one.seed}" * (cfg.seeds > 1)
         out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
         table[label].append(run(replace(one, out=str(out))))
     save(folder / "compare.json", json.dumps(table, indent=1))
-    print_table(cfg, table, folder)
-
-
-def print_table(cfg, table, folder):
-    """Print the closing table of {label: results}, write it to compare.md for a README, draw it."""
     keys = [key for key in COLUMNS if any(key in r for results in table.values() for r in results)]
-    rows = [["", *(COLUMNS[key][0] for key in keys)]]
-    for label, results in table.items():  # other models may lack some keys
-        rows.append([label, *(cell([r[key] for r in results if key in r], COLUMNS[key][1])
-                              for key in keys)])
-    save(folder / "compare.md", markdown(rows))
-    print(f"\n{markdown(rows)}\n{folder}")
+    rows = [["", *keys]]
+    for label, results in table.items():
+        rows.append([label])
+        for key in keys:
+            values, digits = [r[key] for r in results if key in r], COLUMNS[key]
+            mean = f"{np.mean(values):,.{digits}f}" if values else ""  # other models may lack some
+            differ = len(set(values)) > 1
+            rows[-1].append(mean + f" ± {np.std(values, ddof=1):.{digits}f}" if differ else mean)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    text = "".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths)) + " |\n"
+                   for row in rows)
+    save(folder / "compare.md", text)
+    print(f"\n{text}\n{folder}")
     if cfg.figure:
         draw_table(table, cfg.figure, f"{folder.name}, {cfg.model}")
-    elif not importlib.util.find_spec("matplotlib"):
-        for row in rows[1:]:  # a bar a row, of the first score
-            print(f"{row[0]:>24} {'█' * round(float(row[1].split()[0]) / 2)}")
 
 
-def cell(values, digits):
-    """The mean, with its deviation where the runs differ; nothing of nothing."""
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(set(values)) > 1 else ""
-    return f"{np.mean(values):,.{digits}f}{deviation}" if values else ""
-
-
-def markdown(rows):
-    """Return rows of text as a table; the first row is its header."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rule = ["-" * (width - 1) + ":" for width in widths]
-    return "".join("| " + " | ".join(text.rjust(w) for text, w in zip(row, widths)) + " |\n"
-                   for row in [rows[0], rule, *rows[1:]])
+def draw_table(table, path, title):
+    """Draw each row's score: over its number or, with its name, over its trainable parameters."""
+    key = "eer" if any("eer" in results[0] for results in table.values()) else "accuracy"
+    swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
+    x = [float(label.partition("=")[2]) if swept else results[0]["trainable"]
+         for label, results in table.items()]
+    scores = [[r[key] for r in results if key in r] for results in table.values()]
+    y = [np.mean(values) for values in scores]
+    with data.figure(path) as axes:
+        axes.errorbar(x, y, [np.std(values) for values in scores], fmt="o-" if swept else "o")
+        for n, (score, place, label) in enumerate(sorted(zip(y, x, table))):
+            side = "right" if n % 2 else "left"  # in turn, so fewer meet
+            axes.annotate("" if swept else f"  {label}  ", (place, score), ha=side, fontsize=8)
+        axes.set(xscale="linear" if swept else "log", ylabel=f"{key}, %", title=title,
+                 xlabel=label.partition("=")[0] if swept else "trainable parameters, no head")
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Using a checkpoint: test it, or give it audio files
+# 7. Using a checkpoint: test it, or give it audio files
 
 
 def evaluate_checkpoint(cfg, typed):
-    """--evaluate: test a best.pt on its own corpus, or on another with the same classes or with
-    trials of any speakers."""
-    device, elsewhere = find_device(cfg.device), "data" in typed
-    trained, model, saved = load_checkpoint(cfg.evaluate, device)
-    changes = dict(few_shot=0, fold=None if elsewhere else trained.fold)
-    tested = replace(trained, **changes | {name: getattr(cfg, name) for name in typed})
-    corpus = open_corpus(tested, train=not elsewhere)
+    """--evaluate: test a best.pt on its corpus, on another of equal classes, or on any trials."""
+    trained, model, saved = load_checkpoint(cfg.evaluate, cfg.device)
+    tested = replace(trained, few_shot=0, fold=None if "data" in typed else trained.fold)
+    tested = replace(tested, **{name: getattr(cfg, name) for name in typed - {"device"}})
+    corpus, table = open_corpus(tested, train=False), {}
     if not (saved["trials"] and corpus.trials) and corpus.classes != saved["classes"]:
         raise ValueError(f"{cfg.evaluate} knows {len(saved['classes'])} classes, --data "
                          f"{tested.data} has {len(corpus.classes)}, or others: they must be equal")
-    if cfg.figure and not corpus.trials:
-        raise ValueError(f"--figure draws trials: --data {tested.data} has none, but classes")
+    if (cfg.figure or cfg.as_norm) and not corpus.trials:
+        raise ValueError(f"--figure, --as-norm: --data {tested.data} has no trials, but classes")
+    strangers = cohort(trained, open_corpus(trained), model) if cfg.as_norm else None
     print(f"{cfg.evaluate} on the test split of {tested.data}:")
-    if cfg.as_norm and not corpus.trials:
-        raise ValueError(f"--as-norm is for verification: --data {tested.data} has no trials")
-    strangers = None
-    if cfg.as_norm:
-        print(f"  s-norm: the cohort are training speakers of {trained.data}, {trained.root}")
-        home = open_corpus(trained) if elsewhere else corpus
-        strangers = cohort(trained, home, model, device)
-    table = {}
-    for length in cfg.durations or [math.inf]:
-        frames = None if length == math.inf else round(100 * length)
-        results = (evaluate_trials(tested, corpus, model, "test", device, frames,
-                                   saved["threshold"], strangers) if corpus.trials else
-                   evaluate(tested, corpus, model, "test", device, frames))
-        print(f"  {f'{length:g} s' if frames else 'full':>6}  {numbers(results)}")
-        table[f"seconds={length:g}"] = [results]
-    if cfg.figure and cfg.durations:
+    for length in cfg.durations or ["full"]:
+        frames = None if length == "full" else round(100 * float(length))
+        results = evaluate(tested, corpus, model, "test", frames, saved["threshold"], strangers)
+        print(f"  {f'{length} s' if frames else length:>6}  {numbers(results)}")
+        if frames:
+            table[f"seconds={length}"] = [results]
+    if cfg.figure and table:
         draw_table(table, cfg.figure, f"{cfg.evaluate} on {tested.data}")
     elif cfg.figure:
         labels = [label for label, _, _ in corpus.trials["test"]]
@@ -826,209 +771,77 @@ def evaluate_checkpoint(cfg, typed):
 
 def use_checkpoint(cfg):
     """--predict, --verify, --embed: give the files, and those below the folders, to the model."""
-    device = find_device(cfg.device)
-    trained, model, saved = load_checkpoint(cfg.checkpoint, device)
-    classes, threshold = saved["classes"], saved["threshold"]
+    trained, model, saved = load_checkpoint(cfg.checkpoint, cfg.device)
     if saved["mels"]:
-        raise ValueError(f"{cfg.checkpoint} was trained on ready features: how they were made of "
-                         "audio is not known here, so it reads no files")
-    if cfg.verify and not saved["trials"]:
-        raise ValueError(f"--verify: {cfg.checkpoint} tells {len(classes)} classes apart, not "
-                         "speakers: train on a corpus with trials, such as --data voices")
+        raise ValueError(f"{cfg.checkpoint} was trained on ready features: it reads no audio")
     if cfg.figure and trained.speaker:
         raise ValueError(f"--figure draws the attention of an AST: {cfg.checkpoint} holds none")
     corpus = data.corpus_of_files(cfg.predict or cfg.verify or cfg.embed)
-    clips = np.arange(len(corpus.ids))
-    if cfg.figure:
-        draw_attention(trained, corpus, model, device, cfg.figure)
     if cfg.predict:
-        chances = class_probabilities(trained, corpus, model, clips, device, trained.frames)
-        return name_classes(cfg, corpus.ids, chances.unflatten(1, (-1, len(classes))), classes)
-    unit = embeddings(trained, corpus, model, clips, device)  # (files, E)
+        return predict(cfg, trained, corpus, model, saved["classes"])
+    unit = embeddings(trained, corpus, model, np.arange(len(corpus.ids)))  # (files, E)
     if cfg.embed:
         out = run_folder(cfg, "embeddings")
         save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
-        if not RANK:
-            np.save(out / "embeddings.npy", unit.numpy())
+        on_first_rank(lambda: np.save(out / "embeddings.npy", unit.numpy()))
         return print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
     if len(unit) < 2:
         raise ValueError("--verify: expected two files or more, the last of them to be judged")
-    score = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1])  # (E,) @ (E,)
+    score, threshold = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1]), saved["threshold"]
     print(f"score {score:.4f}, " + (
         "no threshold: this model had no validation trials" if threshold is None else
         f"threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"))
 
 
-def name_classes(cfg, files, chances, classes):
-    """Print the three likeliest classes of each file, and write them to the file of --csv.
-
-    chances: (files, speeds, C); the speeds of a speaker are one."""
-    rows = []
-    for file, row in zip(files, chances.sum(1)):
+def predict(cfg, trained, corpus, model, classes):
+    """Print each file's three likeliest classes; draw what the model looks at in the first one."""
+    clips, rows = np.arange(len(corpus.ids)), []
+    chances = class_probabilities(trained, corpus, model, clips, trained.frames)
+    chances = chances.unflatten(1, (-1, len(classes))).sum(1)  # (files, C): all speeds of a speaker
+    for file, row in zip(corpus.ids, chances):
         best = row.topk(min(3, len(classes))).indices
         rows.append([file, *(text for i in best for text in (classes[i], f"{row[i]:.4f}"))])
         print(*rows[-1], sep="  ")
     if cfg.csv:
         with open(cfg.csv, "w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows(rows)
-
-
-# --------------------------------------------------------------------------------------------------
-# 9. The profile: how long each line of the loop takes
-
-
-def profile(cfg):
-    """--profile: print the milliseconds of each line of `fit`, and the floor: multiply-accumulates
-    of a step over the rate of this machine's own product of two matrices.
-
-    Each line waits for the device, so a GPU's lines do not overlap as they do in training.
-    """
-    cfg, corpus, augment_waves, model, device = prepare(cfg)
-    per_epoch = min(13, max(1, len(corpus.pick("train")) // cfg.batch_size))
-    cfg = replace(cfg, steps=per_epoch, epochs=math.ceil(13 / per_epoch))
-    spent, last = {}, [0, 0.0]  # spent: line -> milliseconds of each time; last: line, moment
-
-    def trace(frame, event, _):
-        """Python calls this where a function begins and, if it returns itself, at each line."""
-        if frame.f_code is not fit.__code__:
-            return None
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        spent.setdefault(last[0], []).append(1000 * (time.perf_counter() - last[1]))
-        last[:] = frame.f_lineno, time.perf_counter()
-        return trace
-
-    with mock.patch.object(sys.modules[__name__], "save"):  # nothing is written
-        sys.settrace(trace)
-        try:
-            fit(cfg, corpus, model, augment_waves, Path(os.devnull), device)
-        finally:
-            sys.settrace(None)
-    del spent[0]  # the moments before `fit`
-    print_profile(cfg, corpus, model, device, spent, cfg.epochs * per_epoch)
-
-
-def print_profile(cfg, corpus, model, device, spent, steps):
-    """Print the lines of `fit` that take half a percent of a step or more. The first three steps
-    warm up and do not count."""
-    ms = {line: np.mean(times[3 * len(times) // steps:]) for line, times in spent.items()}
-    inside = [line for line, times in spent.items() if len(times) >= steps]
-    step, (code, first) = sum(ms[line] for line in inside), inspect.getsourcelines(fit)
-    with FlopCounterMode(display=False) as counter:
-        memory = training_memory(cfg, corpus, model, device)
-    macs, dtype = counter.get_total_flops() / 2, torch.bfloat16 if cfg.bf16 else torch.float32
-    square, taken = torch.randn(2048, 2048, device=device, dtype=dtype), []
-    for _ in range(7):
-        start = time.perf_counter()
-        (square @ square)[0, 0].item()  # waits for the device
-        taken.append(time.perf_counter() - start)
-    rate, floor = 2048**3 / np.median(taken), 1000 * macs * np.median(taken) / 2048**3
-    rows = [["line of the loop", "ms", "of a step"]]
-    rows += [[code[line - first].split("#")[0].strip()[:60], f"{ms[line]:.2f}",
-              f"{ms[line] / step:.1%}" if line in inside else "an epoch"]
-             for line in sorted(ms) if ms[line] > step / 200]
-    rows += [["a step", f"{step:.2f}", "100.0%"],
-             ["its products alone", f"{floor:.2f}", f"{floor / step:.1%}"]]
-    clips = min(cfg.batch_size, len(corpus.pick("train")))
-    print(f"\n{markdown(rows)}{1000 * clips / step:.1f} clips a second; {macs / 1e9:.3g} GMAC a "
-          f"step, {rate / 1e9:.4g} GMAC a second in {dtype}\nmemory: {memory:.1f} MB for the "
-          "backward pass, gradients and moments")
-    if device.type == "cuda":
-        print(f"peak: {torch.cuda.max_memory_allocated() / 2**20:.0f} MB")
-
-
-# --------------------------------------------------------------------------------------------------
-# 10. Figures: one function a kind; those of speaker models and corpora are in their files
-
-
-def draw_log(out, path):
-    """Draw the loss and the validation score over the epochs of a run."""
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    epochs = [line["epoch"] for line in log]
-    with data.figure(path) as axes:
-        axes.plot(epochs, [line["loss"] for line in log], "o-", color="black")
-        axes.set(xlabel="epoch", ylabel="training loss (line)")
-        right = axes.twinx()
-        right.plot(epochs, [line["valid"] for line in log], "s--", color="grey")
-        right.set_ylabel("validation score, % (dashes)")
-
-
-def draw_table(table, path, title):
-    """Draw the score of each row with its deviation: over the number that changes from row to row,
-    or, with the names of the rows, over the trainable parameters."""
-    key = "eer" if any("eer" in r for results in table.values() for r in results) else "accuracy"
-    name, _, _ = next(iter(table)).partition("=")
-    swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
-    points = {label: [r[key] for r in results if key in r] for label, results in table.items()}
-    x = [float(label.partition("=")[2]) if swept else results[0]["trainable"]
-         for label, results in table.items()]
-    y = [np.mean(scores) for scores in points.values()]
-    bars = [np.std(scores, ddof=1) if len(scores) > 1 else 0 for scores in points.values()]
-    with data.figure(path) as axes:
-        axes.errorbar(x, y, bars, fmt="o-" if swept else "o", color="black", capsize=3)
-        names = [] if swept else sorted(zip(y, x, table))
-        for n, (score, place, label) in enumerate(names):  # now left, now right: fewer meet
-            axes.annotate(label, (place, score), xytext=(6 - 12 * (n % 2), -3), fontsize=8,
-                          ha="right" if n % 2 else "left", textcoords="offset points")
-        axes.set(xscale="linear" if swept else "log", ylabel=f"{key}, %", title=title,
-                 xlabel=name if swept else "trainable parameters without the head")
-
-
-def draw_attention(cfg, corpus, model, device, path):
-    """Draw the first file's spectrogram, and how much CLS looks at each patch of it."""
-    frames = max(16, int(min(cfg.frames, data.frames_of(corpus.length[0]))))
-    x = data.features(data.load_batch(corpus, np.array([0]), frames).to(device), model.encoder)
-    seconds = (0, frames / 100, 0, x.shape[2])
-    with data.figure(path, 2, 1, (7, 5)) as axes:
-        for axis, picture, title in zip(axes, (x, ast_adapters.cls_attention(model.encoder, x)), (
-                corpus.ids[0], "attention of CLS in the last block, mean of the heads")):
-            picture = picture[0].T if picture is x else picture[0]
+    if not cfg.figure:
+        return
+    batch = data.load_batch(corpus, clips[:1], trained.frames).to(trained.device)
+    x = data.features(batch, model.encoder)  # (1, T, F)
+    looks = ast_adapters.cls_attention(model.encoder, x)  # (1, f, t)
+    with data.figure(cfg.figure, 2) as axes:
+        for axis, picture in zip(axes, (x[0].T, looks[0])):
             axis.imshow(picture.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
-                        extent=seconds)
-            axis.set(title=title, xlabel="seconds", ylabel="mel bin")
+                        extent=(0, trained.frames / 100, 0, x.shape[2]))
+            axis.set(xlabel="seconds", ylabel="mel bin")
+        axes[0].set_title(f"{corpus.ids[0]}; below: attention of CLS in the last block")
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. The machine: its device, and the processes that torchrun starts
+# 8. The machine: its device, the processes that torchrun starts, and the time of each line
 
 
-def find_device(name):
-    """Return the device of --device; of several processes each has the GPU of its number."""
-    mps = torch.backends.mps.is_available() and WORLD == 1  # gloo reaches CPUs alone
-    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name not in ("auto", "cpu", best):
-        raise ValueError(f"--device {name} is not here, or not in this build of torch: take cpu")
-    if best == "cuda" and name != "cpu":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(best if name == "auto" else name)
+def on_this_machine(cfg, device):
+    """Fill in the device (auto: a GPU; of several processes each has the one of its number) and,
+    where it is open, whether bfloat16 is fast there: neither emulated nor, as on Macs, untried."""
+    if device == "cpu" or not ACCELERATOR or (WORLD > 1 and ACCELERATOR.type == "mps"):
+        device, able = "cpu", torch.cpu.get_capabilities()
+        fast = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    else:
+        device = ACCELERATOR.type
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", -1)))  # -1: as is
+        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return replace(cfg, device=device, bf16=fast if cfg.bf16 is None else cfg.bf16)
 
 
-def has_bf16(device, fast=False):
-    """Whether bfloat16 is computed here, untried on Macs' GPUs; `fast`: not emulated on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
-    fast_here = able.get("avx512_bf16") or able.get("amx_bf16")
-    return device.type == "cpu" and bool(fast_here or not fast)
-
-
-def parallel_model(cfg, model, device):
+def parallel_model(cfg, model):
     """Return what the loop calls: the model, compiled if asked, with gradients that are the mean
     over all processes. Evaluation and checkpoints use the plain model, whose weights these are."""
-    if WORLD > 1 and device.type == "cuda":  # on CPUs each process has its own BatchNorm
+    if WORLD > 1 and cfg.device == "cuda":  # on CPUs each process has its own BatchNorm
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = torch.compile(model) if cfg.compile else model
     return nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
-
-
-def join_processes():
-    """Join the processes of torchrun, if it started this one; all but the first print nothing."""
-    if WORLD > 1:
-        nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
-        # One that dies ends the others at once. A day: they wait while the first packs a corpus.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=1))
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
 
 
 def on_first_rank(work):
@@ -1046,12 +859,53 @@ def sum_over_ranks(total):
     return total
 
 
+def profile(cfg):
+    """--profile: print the milliseconds of each line of `fit`, and the floor: multiply-accumulates
+    of a step over the rate of this machine's own product of two matrices.
+
+    Each line waits for the device, so a GPU's lines do not overlap as they do in training. The
+    first three of 13 times do not count: they warm up."""
+    cfg, corpus, augment_waves, model = prepare(cfg)
+    clips = min(cfg.batch_size, len(corpus.pick("train")))  # in a step
+    per_epoch = min(13, len(corpus.pick("train")) // clips)
+    cfg = replace(cfg, steps=13, epochs=math.ceil(13 / per_epoch))
+    code, first = inspect.getsourcelines(fit)
+    spent, last = {}, [first, time.perf_counter()]  # {line: ms of each time}; a line, its start
+
+    def trace(frame, event, _):
+        """Python calls this where a function begins and, if it returns itself, at each line."""
+        if frame.f_code is not fit.__code__:
+            return None
+        if ACCELERATOR:
+            torch.accelerator.synchronize()
+        spent.setdefault(last[0], []).append(1000 * (time.perf_counter() - last[1]))
+        last[:] = frame.f_lineno, time.perf_counter()
+        return trace
+
+    with tempfile.TemporaryDirectory() as out:
+        sys.settrace(trace)
+        fit(cfg, corpus, model, augment_waves, Path(out))
+        sys.settrace(None)
+    ms = {line: np.mean(times[len(times) // 4 :]) for line, times in spent.items()}
+    step = sum(ms[line] for line, times in spent.items() if len(times) >= 13)
+    with FlopCounterMode(display=False) as counter:
+        memory = training_memory(cfg, corpus, model)
+    square = torch.randn(2048, 2048, device=cfg.device)
+    square = square.bfloat16() if cfg.bf16 else square
+    taken = timeit.repeat(lambda: (square @ square)[0, 0].item(), number=1, repeat=7)  # it waits
+    floor = counter.get_total_flops() / 2 / 2048**3 * 1000 * np.median(taken)
+    for line in sorted(ms):
+        if ms[line] > step / 200:
+            share = f"{ms[line] / step:6.1%}" if len(spent[line]) >= 13 else "epoch "
+            print(f"{ms[line]:9.2f} ms {share}  {code[line - first].strip()}")
+    print(f"{step:9.2f} ms 100.0%  a step; {1000 * clips / step:.1f} clips a second\n"
+          f"{floor:9.2f} ms {floor / step:6.1%}  its products alone, as fast as two matrices'\n"
+          f"memory: {memory:.1f} MB for the backward pass, gradients and moments; on a GPU at most "
+          f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MB")
+
+
 # --------------------------------------------------------------------------------------------------
-# 12. The command line
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
+# 9. The command line
 
 
 def parse(argv=None):
@@ -1060,18 +914,16 @@ def parse(argv=None):
         description=__doc__.split("\n\n")[0], usage="python train.py [--FLAG VALUE ...], or --help",
         epilog="examples:\n" + __doc__.split("\n\n")[1], allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings = {f.name: f for f in fields(Config)}
     for line in inspect.getsource(Config).splitlines():  # its comments are groups and helps
         if title := re.fullmatch(r"    # (.+): (.+)", line):
             group = parser.add_argument_group(*title.groups())
         elif found := re.match(r"    (\w+): .*?  # (.+)", line):
-            f, several = settings[found[1]], settings[found[1]].type is list
-            rules = dict(type=f.metadata.get("item", str if several else f.type),
-                         nargs="+" if several else None, choices=f.metadata.get("choices"))
-            if f.type is bool:
-                rules = dict(action=argparse.BooleanOptionalAction)
+            f = Config.__dataclass_fields__[found[1]]
+            rules = {bool: dict(action=argparse.BooleanOptionalAction),
+                     list: dict(type=f.metadata.get("item", str), nargs="+")}.get(
+                         f.type, dict(type=f.type, choices=f.metadata.get("choices")))
             words = {None: "of preset, method or model", "": "none", (): "none"}
-            group.add_argument(flag_of(f.name), **rules,
+            group.add_argument("--" + f.name.replace("_", "-"), **rules,
                                help=f"{found[2]} (default: {words.get(f.default, f.default)})")
     typed = vars(parser.parse_args(argv))
     return Config(**typed), set(typed)
@@ -1079,25 +931,34 @@ def parse(argv=None):
 
 def mode_of(cfg):
     """Return the one of MODES that the command line asks for, or "train"."""
-    asked = [mode for mode in MODES if getattr(cfg, mode)] or ["train"]
-    if len(asked) > 1:
-        raise ValueError(f"{flag_of(asked[0])} and {flag_of(asked[1])} exclude each other")
-    return asked[0]
+    return next((mode for mode in MODES if getattr(cfg, mode)), "train")
 
 
 def check(cfg, typed):
-    """Refuse, before anything is opened, what is typed and breaks the rules of `opt`, and an AST
-    that cannot start so."""
+    """Refuse, before anything is opened, what is typed and breaks a rule of `opt` or of an AST."""
+    mode, broken = mode_of(cfg), None
     for f in fields(Config):
-        value = getattr(cfg, f.name)
-        if f.name in typed and value is not None:
-            if broken := broken_rule(cfg, typed, f.name, value, f.metadata):
-                raise ValueError(f"{flag_of(f.name)} {value}: {broken}")
-    if cfg.bf16 and not has_bf16(find_device(cfg.device)):
-        raise ValueError(f"--bf16: {find_device(cfg.device)} has no bfloat16 that is known to work")
+        if f.name not in typed:
+            continue
+        value, rule = getattr(cfg, f.name), f.metadata
+        modes = [f.name] if f.name in MODES else rule.get("modes", TRAINING)
+        least, most = rule.get("least", -math.inf), rule.get("most", math.inf)
+        if mode not in modes:
+            broken = f"read by {', '.join(modes)}, not by {mode}"
+        elif mode in TRAINING and "model" in rule and (rule["model"] == "speaker") != cfg.speaker:
+            broken = f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
+        elif "least" in rule and not least <= value <= most:  # nor nan
+            broken = f"expected at least {least}" + f" and at most {most}" * ("most" in rule)
+        elif "needs" in rule and not any(getattr(cfg, other) for other in rule["needs"].split()):
+            broken = "does nothing without --" + " or --".join(rule["needs"].split())
+        elif "corpus" in rule and value and not getattr(data.CORPORA[cfg.data], rule["corpus"]):
+            missing = {"rows": "audio", "folds": "folds", "lists": "lists of trials"}
+            broken = f"--data {cfg.data} has no {missing[rule['corpus']]}"
+        if broken:
+            raise ValueError(f"--{f.name.replace('_', '-')} {value}: {broken}")
     if cfg.figure:
         data.check_figure(cfg.figure)
-    if mode_of(cfg) not in TRAINING or cfg.speaker:
+    if mode not in TRAINING or cfg.speaker:
         return
     if cfg.init in ast_adapters.AUDIOSET and cfg.model != "ast-base":
         raise ValueError(f"--init {cfg.init} is an AST-base: add --model ast-base")
@@ -1106,33 +967,15 @@ def check(cfg, typed):
     ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, cfg.options)
 
 
-def broken_rule(cfg, typed, name, value, rule):
-    """Return what is wrong with a value by the rules of its field; None: nothing."""
-    mode, modes = mode_of(cfg), rule.get("modes", TRAINING)
-    if mode not in modes and mode != name:
-        return f"read by {', '.join(modes)}, not by {mode}"
-    if mode in TRAINING and "model" in rule and (rule["model"] == "speaker") != cfg.speaker:
-        return f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
-    least, most = rule.get("least"), rule.get("most", math.inf)
-    values = value if isinstance(value, (list, tuple)) else [value]
-    if least is not None and not all(least <= v <= most for v in values):  # nor nan
-        return f"expected at least {least}" + f" and at most {most}" * ("most" in rule)
-    if "needs" in rule and not any(getattr(cfg, other) for other in rule["needs"].split()):
-        return f"does nothing without {' or '.join(map(flag_of, rule['needs'].split()))}"
-    if "corpus" in rule and mode == "evaluate" and "data" not in typed:
-        return "a checkpoint is tested as it was trained; for another corpus add --data"
-    if "corpus" in rule and value and not getattr(data.CORPORA[cfg.data], rule["corpus"]):
-        missing = {"rows": "audio", "folds": "folds", "lists": "lists of trials"}[rule["corpus"]]
-        return f"--data {cfg.data} has no {missing}"
-
-
 def main(argv=None):
     cfg, typed = parse(argv)
     try:
-        join_processes()
+        if WORLD > 1:  # torchrun started this; a process that dies ends the others at once
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                    timeout=timedelta(days=1))  # while the first packs a corpus
         check(cfg, typed)
-        if RANK:  # the first process alone draws and writes
-            cfg = replace(cfg, figure="", csv="")
+        if RANK:  # the first process alone prints, draws and writes
+            sys.stdout, cfg = open(os.devnull, "w"), replace(cfg, figure="", csv="")
         if cfg.download:
             on_first_rank(lambda: data.download_corpus(cfg.data, cfg.root, cfg.cache))
         if cfg.evaluate:
@@ -1146,8 +989,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         sys.exit(f"error{f' in process {RANK}' * bool(RANK)}: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume and this run's --out goes on from the "
-                 "last whole epoch" * (not RANK))
+        sys.exit("stopped; the same command with --resume and --out RUN goes on" * (not RANK))
 
 
 if __name__ == "__main__":
