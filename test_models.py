@@ -214,7 +214,7 @@ def test_a_folder_is_split_packed_once_and_packed_anew_when_a_clip_changes(tmp_p
 
 @pytest.mark.parametrize("name, text, sentence", [
     ("folder", "\ufeff1 class0/0.wav class0/1.wav", "all of one kind"),  # after Excel's first bytes
-    ("folder", "0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "fewer than two speakers"),
+    ("folder", "0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "than two speakers"),
     ("folder", "1 class0/0.wav class9/1.wav", "name 'class9/1.wav', which folder lacks"),
     ("folder", "\n", "all of one kind"), ("folder", "1 a", "trials.txt: expected `1 id_a id_b`"),
     ("features", "a,b", "index.csv: no column 'split'"),

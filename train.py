@@ -20,6 +20,7 @@ Does not: split one model over several GPUs, search hyper-parameters, or log to 
 import argparse
 import csv
 import ctypes
+import importlib.util
 import inspect
 import io
 import itertools
@@ -539,7 +540,7 @@ def with_preset(cfg):
     if cfg.speaker:  # its features have no level, since each bin's mean is removed: no gain
         preset |= SPEAKER_RECIPE | corpus | dict(gain=0.0)
         if cfg.data == "voices":
-            preset |= dict(width=VOICES_WIDTH[cfg.model], embed_dim=128)
+            preset |= dict(width=VOICES_WIDTH.get(cfg.model), embed_dim=128)
     elif nano:  # it has positions for 100 frames
         preset |= dict(frames=100, tokens=NANO_TOKENS.get(cfg.method)) | corpus | NANO_RECIPE
     else:
@@ -559,8 +560,8 @@ def run(cfg):
         clips = {split: len(corpus.pick(split)) for split in ("train", "valid", "test")}
         print(f"\n{out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {cfg.device} x {WORLD}, torch "
               f"{torch.__version__}; trains {trainable:,} of {total:,} parameters and the head\n"
-              f"  {len(corpus.classes)} classes, clips {clips}\n"
-              f"  preset {({name: getattr(cfg, name) for name in ('lr', 'bf16', *RECIPE)})}")
+              f"  {len(corpus.classes)} classes, clips {clips}\n  "
+              + ", ".join(f"{k} {getattr(cfg, k)}" for k in ("lr", "bf16", *RECIPE)))
         for note in corpus.notes:
             print(f"  note: {note}")
         seconds = fit(cfg, corpus, model, augment_waves, out)
@@ -571,9 +572,9 @@ def run(cfg):
     if cfg.figure:
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         with data.figure(cfg.figure, 2) as axes:
-            for axis, key in zip(axes, ("loss", "valid")):
+            for axis, key, name in zip(axes, ("loss", "valid"), ("loss", "validation score, %")):
                 axis.plot([line["epoch"] for line in log], [line[key] for line in log], "o-")
-                axis.set(xlabel="epoch", ylabel=key)
+                axis.set(xlabel="epoch", ylabel=name)
     return results
 
 
@@ -687,8 +688,7 @@ def variants(cfg, typed):
 
 
 def study(cfg, typed):
-    """Do what the command line asks for: one run, or a table of rows, each of folds and seeds. The
-    table has means, with deviations where runs differ; compare.md holds it for a README."""
+    """Do what the command line asks for: one run, or a table of rows, each of folds and seeds."""
     title, variant_of = variants(cfg, typed)
     for variant in variant_of.values():
         check(variant, typed)
@@ -702,6 +702,19 @@ def study(cfg, typed):
         out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
         table[label].append(run(replace(one, out=str(out))))
     save(folder / "compare.json", json.dumps(table, indent=1))
+    text = markdown(table)
+    save(folder / "compare.md", text)
+    print(f"\n{text}\n{folder}")
+    if cfg.figure:
+        draw_table(table, cfg.figure, f"{folder.name}, {cfg.model}")
+    elif not importlib.util.find_spec("matplotlib"):
+        for label, results in table.items():  # a bar a row, of the first score
+            score = np.mean([next(iter(result.values())) for result in results])
+            print(f"{label:>24} {'█' * round(score / 2)}")
+
+
+def markdown(table):
+    """Return {label: results} as a table for a README: means, with deviations where runs differ."""
     keys = [key for key in COLUMNS if any(key in r for results in table.values() for r in results)]
     rows = [["", *keys]]
     for label, results in table.items():
@@ -713,29 +726,31 @@ def study(cfg, typed):
             rows[-1].append(mean + f" ± {np.std(values, ddof=1):.{digits}f}" if differ else mean)
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    text = "".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths)) + " |\n"
+    return "".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths)) + " |\n"
                    for row in rows)
-    save(folder / "compare.md", text)
-    print(f"\n{text}\n{folder}")
-    if cfg.figure:
-        draw_table(table, cfg.figure, f"{folder.name}, {cfg.model}")
 
 
 def draw_table(table, path, title):
     """Draw each row's score: over its number or, with its name, over its trainable parameters."""
     key = "eer" if any("eer" in results[0] for results in table.values()) else "accuracy"
     swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
-    x = [float(label.partition("=")[2]) if swept else results[0]["trainable"]
-         for label, results in table.items()]
-    scores = [[r[key] for r in results if key in r] for results in table.values()]
-    y = [np.mean(values) for values in scores]
+    points = []  # (score, deviation, place, label)
+    for label, results in table.items():
+        scores = [r[key] for r in results if key in r]
+        place = float(label.partition("=")[2]) if swept else results[0]["trainable"]
+        deviation = np.std(scores, ddof=1) if len(scores) > 1 else 0
+        points.append((np.mean(scores), deviation, place, label))
     with data.figure(path) as axes:
-        axes.errorbar(x, y, [np.std(values) for values in scores], fmt="o-" if swept else "o")
-        for n, (score, place, label) in enumerate(sorted(zip(y, x, table))):
-            side = "right" if n % 2 else "left"  # in turn, so fewer meet
-            axes.annotate("" if swept else f"  {label}  ", (place, score), ha=side, fontsize=8)
+        y, deviations, x, _ = zip(*points)
+        axes.errorbar(x, y, deviations, fmt="o-" if swept else "o", capsize=3)
         axes.set(xscale="linear" if swept else "log", ylabel=f"{key}, %", title=title,
                  xlabel=label.partition("=")[0] if swept else "trainable parameters, no head")
+        points = [] if swept else sorted(points)
+        for n, (score, _, place, label) in enumerate(points):
+            above = points[min(n + 1, len(points) - 1)][2]  # x of the next higher score
+            left = n and (place < above or (place == above and n % 2))  # so labels seldom meet
+            axes.annotate(f"  {label}  ", (place, score), ha="right" if left else "left",
+                          va="center", fontsize=8)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -830,8 +845,10 @@ def on_this_machine(cfg, device):
         fast = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
     else:
         device = ACCELERATOR.type
-        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", -1)))  # -1: as is
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if cfg.bf16 and not fast:
+            raise ValueError(f"--bf16: {device} has no bfloat16 that is known to work")
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", -1)))  # -1: as is
     return replace(cfg, device=device, bf16=fast if cfg.bf16 is None else cfg.bf16)
 
 
@@ -900,8 +917,8 @@ def profile(cfg):
             print(f"{ms[line]:9.2f} ms {share}  {code[line - first].strip()}")
     print(f"{step:9.2f} ms 100.0%  a step; {1000 * clips / step:.1f} clips a second\n"
           f"{floor:9.2f} ms {floor / step:6.1%}  its products alone, as fast as two matrices'\n"
-          f"memory: {memory:.1f} MB for the backward pass, gradients and moments; on a GPU at most "
-          f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MB")
+          f"memory: {memory:.1f} MB for the backward pass, gradients and moments"
+          + f"; peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MB" * (cfg.device == "cuda"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -971,7 +988,8 @@ def main(argv=None):
     cfg, typed = parse(argv)
     try:
         if WORLD > 1:  # torchrun started this; a process that dies ends the others at once
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo",
                                     timeout=timedelta(days=1))  # while the first packs a corpus
         check(cfg, typed)
         if RANK:  # the first process alone prints, draws and writes
