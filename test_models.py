@@ -1193,6 +1193,9 @@ def test_bad_input_is_answered_with_a_sentence_and_nothing_is_made(tmp_path, mon
     for command, sentence in BAD_COMMANDS:
         printed = told(*command.split())
         assert sentence in printed and re.search("ended with (error|2)", printed), command
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "ACCELERATOR", torch.device("mps"))  # as on a Mac
+        assert "--bf16: mps has no bfloat16" in told("--profile", "--bf16")
     assert set(os.listdir()) <= {"empty", "code.pt", "cache"}
     monkeypatch.setattr(train, "WORLD", 2)
     cfg = train.with_preset(train.Config(**small[1] | dict(batch_size=32)))
@@ -1373,6 +1376,7 @@ def test_figures_are_drawn_or_refused_before_any_work(
     assert {"run", "sweep", "0.png", "1.png", "2.png", "3.png"} == set(os.listdir())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install matplotlib" in told(*flags, "--figure", "a.png")
+    assert "█" in told(*flags, "--sweep", "seed=0,1", "--out", "sweep", "--resume")
 
 
 @torch.no_grad()
