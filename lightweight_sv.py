@@ -593,7 +593,7 @@ def count_macs(encoder, frames):
 
 @torch.inference_mode()
 def latency_ms(encoder, frames, repeats=15):
-    """Median milliseconds of one utterance on one thread of the CPU (train.py --profile: a step)."""
+    """Median milliseconds of one utterance on one CPU thread (train.py --profile: of a step)."""
     encoder, threads, taken = copy.deepcopy(encoder).cpu().eval(), torch.get_num_threads(), []
     x = torch.zeros(1, frames, encoder.mels)
     torch.set_num_threads(1)
@@ -618,8 +618,8 @@ def complexity(encoder, frames=200):
 
 def print_costs():
     """Print hosts x subsets. The last columns are relative to the plain host."""
-    print(f"200 frames; ms: one utterance on one thread\n{'host':16s}{'subsets':>8s}{'params M':>10s}"
-          f"{'MMAC':>9s}{'ms':>8s}{'params':>9s}{'MACs':>6s}{'ms':>6s}")
+    print("200 frames; ms: one utterance on one thread\n"
+          f"{'host':16s}{'subsets':>8s}{'params M':>10s}{'MMAC':>9s}{'ms':>8s}{'params':>9s}{'MACs':>6s}{'ms':>6s}")
     for name, width in ("resnet34", 32), ("ecapa-tdnn", 512), ("amcrn", 128):
         for s in (1, 2, 4, 8):
             parameters, macs, ms = cost = complexity(MODELS[name](width=width, subsets=s)).values()

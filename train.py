@@ -916,7 +916,7 @@ def profile(cfg):
             share = f"{ms[line] / step:6.1%}" if len(spent[line]) >= 13 else "epoch "
             print(f"{ms[line]:9.2f} ms {share}  {code[line - first].strip()}")
     print(f"{step:9.2f} ms 100.0%  a step; {1000 * clips / step:.1f} clips a second\n"
-          f"{floor:9.2f} ms {floor / step:6.1%}  its products alone, as fast as two matrices'\n"
+          f"{floor:9.2f} ms {floor / step:6.1%}  its products alone, at this machine's rate\n"
           f"memory: {memory:.1f} MB for the backward pass, gradients and moments"
           + f"; peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MB" * (cfg.device == "cuda"))
 
