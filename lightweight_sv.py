@@ -618,8 +618,8 @@ def complexity(encoder, frames=200):
 
 def print_costs():
     """Print hosts x subsets. The last columns are relative to the plain host."""
-    print("200 frames; ms: one utterance on one thread\n"
-          f"{'host':16s}{'subsets':>8s}{'params M':>10s}{'MMAC':>9s}{'ms':>8s}{'params':>9s}{'MACs':>6s}{'ms':>6s}")
+    print("200 frames; ms: one utterance on one thread\nhost             subsets  params M"
+          "     MMAC      ms   params  MACs    ms")
     for name, width in ("resnet34", 32), ("ecapa-tdnn", 512), ("amcrn", 128):
         for s in (1, 2, 4, 8):
             parameters, macs, ms = cost = complexity(MODELS[name](width=width, subsets=s)).values()
