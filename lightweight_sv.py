@@ -321,8 +321,7 @@ class ECAPA_TDNN(nn.Module):
 
     Lightened, the mel axis is split into bands, the aggregation (1x1 convolution, ReLU) is a block
     like the others, and the subsets share the bottlenecks of squeeze-excitation. Pooling and the
-    last linear layer stay whole.
-    """
+    last linear layer stay whole."""
 
     normalise = "utterance"
 
@@ -393,8 +392,7 @@ class RecurrentBlock(nn.Module):
 class AMCRN(nn.Module):
     """Multi-scale block, recurrent block, attentive pooling, embedding with BatchNorm.
 
-    The order of the parts is the authors' (arXiv 2306.00426). `width` is that of one scale.
-    """
+    The order of the parts is the authors' (arXiv 2306.00426). `width` is that of one scale."""
 
     normalise = "utterance"
 
