@@ -138,7 +138,8 @@ class AST(nn.Module):
         width, depth, heads, own_grid = SIZES[size]
         self.grid = tuple(grid or own_grid)
         self.mels, self.embed_dim, self.stride, self.pool = mels, width, stride, pool
-        self.size, self.pos_embed_kind = size, pos_embed
+        self.settings = dict(size=size, mels=mels, stride=stride, pool=pool, grid=list(self.grid),
+                             pos_embed=pos_embed, eps=eps)  # AST(**settings) is this one again
         self.adaptation = None  # set by `adapt`: method, options, fingerprint of the backbone
 
         self.patch = nn.Conv2d(1, width, PATCH, stride)
@@ -158,19 +159,13 @@ class AST(nn.Module):
                 nn.init.zeros_(module.bias)
         for token, std in ((self.cls_token, 0.02), (self.dist_token, 0.02), (self.pos_embed, 0.3)):
             nn.init.trunc_normal_(token, std=std)
-        if self.pos_embed_kind == "zero":
+        if self.settings["pos_embed"] == "zero":
             nn.init.zeros_(self.pos_embed)
 
     @property
     def rows(self):
         """Rows of frequency in the grid of patches: fixed by the mel bins."""
         return (self.mels - PATCH) // self.stride + 1
-
-    @property
-    def settings(self):
-        """Keyword arguments that build this AST again (for checkpoints)."""
-        return dict(size=self.size, mels=self.mels, stride=self.stride, pool=self.pool,
-                    grid=list(self.grid), pos_embed=self.pos_embed_kind, eps=self.norm.eps)
 
     def positions(self, f, t):
         """Position embedding (1, 2 + f*t, D) for an f x t grid, as the original AST makes it: the
@@ -493,7 +488,7 @@ def adapt(ast, method, **options):
     """
     if ast.adaptation:
         raise ValueError(f"adapt a plain AST: this one carries {ast.adaptation['method']!r}")
-    check_options(ast.size, method, options)
+    check_options(ast.settings["size"], method, options)
     insert, defaults = METHODS[method]
     ast.adaptation = dict(method=method, options=options, backbone=fingerprint(ast))
     ast.requires_grad_(False)
@@ -574,26 +569,25 @@ def load_pretrained(ast, path):
     """
     if ast.adaptation:  # the keys would fit for some methods
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
-    state = read_weights(path)
-    own, keys = state.pop("settings", {}), " ".join(state)
+    state, own = read_weights(path)
+    keys, size = " ".join(state), ast.settings["size"]
     layout = "original" if "qkv" in keys else "Hugging Face" if "layernorm" in keys else "our"
     state = to_our_names(state)
     for key in {"pos_embed", "patch.weight"} - state.keys():
-        raise ValueError(f"{path} is not an AST-{ast.size}: it has no {key}")
-    ast.grid, ast.stride = infer_grid(ast, state["pos_embed"].shape[1] - 2, own, path)
-    ast.patch.stride = (ast.stride, ast.stride)
-    ast.pos_embed = nn.Parameter(torch.empty(1, 2 + math.prod(ast.grid), ast.embed_dim))
-    if ast.pos_embed_kind == "zero":
+        raise ValueError(f"{path} is not an AST-{size}: it has no {key}")
+    if not own:
+        own = infer_grid(ast, state["pos_embed"].shape[1] - 2)
+        own["eps"] = 1e-12 if layout == "Hugging Face" else 1e-6
+    with torch.device("meta"):  # built again, without drawing random weights again
+        ast.__init__(**ast.settings | own)
+    if ast.settings["pos_embed"] == "zero":
         state["pos_embed"] = torch.zeros_like(state["pos_embed"])
     if state["patch.weight"].shape[1] == 3:  # (D, 3, 16, 16) -> (D, 1, 16, 16): grey in all three
         state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)
     try:
-        ast.load_state_dict(state)
+        ast.to_empty(device="cpu").load_state_dict(state)
     except RuntimeError as error:  # it lists missing and unexpected keys, and shapes that differ
-        raise ValueError(f"{path} is not an AST-{ast.size}: {error}") from error
-    for module in ast.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = own.get("eps", 1e-12 if layout == "Hugging Face" else 1e-6)
+        raise ValueError(f"{path} is not an AST-{size}: {error}") from error
     return (f"{Path(path).name}: {layout} layout, {len(state)} tensors, positions "
             f"{ast.grid[0]} x {ast.grid[1]}, stride {ast.stride}, eps {ast.norm.eps:g}")
 
@@ -611,34 +605,32 @@ def to_our_names(state):
     return renamed
 
 
-def infer_grid(ast, patches, own, path):
-    """Return the position grid and the stride of a checkpoint of so many patches: ((f, t), s)."""
-    known = [(own.get("grid", ast.grid), own.get("stride", ast.stride))]
-    for stride in range(16, 7, -1):  # AudioSet, 1024 frames: each stride has another number
-        known.append((((ast.mels - PATCH) // stride + 1, (1024 - PATCH) // stride + 1), stride))
-    known.append(((math.isqrt(patches), math.isqrt(patches)), ast.stride))  # ImageNet is square
-    for grid, stride in known:
-        if math.prod(grid) == patches:
-            return tuple(grid), stride
-    raise ValueError(f"{path}: no known grid has its {patches} patch positions")
+def infer_grid(ast, patches):
+    """Return the grid of so many positions and the stride that made it: the AST's own or those of
+    AudioSet's 1024 frames (each stride has another number), else a square, as ImageNet's is."""
+    sizes = {s: [(n - PATCH) // s + 1 for n in (ast.mels, 1024)] for s in range(16, 7, -1)}
+    known = [(list(ast.grid), ast.stride), *((grid, stride) for stride, grid in sizes.items()),
+             ([math.isqrt(patches)] * 2, ast.stride)]
+    grid, stride = next((k for k in known if math.prod(k[0]) == patches), known[-1])
+    return dict(grid=grid, stride=stride)
 
 
 def read_weights(path):
-    """{key: tensor} of a `.safetensors` file or a torch file, without running code from it."""
+    """Return {key: tensor} of a `.safetensors` or a torch file, whose code never runs, and the
+    grid, stride and eps that our own files hold."""
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
         state = (read_safetensors(path) if str(path).endswith(".safetensors")
                  else torch.load(path, map_location="cpu", weights_only=True))
+        own = {name: state["settings"][name] for name in ("grid", "stride", "eps")
+               if "settings" in state}
+        for name in ("encoder", "model", "state_dict"):  # our own files; DeiT's
+            state = state.get(name, state)
+        return dict(state), own
     except Exception as error:  # many kinds, by what the file holds
-        raise ValueError(f"{path} is no checkpoint that loads safely: it is damaged, or holds "
-                         "Python code, which is never run") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of weights")
-    for name in ("encoder", "model", "state_dict"):  # our own files; DeiT's
-        if isinstance(state.get(name), dict):
-            state = state[name] | ({"settings": state["settings"]} if "settings" in state else {})
-    return state
+        raise ValueError(f"{path} is no checkpoint that loads safely: it is damaged, holds no "
+                         "weights, or Python code, which is never run") from error
 
 
 def read_safetensors(path):
@@ -646,14 +638,14 @@ def read_safetensors(path):
     kinds = dict(F16=torch.float16, BF16=torch.bfloat16, F32=torch.float32, F64=torch.float64)
     raw, state = bytearray(Path(path).read_bytes()), {}
     start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start])
+    header, body = json.loads(raw[8:start]), memoryview(raw)[start:]
     header.pop("__metadata__", None)
+    if max(entry["data_offsets"][1] for entry in header.values()) != len(body):
+        raise ValueError("the last tensor does not end where the file ends")
     for key, entry in header.items():
-        first, last = (start + offset for offset in entry["data_offsets"])
-        if not start <= first <= last <= len(raw):
-            raise ValueError(f"{key} lies outside the file")
-        tensor = torch.frombuffer(raw[first:last], dtype=kinds[entry["dtype"]])
-        state[key] = tensor.reshape(entry["shape"]).float()
+        first, last = entry["data_offsets"]
+        tensor = torch.frombuffer(body[first:last], dtype=kinds[entry["dtype"]])
+        state[key] = tensor.reshape(entry["shape"])
     return state
 
 
