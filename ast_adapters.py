@@ -24,8 +24,6 @@ Differs from P1's published code (its defects: README, section 9):
   D6 a mixture's output is added once; Soft-MoA combines with a softmax over the slots;
   D7 "before" means f(u + a(u)), "after" f(u) + a(f(u)), parallel f(u) + a(u);
   D8 prompts stand beside CLS and DIST and replace nothing.
-As in P1, the Conformer adapter convolves over the flattened sequence: it reaches from the end of
-one row of frequency into the start of the next, and over CLS and DIST.
 Does not: pre-train on AudioSet, pad (data.py does), or combine two methods in one AST.
 """
 
@@ -132,10 +130,10 @@ class AST(nn.Module):
     def __init__(self, size="base", mels=128, grid=None, stride=10, pool="mean", pos_embed="crop",
                  eps=1e-6):
         super().__init__()
-        _known("AST size", size, SIZES)
         _known("pool", pool, ("mean", "cls"))
         _known("pos_embed", pos_embed, ("crop", "zero"))
-        width, depth, heads, own_grid = SIZES[size]
+        width, depth, heads, own_grid = SIZES[_known("AST size", size, SIZES)]
+        self.rows = (mels - PATCH) // stride + 1  # of frequency in the grid of patches
         self.grid = tuple(grid or own_grid)
         self.mels, self.embed_dim, self.stride, self.pool = mels, width, stride, pool
         self.settings = dict(size=size, mels=mels, stride=stride, pool=pool, grid=list(self.grid),
@@ -161,11 +159,6 @@ class AST(nn.Module):
             nn.init.trunc_normal_(token, std=std)
         if self.settings["pos_embed"] == "zero":
             nn.init.zeros_(self.pos_embed)
-
-    @property
-    def rows(self):
-        """Rows of frequency in the grid of patches: fixed by the mel bins."""
-        return (self.mels - PATCH) // self.stride + 1
 
     def positions(self, f, t):
         """Position embedding (1, 2 + f*t, D) for an f x t grid, as the original AST makes it: the
@@ -238,13 +231,14 @@ class Bottleneck(nn.Module):
 
 class Conformer(nn.Module):
     """P1's Conformer adapter, a narrow convolution module of a Conformer block: pointwise D -> 2r,
-    GLU, depthwise over the sequence, BatchNorm, SiLU, pointwise r -> D. It sees order in time by
-    itself: within a row of frequency, neighbours in the sequence are neighbours in time."""
+    GLU, depthwise over the sequence, BatchNorm, SiLU, pointwise r -> D. Neighbours in the sequence
+    are neighbours in time, so it sees order by itself. As in P1 it also reaches from the end of a
+    row of frequency into the next row, and over CLS and DIST."""
 
     def __init__(self, width, rank, kernel):
         super().__init__()
         self.down = nn.Linear(width, 2 * rank)
-        self.pad = ((kernel - 1) // 2, kernel // 2)  # an even kernel pads less on the left
+        self.pad = ((kernel - 1) // 2, kernel // 2)  # twice as fast as padding="same"
         self.depthwise = nn.Conv1d(rank, rank, kernel, groups=rank)
         self.norm = nn.BatchNorm1d(rank)
         self.up = zero(nn.Linear(rank, width))
@@ -508,17 +502,15 @@ def check_options(size, method, options):
         _known(f"option of {method!r}", name, defaults)
         if name in known:
             _known(name, value, known[name])
+        elif name == "targets" and (not value or sorted(value) != sorted({*value} & {*"qkvo"})):
+            raise ValueError(f"targets {value!r}: name some of q, k, v, o, each once, such as 'qv'")
         elif isinstance(value, int) and not 1 <= value <= most.get(name, value):
             raise ValueError(f"{name} {value}: expected at least 1"
                              + f" and at most {most[name]} on AST-{size}" * (name in most))
-    values = dict(targets="q", tokens=2) | defaults | options
-    if values.get("form") == "parallel" and {"at", "residual"} & set(options):
+        elif method == "prefix" and value % 2:
+            raise ValueError(f"tokens {value} is odd: half are keys, half are values")
+    if {"at", "residual"} & options.keys() and options.get("form") != "sequential":
         raise ValueError("`at` and `residual` are for form='sequential': parallel has no order")
-    if method == "prefix" and values["tokens"] % 2:
-        raise ValueError(f"tokens {values['tokens']} is odd: half are keys, half are values")
-    targets = values["targets"]
-    if not targets or set(targets) - set("qkvo") or len(set(targets)) < len(targets):
-        raise ValueError(f"targets {targets!r}: name some of q, k, v, o, each once, such as 'qv'")
 
 
 def count(module):
@@ -606,13 +598,13 @@ def to_our_names(state):
 
 
 def infer_grid(ast, patches):
-    """Return the grid of so many positions and the stride that made it: the AST's own or those of
-    AudioSet's 1024 frames (each stride has another number), else a square, as ImageNet's is."""
-    sizes = {s: [(n - PATCH) // s + 1 for n in (ast.mels, 1024)] for s in range(16, 7, -1)}
-    known = [(list(ast.grid), ast.stride), *((grid, stride) for stride, grid in sizes.items()),
-             ([math.isqrt(patches)] * 2, ast.stride)]
-    grid, stride = next((k for k in known if math.prod(k[0]) == patches), known[-1])
-    return dict(grid=grid, stride=stride)
+    """Return grid and stride for so many positions: the AST's own, or those of AudioSet's 1024
+    frames (each stride has another number), else a square, as ImageNet's pictures are."""
+    known = {s: [(n - PATCH) // s + 1 for n in (ast.mels, 1024)] for s in range(16, 7, -1)}
+    for stride, grid in [(ast.stride, ast.grid), *known.items()]:
+        if math.prod(grid) == patches:
+            return dict(grid=grid, stride=stride)
+    return dict(grid=[math.isqrt(patches)] * 2, stride=ast.stride)
 
 
 def read_weights(path):
@@ -659,7 +651,7 @@ def fingerprint(ast):
     for name, value in sorted(ast.state_dict().items()):
         digest.update(name.encode())
         if not value.is_meta:  # counting on "meta" has shapes and no weights
-            digest.update(value.detach().float().cpu().contiguous().numpy())
+            digest.update(value.float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
 
@@ -668,9 +660,8 @@ def adapter_state(ast):
     buffers: kilobytes of plain values and tensors, for torch.load(weights_only=True)."""
     if not ast.adaptation:
         raise ValueError("this AST is plain: adapt it first, or save its state_dict")
-    trained = {name for name, p in ast.named_parameters() if p.requires_grad}
-    trained |= {name for name, _ in ast.named_buffers()}
-    weights = {k: v.detach().cpu().clone() for k, v in ast.state_dict().items() if k in trained}
+    frozen = {name for name, p in ast.named_parameters() if not p.requires_grad}
+    weights = {k: v.cpu().clone() for k, v in ast.state_dict().items() if k not in frozen}
     return dict(ast.adaptation, weights=weights)
 
 
@@ -684,23 +675,19 @@ def load_adapter(ast, state):
     if state["method"] != "full" and state["backbone"] != backbone:
         raise ValueError(f"this adapter was trained on backbone {state['backbone']}, not on "
                          f"{backbone}: load the checkpoint it started from")
-    different = adapter_state(twin)["weights"].keys() ^ state["weights"].keys()
-    if different:
-        raise ValueError(f"damaged adapter: missing or unexpected {sorted(different)}")
-    twin.load_state_dict(state["weights"], strict=False)
+    twin.load_state_dict(twin.state_dict() | state["weights"])
     return twin
 
 
 def merge(ast):
     """Fold LoRA or DoRA into the weights, in place: a plain AST, same outputs, no slower."""
-    if not ast.adaptation or ast.adaptation["method"] not in ("lora", "dora"):
+    units = {name: unit for name, unit in ast.named_modules() if isinstance(unit, LoRA)}
+    if not units:
         raise ValueError("merge folds lora and dora: for other methods no plain AST is equal")
-    for block in ast.blocks:
-        for name in ast.adaptation["options"].get("targets", METHODS["lora"][1]["targets"]):
-            unit = getattr(block.attn, name)
-            # A new Parameter: the old one may be shared with a backbone and its other adapters.
-            unit.linear.weight = nn.Parameter(unit.folded().detach(), requires_grad=False)
-            setattr(block.attn, name, unit.linear)
+    for name, unit in units.items():
+        # A new Parameter: the old one may be shared with a backbone and its other adapters.
+        unit.linear.weight = nn.Parameter(unit.folded().detach(), requires_grad=False)
+        ast.set_submodule(name, unit.linear)
     ast.adaptation = None
     return ast
 
@@ -708,18 +695,16 @@ def merge(ast):
 @torch.no_grad()
 def cls_attention(ast, x):
     """How much CLS looks at each patch in the last block, all heads' mean: (B, T, F) -> (B, f, t).
-
     Prompts and prefixes stand before the patches, so the last f*t keys are the patches."""
     attention = [module for module in ast.modules() if isinstance(module, Attention)][-1]
     read = []
-    hook = attention.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    hook = attention.register_forward_pre_hook(lambda module, inputs: read.extend(inputs))
     ast(x)
     hook.remove()
-    q, k = (attention.split(y) for y in (attention.q(read[0]), attention.k(read[0])))
-    weights = F.softmax(q[:, :, :1] @ k.transpose(2, 3) / q.shape[3] ** 0.5, dim=3)  # (B, H, 1, N)
+    q, k = (attention.split(linear(*read)) for linear in (attention.q, attention.k))
+    weights = (q[:, :, :1] @ k.mT / q.shape[3] ** 0.5).softmax(3).mean((1, 2))  # (B, N)
     columns = (x.shape[1] - PATCH) // ast.stride + 1
-    patches = weights.mean((1, 2))[:, -ast.rows * columns:]  # (B, f*t)
-    return patches.unflatten(1, (ast.rows, columns))
+    return weights[:, -ast.rows * columns:].unflatten(1, (ast.rows, columns))  # (B, f, t)
 
 
 # --------------------------------------------------------------------------------------------------
