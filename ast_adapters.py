@@ -230,10 +230,9 @@ class Bottleneck(nn.Module):
 
 
 class Conformer(nn.Module):
-    """P1's Conformer adapter, a narrow convolution module of a Conformer block: pointwise D -> 2r,
-    GLU, depthwise over the sequence, BatchNorm, SiLU, pointwise r -> D. Neighbours in the sequence
-    are neighbours in time, so it sees order by itself. As in P1 it also reaches from the end of a
-    row of frequency into the next row, and over CLS and DIST."""
+    """P1's Conformer adapter, a narrow convolution module of a Conformer block. Neighbours in the
+    sequence are neighbours in time, so it sees order by itself. As in P1 it also reaches from the
+    end of a row of frequency into the next row, and over CLS and DIST."""
 
     def __init__(self, width, rank, kernel):
         super().__init__()
@@ -381,13 +380,8 @@ class Prompted(nn.Module):
 
 
 class Placed(nn.Module):
-    """A sub-layer f with an adapter a, as P1 ablates it.
-
-    parallel            f(u) + a(u): the adapter reads what its sub-layer reads
-    sequential, after   f(u) + a(f(u)), without residual a(f(u))
-    sequential, before  f(u + a(u)), without residual f(a(u))
-    Without residual the zero start silences the sub-layer: this is not the frozen model any more.
-    """
+    """A sub-layer f with an adapter a, in the places that P1 ablates (D7). Without residual the
+    zero start silences the sub-layer: this is not the frozen model any more."""
 
     def __init__(self, layer, adapter, form, at, residual):
         super().__init__()
@@ -396,10 +390,10 @@ class Placed(nn.Module):
 
     def forward(self, u):
         if self.form == "parallel":
-            return self.layer(u) + self.adapter(u)
+            return self.layer(u) + self.adapter(u)  # both read u
         x = u if self.at == "before" else self.layer(u)
         x = x + self.adapter(x) if self.residual else self.adapter(x)
-        return self.layer(x) if self.at == "before" else x
+        return self.layer(x) if self.at == "before" else x  # without residual f(a(u)), a(f(u))
 
 
 # One adapter a block is Pfeiffer's placement, one at each sub-layer is Houlsby's.
@@ -473,13 +467,11 @@ METHODS = {  # name: (insertion, its options with the defaults of P1's Table 1)
 
 
 def adapt(ast, method, **options):
-    """Turn a plain AST, in place, into one that trains only what `method` trains; returns it.
-
-    Options are those of METHODS[method]: `rank` (a true rank), `where` (ffn, mhsa, both), `form`
-    (parallel, sequential), `at` (before, after) and `residual` (both for sequential only),
-    `kernel`, `tokens` (for prefix the total of keys and values), `alpha`, `targets`, `experts`,
-    `slots`. Besides what it inserts every method trains the last LayerNorm (BitFit: its bias).
-    """
+    """Turn a plain AST, in place, into one that trains only what `method` trains, and return it.
+    Options are those of METHODS[method]: `rank`, `where` (ffn, mhsa, both), `form` (parallel,
+    sequential), `at` (before, after) and `residual` (both for sequential only), `kernel`, `tokens`
+    (for prefix the total of keys and values), `alpha`, `targets`, `experts`, `slots`. Besides what
+    it inserts every method trains the last LayerNorm (BitFit: its bias)."""
     if ast.adaptation:
         raise ValueError(f"adapt a plain AST: this one carries {ast.adaptation['method']!r}")
     check_options(ast.settings["size"], method, options)
@@ -502,7 +494,7 @@ def check_options(size, method, options):
         _known(f"option of {method!r}", name, defaults)
         if name in known:
             _known(name, value, known[name])
-        elif name == "targets" and (not value or sorted(value) != sorted({*value} & {*"qkvo"})):
+        elif name == "targets" and (not value or len({*value} & {*"qkvo"}) < len(value)):
             raise ValueError(f"targets {value!r}: name some of q, k, v, o, each once, such as 'qv'")
         elif isinstance(value, int) and not 1 <= value <= most.get(name, value):
             raise ValueError(f"{name} {value}: expected at least 1"
@@ -553,12 +545,10 @@ HEADS = r"^(mlp_head|head|head_dist|classifier)\."  # AudioSet's and ImageNet's:
 
 
 def load_pretrained(ast, path):
-    """Load a checkpoint of the same size into a plain AST and return a sentence about it.
-
-    Takes the original `.pth`, Hugging Face's `.bin` or `.safetensors` (old and new key names), a
-    DeiT from ImageNet and our own files. The position embedding gives grid and stride, the layout
-    LayerNorm's eps: with near-zero tokens the wrong eps moves outputs by 1e-2.
-    """
+    """Load a checkpoint of the same size into a plain AST and return a sentence about it: AST's
+    `.pth`, Hugging Face's `.bin` or `.safetensors`, a DeiT from ImageNet, or a file of ours. The
+    position embedding gives grid and stride, the layout LayerNorm's eps: with near-zero tokens the
+    wrong eps moves outputs by 1e-2."""
     if ast.adaptation:  # the keys would fit for some methods
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
     state, own = read_weights(path)
@@ -615,8 +605,8 @@ def read_weights(path):
     try:
         state = (read_safetensors(path) if str(path).endswith(".safetensors")
                  else torch.load(path, map_location="cpu", weights_only=True))
-        own = {name: state["settings"][name] for name in ("grid", "stride", "eps")
-               if "settings" in state}
+        own = {name: value for name, value in state.get("settings", {}).items()
+               if name in ("grid", "stride", "eps")}
         for name in ("encoder", "model", "state_dict"):  # our own files; DeiT's
             state = state.get(name, state)
         return dict(state), own
@@ -671,10 +661,9 @@ def load_adapter(ast, state):
     on one backbone cost ten times kilobytes. An adapter of another backbone is refused."""
     shared = {id(p): p for name, p in ast.named_parameters() if name not in state["weights"]}
     twin = adapt(copy.deepcopy(ast, shared), state["method"], **state["options"])
-    backbone = twin.adaptation["backbone"]
-    if state["method"] != "full" and state["backbone"] != backbone:
+    if state["method"] != "full" and state["backbone"] != twin.adaptation["backbone"]:
         raise ValueError(f"this adapter was trained on backbone {state['backbone']}, not on "
-                         f"{backbone}: load the checkpoint it started from")
+                         f"{twin.adaptation['backbone']}: load the checkpoint it started from")
     twin.load_state_dict(twin.state_dict() | state["weights"])
     return twin
 
