@@ -205,13 +205,12 @@ class LinearHead(nn.Linear):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Units: each is one idea in one small module; the added path is zero at the start
+# 2. Units: each is one idea in one small module; an added path starts at zero, added tokens do not
 
 
 def zero(layer):
     """Set the last layer B of an added path B(A(x)) to zero and return it. So the path starts at
-    zero exactly; A is random, so B learns from the first step and A from the second. (Prompts and
-    prefixes add tokens instead and have no zero start.)"""
+    zero exactly; A is random, so B learns from the first step and A from the second."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -549,7 +548,7 @@ def load_pretrained(ast, path):
     `.pth`, Hugging Face's `.bin` or `.safetensors`, a DeiT from ImageNet, or a file of ours. The
     position embedding gives grid and stride, the layout LayerNorm's eps: with near-zero tokens the
     wrong eps moves outputs by 1e-2."""
-    if ast.adaptation:  # the keys would fit for some methods
+    if ast.adaptation:  # it would become plain again
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
     state, own = read_weights(path)
     keys, size = " ".join(state), ast.settings["size"]
@@ -557,15 +556,14 @@ def load_pretrained(ast, path):
     state = to_our_names(state)
     for key in {"pos_embed", "patch.weight"} - state.keys():
         raise ValueError(f"{path} is not an AST-{size}: it has no {key}")
-    if not own:
-        own = infer_grid(ast, state["pos_embed"].shape[1] - 2)
-        own["eps"] = 1e-12 if layout == "Hugging Face" else 1e-6
-    with torch.device("meta"):  # built again, without drawing random weights again
-        ast.__init__(**ast.settings | own)
+    eps = 1e-12 if layout == "Hugging Face" else 1e-6
+    known = dict(eps=eps) | infer_grid(ast, state["pos_embed"].shape[1] - 2) | own  # own wins
+    with torch.device("meta"):  # built again for them, without drawing random weights again
+        ast.__init__(**ast.settings | known)
     if ast.settings["pos_embed"] == "zero":
         state["pos_embed"] = torch.zeros_like(state["pos_embed"])
-    if state["patch.weight"].shape[1] == 3:  # (D, 3, 16, 16) -> (D, 1, 16, 16): grey in all three
-        state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)
+    # An ImageNet model reads three colours, and grey is the same in all three: add their weights.
+    state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)  # -> (D, 1, 16, 16)
     try:
         ast.to_empty(device="cpu").load_state_dict(state)
     except RuntimeError as error:  # it lists missing and unexpected keys, and shapes that differ
