@@ -24,8 +24,6 @@ Differs from P1's published code (its defects: README, section 9):
   D6 a mixture's output is added once; Soft-MoA combines with a softmax over the slots;
   D7 "before" means f(u + a(u)), "after" f(u) + a(f(u)), parallel f(u) + a(u);
   D8 prompts stand beside CLS and DIST and replace nothing.
-As in P1, the Conformer adapter convolves over the flattened sequence: it reaches from the end of
-one row of frequency into the start of the next, and over CLS and DIST.
 Does not: pre-train on AudioSet, pad (data.py does), or combine two methods in one AST.
 """
 
@@ -132,13 +130,14 @@ class AST(nn.Module):
     def __init__(self, size="base", mels=128, grid=None, stride=10, pool="mean", pos_embed="crop",
                  eps=1e-6):
         super().__init__()
-        _known("AST size", size, SIZES)
         _known("pool", pool, ("mean", "cls"))
         _known("pos_embed", pos_embed, ("crop", "zero"))
-        width, depth, heads, own_grid = SIZES[size]
+        width, depth, heads, own_grid = SIZES[_known("AST size", size, SIZES)]
+        self.rows = (mels - PATCH) // stride + 1  # of frequency in the grid of patches
         self.grid = tuple(grid or own_grid)
         self.mels, self.embed_dim, self.stride, self.pool = mels, width, stride, pool
-        self.size, self.pos_embed_kind = size, pos_embed
+        self.settings = dict(size=size, mels=mels, stride=stride, pool=pool, grid=list(self.grid),
+                             pos_embed=pos_embed, eps=eps)  # AST(**settings) is this one again
         self.adaptation = None  # set by `adapt`: method, options, fingerprint of the backbone
 
         self.patch = nn.Conv2d(1, width, PATCH, stride)
@@ -158,19 +157,8 @@ class AST(nn.Module):
                 nn.init.zeros_(module.bias)
         for token, std in ((self.cls_token, 0.02), (self.dist_token, 0.02), (self.pos_embed, 0.3)):
             nn.init.trunc_normal_(token, std=std)
-        if self.pos_embed_kind == "zero":
+        if self.settings["pos_embed"] == "zero":
             nn.init.zeros_(self.pos_embed)
-
-    @property
-    def rows(self):
-        """Rows of frequency in the grid of patches: fixed by the mel bins."""
-        return (self.mels - PATCH) // self.stride + 1
-
-    @property
-    def settings(self):
-        """Keyword arguments that build this AST again (for checkpoints)."""
-        return dict(size=self.size, mels=self.mels, stride=self.stride, pool=self.pool,
-                    grid=list(self.grid), pos_embed=self.pos_embed_kind, eps=self.norm.eps)
 
     def positions(self, f, t):
         """Position embedding (1, 2 + f*t, D) for an f x t grid, as the original AST makes it: the
@@ -217,13 +205,12 @@ class LinearHead(nn.Linear):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Units: each is one idea in one small module; the added path is zero at the start
+# 2. Units: each is one idea in one small module; an added path starts at zero, added tokens do not
 
 
 def zero(layer):
     """Set the last layer B of an added path B(A(x)) to zero and return it. So the path starts at
-    zero exactly; A is random, so B learns from the first step and A from the second. (Prompts and
-    prefixes add tokens instead and have no zero start.)"""
+    zero exactly; A is random, so B learns from the first step and A from the second."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -242,14 +229,14 @@ class Bottleneck(nn.Module):
 
 
 class Conformer(nn.Module):
-    """P1's Conformer adapter, a narrow convolution module of a Conformer block: pointwise D -> 2r,
-    GLU, depthwise over the sequence, BatchNorm, SiLU, pointwise r -> D. It sees order in time by
-    itself: within a row of frequency, neighbours in the sequence are neighbours in time."""
+    """P1's Conformer adapter, a narrow convolution module of a Conformer block. Neighbours in the
+    sequence are neighbours in time, so it sees order by itself. As in P1 it also reaches from the
+    end of a row of frequency into the next row, and over CLS and DIST."""
 
     def __init__(self, width, rank, kernel):
         super().__init__()
         self.down = nn.Linear(width, 2 * rank)
-        self.pad = ((kernel - 1) // 2, kernel // 2)  # an even kernel pads less on the left
+        self.pad = ((kernel - 1) // 2, kernel // 2)  # twice as fast as padding="same"
         self.depthwise = nn.Conv1d(rank, rank, kernel, groups=rank)
         self.norm = nn.BatchNorm1d(rank)
         self.up = zero(nn.Linear(rank, width))
@@ -392,13 +379,8 @@ class Prompted(nn.Module):
 
 
 class Placed(nn.Module):
-    """A sub-layer f with an adapter a, as P1 ablates it.
-
-    parallel            f(u) + a(u): the adapter reads what its sub-layer reads
-    sequential, after   f(u) + a(f(u)), without residual a(f(u))
-    sequential, before  f(u + a(u)), without residual f(a(u))
-    Without residual the zero start silences the sub-layer: this is not the frozen model any more.
-    """
+    """A sub-layer f with an adapter a, in the places that P1 ablates (D7). Without residual the
+    zero start silences the sub-layer: this is not the frozen model any more."""
 
     def __init__(self, layer, adapter, form, at, residual):
         super().__init__()
@@ -407,10 +389,10 @@ class Placed(nn.Module):
 
     def forward(self, u):
         if self.form == "parallel":
-            return self.layer(u) + self.adapter(u)
+            return self.layer(u) + self.adapter(u)  # both read u
         x = u if self.at == "before" else self.layer(u)
         x = x + self.adapter(x) if self.residual else self.adapter(x)
-        return self.layer(x) if self.at == "before" else x
+        return self.layer(x) if self.at == "before" else x  # without residual f(a(u)), a(f(u))
 
 
 # One adapter a block is Pfeiffer's placement, one at each sub-layer is Houlsby's.
@@ -484,16 +466,14 @@ METHODS = {  # name: (insertion, its options with the defaults of P1's Table 1)
 
 
 def adapt(ast, method, **options):
-    """Turn a plain AST, in place, into one that trains only what `method` trains; returns it.
-
-    Options are those of METHODS[method]: `rank` (a true rank), `where` (ffn, mhsa, both), `form`
-    (parallel, sequential), `at` (before, after) and `residual` (both for sequential only),
-    `kernel`, `tokens` (for prefix the total of keys and values), `alpha`, `targets`, `experts`,
-    `slots`. Besides what it inserts every method trains the last LayerNorm (BitFit: its bias).
-    """
+    """Turn a plain AST, in place, into one that trains only what `method` trains, and return it.
+    Options are those of METHODS[method]: `rank`, `where` (ffn, mhsa, both), `form` (parallel,
+    sequential), `at` (before, after) and `residual` (both for sequential only), `kernel`, `tokens`
+    (for prefix the total of keys and values), `alpha`, `targets`, `experts`, `slots`. Besides what
+    it inserts every method trains the last LayerNorm (BitFit: its bias)."""
     if ast.adaptation:
         raise ValueError(f"adapt a plain AST: this one carries {ast.adaptation['method']!r}")
-    check_options(ast.size, method, options)
+    check_options(ast.settings["size"], method, options)
     insert, defaults = METHODS[method]
     ast.adaptation = dict(method=method, options=options, backbone=fingerprint(ast))
     ast.requires_grad_(False)
@@ -513,17 +493,15 @@ def check_options(size, method, options):
         _known(f"option of {method!r}", name, defaults)
         if name in known:
             _known(name, value, known[name])
+        elif name == "targets" and (not value or len({*value} & {*"qkvo"}) < len(value)):
+            raise ValueError(f"targets {value!r}: name some of q, k, v, o, each once, such as 'qv'")
         elif isinstance(value, int) and not 1 <= value <= most.get(name, value):
             raise ValueError(f"{name} {value}: expected at least 1"
                              + f" and at most {most[name]} on AST-{size}" * (name in most))
-    values = dict(targets="q", tokens=2) | defaults | options
-    if values.get("form") == "parallel" and {"at", "residual"} & set(options):
+        elif method == "prefix" and value % 2:
+            raise ValueError(f"tokens {value} is odd: half are keys, half are values")
+    if {"at", "residual"} & options.keys() and options.get("form") != "sequential":
         raise ValueError("`at` and `residual` are for form='sequential': parallel has no order")
-    if method == "prefix" and values["tokens"] % 2:
-        raise ValueError(f"tokens {values['tokens']} is odd: half are keys, half are values")
-    targets = values["targets"]
-    if not targets or set(targets) - set("qkvo") or len(set(targets)) < len(targets):
-        raise ValueError(f"targets {targets!r}: name some of q, k, v, o, each once, such as 'qv'")
 
 
 def count(module):
@@ -566,34 +544,30 @@ HEADS = r"^(mlp_head|head|head_dist|classifier)\."  # AudioSet's and ImageNet's:
 
 
 def load_pretrained(ast, path):
-    """Load a checkpoint of the same size into a plain AST and return a sentence about it.
-
-    Takes the original `.pth`, Hugging Face's `.bin` or `.safetensors` (old and new key names), a
-    DeiT from ImageNet and our own files. The position embedding gives grid and stride, the layout
-    LayerNorm's eps: with near-zero tokens the wrong eps moves outputs by 1e-2.
-    """
-    if ast.adaptation:  # the keys would fit for some methods
+    """Load a checkpoint of the same size into a plain AST and return a sentence about it: AST's
+    `.pth`, Hugging Face's `.bin` or `.safetensors`, a DeiT from ImageNet, or a file of ours. The
+    position embedding gives grid and stride, the layout LayerNorm's eps: with near-zero tokens the
+    wrong eps moves outputs by 1e-2."""
+    if ast.adaptation:  # it would become plain again
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
-    state = read_weights(path)
-    own, keys = state.pop("settings", {}), " ".join(state)
+    state, own = read_weights(path)
+    keys, size = " ".join(state), ast.settings["size"]
     layout = "original" if "qkv" in keys else "Hugging Face" if "layernorm" in keys else "our"
     state = to_our_names(state)
     for key in {"pos_embed", "patch.weight"} - state.keys():
-        raise ValueError(f"{path} is not an AST-{ast.size}: it has no {key}")
-    ast.grid, ast.stride = infer_grid(ast, state["pos_embed"].shape[1] - 2, own, path)
-    ast.patch.stride = (ast.stride, ast.stride)
-    ast.pos_embed = nn.Parameter(torch.empty(1, 2 + math.prod(ast.grid), ast.embed_dim))
-    if ast.pos_embed_kind == "zero":
+        raise ValueError(f"{path} is not an AST-{size}: it has no {key}")
+    eps = 1e-12 if layout == "Hugging Face" else 1e-6
+    known = dict(eps=eps) | infer_grid(ast, state["pos_embed"].shape[1] - 2) | own  # own wins
+    with torch.device("meta"):  # built again for them, without drawing random weights again
+        ast.__init__(**ast.settings | known)
+    if ast.settings["pos_embed"] == "zero":
         state["pos_embed"] = torch.zeros_like(state["pos_embed"])
-    if state["patch.weight"].shape[1] == 3:  # (D, 3, 16, 16) -> (D, 1, 16, 16): grey in all three
-        state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)
+    # An ImageNet model reads three colours, and grey is the same in all three: add their weights.
+    state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)  # -> (D, 1, 16, 16)
     try:
-        ast.load_state_dict(state)
+        ast.to_empty(device="cpu").load_state_dict(state)
     except RuntimeError as error:  # it lists missing and unexpected keys, and shapes that differ
-        raise ValueError(f"{path} is not an AST-{ast.size}: {error}") from error
-    for module in ast.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = own.get("eps", 1e-12 if layout == "Hugging Face" else 1e-6)
+        raise ValueError(f"{path} is not an AST-{size}: {error}") from error
     return (f"{Path(path).name}: {layout} layout, {len(state)} tensors, positions "
             f"{ast.grid[0]} x {ast.grid[1]}, stride {ast.stride}, eps {ast.norm.eps:g}")
 
@@ -611,34 +585,32 @@ def to_our_names(state):
     return renamed
 
 
-def infer_grid(ast, patches, own, path):
-    """Return the position grid and the stride of a checkpoint of so many patches: ((f, t), s)."""
-    known = [(own.get("grid", ast.grid), own.get("stride", ast.stride))]
-    for stride in range(16, 7, -1):  # AudioSet, 1024 frames: each stride has another number
-        known.append((((ast.mels - PATCH) // stride + 1, (1024 - PATCH) // stride + 1), stride))
-    known.append(((math.isqrt(patches), math.isqrt(patches)), ast.stride))  # ImageNet is square
-    for grid, stride in known:
+def infer_grid(ast, patches):
+    """Return grid and stride for so many positions: the AST's own, or those of AudioSet's 1024
+    frames (each stride has another number), else a square, as ImageNet's pictures are."""
+    known = {s: [(n - PATCH) // s + 1 for n in (ast.mels, 1024)] for s in range(16, 7, -1)}
+    for stride, grid in [(ast.stride, ast.grid), *known.items()]:
         if math.prod(grid) == patches:
-            return tuple(grid), stride
-    raise ValueError(f"{path}: no known grid has its {patches} patch positions")
+            return dict(grid=grid, stride=stride)
+    return dict(grid=[math.isqrt(patches)] * 2, stride=ast.stride)
 
 
 def read_weights(path):
-    """{key: tensor} of a `.safetensors` file or a torch file, without running code from it."""
+    """Return {key: tensor} of a `.safetensors` or a torch file, whose code never runs, and the
+    grid, stride and eps that our own files hold."""
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
         state = (read_safetensors(path) if str(path).endswith(".safetensors")
                  else torch.load(path, map_location="cpu", weights_only=True))
+        own = {name: value for name, value in state.get("settings", {}).items()
+               if name in ("grid", "stride", "eps")}
+        for name in ("encoder", "model", "state_dict"):  # our own files; DeiT's
+            state = state.get(name, state)
+        return dict(state), own
     except Exception as error:  # many kinds, by what the file holds
-        raise ValueError(f"{path} is no checkpoint that loads safely: it is damaged, or holds "
-                         "Python code, which is never run") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of weights")
-    for name in ("encoder", "model", "state_dict"):  # our own files; DeiT's
-        if isinstance(state.get(name), dict):
-            state = state[name] | ({"settings": state["settings"]} if "settings" in state else {})
-    return state
+        raise ValueError(f"{path} is no checkpoint that loads safely: it is damaged, holds no "
+                         "weights, or Python code, which is never run") from error
 
 
 def read_safetensors(path):
@@ -646,14 +618,14 @@ def read_safetensors(path):
     kinds = dict(F16=torch.float16, BF16=torch.bfloat16, F32=torch.float32, F64=torch.float64)
     raw, state = bytearray(Path(path).read_bytes()), {}
     start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start])
+    header, body = json.loads(raw[8:start]), memoryview(raw)[start:]
     header.pop("__metadata__", None)
+    if max(entry["data_offsets"][1] for entry in header.values()) != len(body):
+        raise ValueError("the last tensor does not end where the file ends")
     for key, entry in header.items():
-        first, last = (start + offset for offset in entry["data_offsets"])
-        if not start <= first <= last <= len(raw):
-            raise ValueError(f"{key} lies outside the file")
-        tensor = torch.frombuffer(raw[first:last], dtype=kinds[entry["dtype"]])
-        state[key] = tensor.reshape(entry["shape"]).float()
+        first, last = entry["data_offsets"]
+        tensor = torch.frombuffer(body[first:last], dtype=kinds[entry["dtype"]])
+        state[key] = tensor.reshape(entry["shape"])
     return state
 
 
@@ -667,7 +639,7 @@ def fingerprint(ast):
     for name, value in sorted(ast.state_dict().items()):
         digest.update(name.encode())
         if not value.is_meta:  # counting on "meta" has shapes and no weights
-            digest.update(value.detach().float().cpu().contiguous().numpy())
+            digest.update(value.float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
 
@@ -676,9 +648,8 @@ def adapter_state(ast):
     buffers: kilobytes of plain values and tensors, for torch.load(weights_only=True)."""
     if not ast.adaptation:
         raise ValueError("this AST is plain: adapt it first, or save its state_dict")
-    trained = {name for name, p in ast.named_parameters() if p.requires_grad}
-    trained |= {name for name, _ in ast.named_buffers()}
-    weights = {k: v.detach().cpu().clone() for k, v in ast.state_dict().items() if k in trained}
+    frozen = {name for name, p in ast.named_parameters() if not p.requires_grad}
+    weights = {k: v.cpu().clone() for k, v in ast.state_dict().items() if k not in frozen}
     return dict(ast.adaptation, weights=weights)
 
 
@@ -688,27 +659,22 @@ def load_adapter(ast, state):
     on one backbone cost ten times kilobytes. An adapter of another backbone is refused."""
     shared = {id(p): p for name, p in ast.named_parameters() if name not in state["weights"]}
     twin = adapt(copy.deepcopy(ast, shared), state["method"], **state["options"])
-    backbone = twin.adaptation["backbone"]
-    if state["method"] != "full" and state["backbone"] != backbone:
+    if state["method"] != "full" and state["backbone"] != twin.adaptation["backbone"]:
         raise ValueError(f"this adapter was trained on backbone {state['backbone']}, not on "
-                         f"{backbone}: load the checkpoint it started from")
-    different = adapter_state(twin)["weights"].keys() ^ state["weights"].keys()
-    if different:
-        raise ValueError(f"damaged adapter: missing or unexpected {sorted(different)}")
-    twin.load_state_dict(state["weights"], strict=False)
+                         f"{twin.adaptation['backbone']}: load the checkpoint it started from")
+    twin.load_state_dict(twin.state_dict() | state["weights"])
     return twin
 
 
 def merge(ast):
     """Fold LoRA or DoRA into the weights, in place: a plain AST, same outputs, no slower."""
-    if not ast.adaptation or ast.adaptation["method"] not in ("lora", "dora"):
+    units = {name: unit for name, unit in ast.named_modules() if isinstance(unit, LoRA)}
+    if not units:
         raise ValueError("merge folds lora and dora: for other methods no plain AST is equal")
-    for block in ast.blocks:
-        for name in ast.adaptation["options"].get("targets", METHODS["lora"][1]["targets"]):
-            unit = getattr(block.attn, name)
-            # A new Parameter: the old one may be shared with a backbone and its other adapters.
-            unit.linear.weight = nn.Parameter(unit.folded().detach(), requires_grad=False)
-            setattr(block.attn, name, unit.linear)
+    for name, unit in units.items():
+        # A new Parameter: the old one may be shared with a backbone and its other adapters.
+        unit.linear.weight = nn.Parameter(unit.folded().detach(), requires_grad=False)
+        ast.set_submodule(name, unit.linear)
     ast.adaptation = None
     return ast
 
@@ -716,18 +682,16 @@ def merge(ast):
 @torch.no_grad()
 def cls_attention(ast, x):
     """How much CLS looks at each patch in the last block, all heads' mean: (B, T, F) -> (B, f, t).
-
     Prompts and prefixes stand before the patches, so the last f*t keys are the patches."""
     attention = [module for module in ast.modules() if isinstance(module, Attention)][-1]
     read = []
-    hook = attention.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    hook = attention.register_forward_pre_hook(lambda module, inputs: read.extend(inputs))
     ast(x)
     hook.remove()
-    q, k = (attention.split(y) for y in (attention.q(read[0]), attention.k(read[0])))
-    weights = F.softmax(q[:, :, :1] @ k.transpose(2, 3) / q.shape[3] ** 0.5, dim=3)  # (B, H, 1, N)
+    q, k = (attention.split(linear(*read)) for linear in (attention.q, attention.k))
+    weights = (q[:, :, :1] @ k.mT / q.shape[3] ** 0.5).softmax(3).mean((1, 2))  # (B, N)
     columns = (x.shape[1] - PATCH) // ast.stride + 1
-    patches = weights.mean((1, 2))[:, -ast.rows * columns:]  # (B, f*t)
-    return patches.unflatten(1, (ast.rows, columns))
+    return weights[:, -ast.rows * columns:].unflatten(1, (ast.rows, columns))  # (B, f, t)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -610,14 +610,14 @@ def test_bad_checkpoints_are_refused_with_a_sentence(tmp_path):
     wrong = [dict(data_offsets=x) for x in ("04", [-4, 0], [0, 400])] + [dict(shape="x")]
     headers = [json.dumps(header).encode() for header in
                ([], {"a": 3}, *({"a": good | entry} for entry in wrong))]
-    damaged = [(2**60).to_bytes(8, "little") + b"{}" + bytes(4), b"no checkpoint",
+    damaged = [(2**60).to_bytes(8, "little") + b"{}", b"no checkpoint",
                *(len(text).to_bytes(8, "little") + text + bytes(4) for text in headers)]
     part = {k: v for k, v in AST("nano").state_dict().items() if k != "pos_embed"}
     for name, content, sentence in [
             ("code.pt", Payload(tmp_path / "owned"), "never run"),
             ("part.pt", part, "it has no pos_embed"), ("text.pt", b"no checkpoint", "damaged"),
             ("tiny.pth", original_layout(AST("tiny")), "is not an AST-nano"),
-            ("tensor.pt", torch.zeros(1), "holds a Tensor"),
+            ("tensor.pt", torch.zeros(1), "holds no weights"),
             *((f"{i}.safetensors", content, "damaged") for i, content in enumerate(damaged))]:
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
