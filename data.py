@@ -51,8 +51,8 @@ AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
 
 
 def import_torchaudio():
-    """Return torchaudio, also beside a torch it was not built for: another CUDA version, or none.
-    Its compiled extension refuses that; nothing here needs it, so an empty one takes its place."""
+    """Return torchaudio. Its compiled extension, which nothing here needs, refuses a torch that it
+    was not built for, as one for another CUDA version: an empty one takes its place then."""
     try:
         import torchaudio.compliance.kaldi
     except (OSError, RuntimeError, ImportError):
@@ -184,17 +184,8 @@ class Corpus:
 
 def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, skip_bad=False,
                 valid=True, trials="o", train=True):
-    """Return the corpus `name` of CORPORA, packed, with splits and trials.
-
-    cache     folder for packed files: a corpus' own `root` may be where nobody can write
-    seed      of all that is drawn: validation clips or speakers, splits of a folder, few_shot
-    fold      test fold of a corpus with folds, from 1 on; None: the first
-    few_shot  keep so many training clips a class, drawn by `seed`; 0 keeps all
-    skip_bad  go on without clips that cannot be read; else they raise
-    valid     False: the validation clips train too, so there is nothing to select on
-    trials    which of VoxCeleb's lists of trials: o, e or h
-    train     False: only the test clips are of use, so the trials may name every speaker
-    """
+    """Return the corpus `name` of CORPORA, packed, with splits and trials. The arguments are flags
+    of train.py; without `train` only the test is of use, so the trials may name every speaker."""
     source, listed = CORPORA[name], None
     file, count = source.lists.get(trials, ("trials.txt", 0))
     try:
@@ -203,24 +194,18 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, s
         root = Path(root or ".")
         if source.tree and (source.lists or (root / file).is_file()):
             listed = read_trials(root / file)
-        if name == "features":
-            corpus = open_features(root)
-        else:
-            rows = source.rows(root)
-            if source.lists:
-                rows, listed = match_trials(rows, listed)
-            corpus = pack(name, root, rows, source.read, cache, skip_bad)
+        corpus = (pack(name, root, source.rows(root), source.read, cache, skip_bad)
+                  if source.rows else open_features(root))
     except FileNotFoundError as error:
         brings = f"\n--download brings {source.address} into ROOT." * bool(source.address)
         raise ValueError(f"--data {name} needs --root, a folder with what follows ({error}).\n"
                          f"{source.tree}{brings}") from error
-    good = np.count_nonzero(corpus.length)
-    if source.clips not in (0, good):
-        corpus.notes.append(f"expected {source.clips:,} clips, found {good:,}")
+    for what, expected, found in (("clips", source.clips, np.count_nonzero(corpus.length)),
+                                  (f"trials in {file}", count, len(listed or ()))):
+        if expected not in (0, found):
+            corpus.notes.append(f"expected {expected:,} {what}, found {found:,}")
     if listed is not None:
-        corpus.trials["test"] = index_trials(corpus, listed)
-        if count not in (0, len(listed)):
-            corpus.notes.append(f"expected {count:,} trials in {file}, found {len(listed):,}")
+        corpus.trials["test"] = index_trials(corpus, listed, bool(source.lists), skip_bad)
     for split in ("valid", "test") if source.trials else ():
         corpus.trials[split] = make_trials(corpus.pick(split), corpus.labels, rng_of(split))
     return make_splits(corpus, seed, fold or 1, few_shot, valid, train)
@@ -347,17 +332,23 @@ def make_splits(corpus, seed, fold, few_shot, valid, train):
     return corpus
 
 
-def index_trials(corpus, trials):
-    """Turn the clips' names in trials into indices; leave out, with a note, those of bad clips."""
-    index = {clip: i for i, clip in enumerate(corpus.ids)}
-    try:
-        pairs = [(label, index[a], index[b]) for label, a, b in trials]
-    except KeyError as error:
-        raise ValueError(f"the trials name {error}, which {corpus.name} lacks") from error
+def index_trials(corpus, trials, anywhere, skip_bad):
+    """Turn the clips' names in trials into indices; leave out, with a note, those of bad clips.
+    `anywhere`: the list says id10270/x6uYqmx31kE/00001.wav, wherever below the root the tree begins
+    and whatever kind of file lies there."""
+    key = lambda clip: "/".join(clip.rpartition(".")[0].split("/")[-3:]) if anywhere else clip
+    index = {key(clip): i for i, clip in enumerate(corpus.ids)}
+    missing = {clip for _, *pair in trials for clip in pair if key(clip) not in index}
+    if missing and not skip_bad:
+        raise ValueError(f"{corpus.name} lacks {len(missing)} of the clips that the trials name, "
+                         f"such as {min(missing)!r}; --skip-bad goes on without them")
+    corpus.bad += [f"{clip}: named by the trials, but missing" for clip in sorted(missing)]
+    pairs = [(label, index[key(a)], index[key(b)]) for label, a, b in trials
+             if not missing & {a, b}]
     good = [pair for pair in pairs if corpus.length[pair[1]] and corpus.length[pair[2]]]
-    if len(good) < len(pairs):
-        corpus.notes.append(f"{len(pairs) - len(good)} test trials of unusable clips are left out: "
-                            "error rates are not comparable with the full list's")
+    if len(good) < len(trials):
+        corpus.notes.append(f"{len(trials) - len(good)} test trials of unusable clips are left "
+                            "out: error rates are not comparable with the full list's")
     return good
 
 
@@ -523,21 +514,17 @@ def fbank(waves, mels=128):
 
 
 def features(batch, encoder):
-    """Return the encoder's input (B, T, F), normalised as it asks, on the Batch's device.
-
-    "audioset": frames behind a clip's end are zero before normalisation, as in AST. That is loud:
-    silence is -15.9, and AudioSet's mean is -4.3. Models tuned with it expect it.
-    "utterance": each clip's own mean per bin is removed, and with it a channel's constant colour.
-    Floats of three axes were made before: inputs (B, T, F), or frozen outputs (B, 1, D) -> (B, D).
-    """
+    """Return the encoder's input (B, T, F), on the Batch's device, normalised as the encoder asks:
+    by AudioSet's mean and std, or "utterance", without each clip's own mean per bin, and with it
+    without a channel's constant colour."""
     x = batch.x  # (B, samples) or (B, T, F)
-    if x.ndim == 3 and x.is_floating_point():
-        return x[:, 0] if x.shape[1] == 1 else x
+    if x.ndim == 3 and x.is_floating_point():  # made before: inputs, or frozen outputs (B, 1, D)
+        return x[:, 0] if x.shape[1] == 1 else x  # (B, D) or (B, T, F)
     if x.ndim == 3:
         x = x.float() * 0.1  # int8 -> log-mel (B, T, F)
     else:
         x = fbank(x.float() / 32768, encoder.mels)  # (B, samples) -> (B, T, F)
-        if encoder.normalise == "audioset":
+        if encoder.normalise == "audioset":  # zero behind a clip's end: loud, but AST expects it
             ends = (batch.lengths - WINDOW) // HOP + 1  # (B,) frames, as `frames_of`
             past = torch.arange(x.shape[1], device=x.device) >= ends[:, None]  # (B, T)
             x = x.masked_fill(past[:, :, None], 0.0)  # (B, T, 1): all bins of a frame
@@ -572,21 +559,30 @@ def augment_features(x, shift=0, spec_f=0, spec_t=0):
 def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", rooms="", share=0.6,
                   snr=(0, 15)):
     """Give the waves (B, samples) of a training Batch speeds (crops of `frames_at_speed` are then
-    cut to `frames`), levels of up to `gain` dB more or less, and noise or a room: nothing,
-    "generated", or a Corpus of `open_sounds`. `share` of the clips get one of them, half of these
-    each if both are on; `snr`: lowest and highest signal-to-noise ratio in dB."""
+    cut to `frames`), levels of up to `gain` dB more or less, and to a `share` of them noise or a
+    room: nothing, "generated", or a Corpus of `open_sounds`. `snr`: lowest and highest, in dB."""
     if not (speeds or gain or noise or rooms):
         return batch
     batch = replace(batch, x=batch.x.float())  # still int16's scale
     if speeds:
         batch = perturb_speed(batch, frames, classes)
-    x = batch.x
-    if gain:
-        decibels = gain * (2 * torch.rand(len(x), 1, device=x.device) - 1)  # (B, 1)
-        x = x * 10 ** (decibels / 20)
-    if noise or rooms:
-        x = add_noise_and_rooms(x, batch.lengths, noise, rooms, share, snr)
-    return replace(batch, x=x)
+    decibels = gain * (2 * torch.rand(len(batch.x), 1, device=batch.x.device) - 1)  # (B, 1)
+    x = batch.x * 10 ** (decibels / 20)
+    y = x.clone()  # x stays whole: babble is made of it
+    chosen = torch.randperm(len(x))[: round(share * len(x))].to(x.device)
+    half = len(chosen) // (2 if noise else 1) if rooms else 0
+    indoors, noisy = chosen[:half], chosen[half:]
+    if len(indoors):
+        responses = (make_rooms(half, x.device) if rooms == "generated" else
+                     draw_sounds(rooms, half, 100, False).to(x.device))  # about a second
+        y[indoors] = reverberate(x[indoors], responses)
+    if noise and len(noisy):
+        sounds = (make_noise(x, noisy) if noise == "generated" else
+                  draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device))
+        ratio = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,)
+        y[noisy] = import_torchaudio().functional.add_noise(
+            x[noisy], sounds, ratio, batch.lengths[noisy])
+    return replace(batch, x=y)
 
 
 def frames_at_speed(frames):
@@ -606,24 +602,6 @@ def perturb_speed(batch, frames, classes):
             x[rows] = resample(batch.x[rows], fast, slow)[:, :samples]
             lengths[rows] = (lengths[rows] * slow // fast).clamp(max=samples)
     return Batch(x, lengths, batch.labels + classes * drawn, batch.clips)
-
-
-def add_noise_and_rooms(x, lengths, noise, rooms, share, snr):
-    """Give a share of the waves x (B, n) noise or a room (see `augment_waves`)."""
-    y = x.clone()  # x stays whole: babble is made of it
-    chosen = torch.randperm(len(x))[: round(share * len(x))].to(x.device)
-    half = len(chosen) // (2 if noise else 1) if rooms else 0
-    indoors, noisy = chosen[:half], chosen[half:]
-    if len(indoors):
-        responses = (make_rooms(half, x.device) if rooms == "generated" else
-                     draw_sounds(rooms, half, 100, False).to(x.device))  # about a second
-        y[indoors] = reverberate(x[indoors], responses)
-    if noise and len(noisy):
-        sounds = (make_noise(x, noisy) if noise == "generated" else
-                  draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device))
-        ratio = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,)
-        y[noisy] = import_torchaudio().functional.add_noise(x[noisy], sounds, ratio, lengths[noisy])
-    return y
 
 
 def reverberate(x, responses):
@@ -781,15 +759,11 @@ def string(rng):
     return np.concatenate(turns)[:RATE]
 
 
-def note(rng, low, high):
-    """A function of time: a short tone between two frequencies, starting there."""
-    wave, length = tone(log_uniform(rng, low, high)), rng.uniform(0.15, 0.25)
-    return lambda at: wave * within(at, length)
-
-
-def in_turn(rng, first, second):
-    """Two events, one in each half, each at a random place of its half."""
-    return first(rng.uniform(0.02, 0.2)) + second(rng.uniform(0.52, 0.7))
+def notes(rng, *bands):
+    """Two short tones, one in each half, each between two frequencies."""
+    waves = [(tone(log_uniform(rng, *band)), rng.uniform(0.15, 0.25)) for band in bands]
+    return sum(wave * within(rng.uniform(half + 0.02, half + 0.2), length)
+               for (wave, length), half in zip(waves, (0, 0.5)))
 
 
 def knocks(rng, faster):
@@ -801,6 +775,7 @@ def knocks(rng, faster):
 
 # Target classes, other generators: what the source classes teach must be adapted, not recalled. A
 # name with ">" has a twin of the same parts in another order: a model without order guesses there.
+PING = 0.05, 0.1  # seconds: a bell that dies early
 TARGET = {
     "bell": lambda r: bell(r, r.uniform(0, 0.4)),
     "cricket": lambda r: (sum(within(start, 0.12) for start in pulse_times(r, r.uniform(2, 4)))
@@ -810,10 +785,10 @@ TARGET = {
     "rain": rain,
     "drum": lambda r: drum(r, r.uniform(0, 0.5)),
     "string": string,
-    "ping>thud": lambda r: in_turn(r, lambda at: bell(r, at, (0.05, 0.1)), lambda at: drum(r, at)),
-    "thud>ping": lambda r: in_turn(r, lambda at: drum(r, at), lambda at: bell(r, at, (0.05, 0.1))),
-    "high>low": lambda r: in_turn(r, note(r, 2500, 4500), note(r, 300, 600)),
-    "low>high": lambda r: in_turn(r, note(r, 300, 600), note(r, 2500, 4500)),
+    "ping>thud": lambda r: bell(r, r.uniform(0.02, 0.2), PING) + drum(r, r.uniform(0.52, 0.7)),
+    "thud>ping": lambda r: drum(r, r.uniform(0.02, 0.2)) + bell(r, r.uniform(0.52, 0.7), PING),
+    "high>low": lambda r: notes(r, (2500, 4500), (300, 600)),
+    "low>high": lambda r: notes(r, (300, 600), (2500, 4500)),
     "slow>fast": lambda r: knocks(r, True),
     "fast>slow": lambda r: knocks(r, False),
 }
@@ -952,18 +927,6 @@ def speechcommands_rows(root):
     clips = role.keys() | set(find_audio(root))  # with what a list names and is not there
     return [(clip, clip.split("/")[0], role.get(clip, "train")) for clip in sorted(clips)
             if clip.count("/") == 1 and not clip.startswith("_")]  # _background_noise_ is no word
-
-
-def match_trials(rows, trials):
-    """Return rows, with what only the list of trials names, and its trials, each clip by its path:
-    the list says id10270/x6uYqmx31kE/00001.wav, wherever below the root the tree begins and
-    whatever kind of file lies there."""
-    short = lambda clip: "/".join(clip.rpartition(".")[0].split("/")[-3:])
-    named = {short(clip): clip for _, *pair in trials for clip in pair}
-    there = {key: clip for clip, _, _ in rows if (key := short(clip)) in named}
-    path = named | there
-    missing = [(clip, clip.split("/")[0], "any") for key, clip in named.items() if key not in there]
-    return rows + missing, [(label, path[short(a)], path[short(b)]) for label, a, b in trials]
 
 
 def read_trials(path):
@@ -1165,8 +1128,8 @@ def main(argv=None):
                   f"{seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s  "
                   f"{seconds.sum() / 3600:.2f} h")
         for split, pairs in corpus.trials.items():
-            labels, _, _ = zip(*pairs)
-            print(f"  {split} trials: {len(labels):,}, {sum(labels):,} of one speaker")
+            same = sum(label for label, _, _ in pairs)
+            print(f"  {split} trials: {len(pairs):,}, {same:,} of one speaker")
         for fault in [*corpus.notes, *corpus.bad] or ["none"]:
             print(f"  fault: {fault}")
         if args.figure:
