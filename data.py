@@ -72,7 +72,7 @@ WAV_TYPES = {(1, 8): ("u1", 128), (1, 16): ("<i2", 2**15), (1, 24): ("<i4", 2**3
 
 def read_wav(path):
     """Return a WAV file as float32 (channels, n) in [-1, 1], and its samples a second. RIFF is a
-    row of chunks: 4 letters, little-endian size, body padded to even. Raises ValueError else."""
+    row of chunks: 4 letters, little-endian size, body padded to even."""
     form = b""
     with open(path, "rb") as file:
         riff = file.read(12)
@@ -115,13 +115,11 @@ def read_audio(path):
         wave = wave.numpy()
     wave = wave.mean(0)  # (channels, n) -> (n,)
     samples = math.ceil(len(wave) * RATE / rate)  # after resampling, which fails on an empty wave
-    if samples < WINDOW:
-        raise ValueError(f"{path}: {samples} samples at 16 kHz, shorter than one frame ({WINDOW})")
-    if not np.isfinite(wave).all():
-        raise ValueError(f"{path}: holds samples that are not finite")
+    if samples < WINDOW or not np.isfinite(wave).all():
+        raise ValueError(f"{path}: {samples} samples at 16 kHz; shorter than one frame ({WINDOW}), "
+                         "or not finite")
     if rate != RATE:  # with a low-pass filter: dropping samples would fold high sounds down
-        # The filter grows with the ratio's terms: 44,101 Hz would take 28 GB. With small terms it
-        # is off by less than one in a million, far less than a recorder's clock.
+        # It grows with the ratio's terms: 44,101 Hz would take 28 GB. Small ones are off by 1e-6.
         ratio = Fraction(RATE, rate).limit_denominator(1000)
         wave = import_torchaudio().functional.resample(
             torch.from_numpy(wave), ratio.denominator, ratio.numerator).numpy()
@@ -138,7 +136,7 @@ def find_audio(root):
     """Return the paths of the audio files below a folder, relative to it, sorted."""
     start = len(os.path.join(root, ""))
     return sorted(os.path.join(folder, file)[start:].replace(os.sep, "/")
-                  for folder, _, files in os.walk(root, followlinks=True)  # rglob is slower
+                  for folder, _, files in os.walk(root, followlinks=True)
                   for file in files if file.lower().endswith(AUDIO))
 
 
@@ -148,11 +146,9 @@ def find_audio(root):
 
 @dataclass
 class Corpus:
-    """Clips of one corpus as columns; clip i is store[start[i] : start[i] + length[i]].
-
-    The store is a memory map: int16 samples (n,), or int8 log-mel frames (n, F) x 0.1 for corpora
-    that come as features. With `trials` the corpus is one for verification, else for classes.
-    """
+    """Clips as columns; clip i is store[start[i] : start[i] + length[i]]. The store is a memory map
+    of int16 samples (n,), or of int8 log-mel frames (n, F) x 0.1 where a corpus brings features.
+    With `trials` the corpus is one for verification, else for classes."""
 
     name: str
     ids: list
@@ -232,9 +228,8 @@ def pack(name, root, rows, read, cache, skip_bad):
         write_pack(path, ids, read or (lambda clip: read_audio(root / clip)), 4 if read else 1)
     store, length, bad = read_pack(path)
     if bad and not skip_bad:
-        raise ValueError("\n  ".join([f"{len(bad)} of {len(ids)} clips of {name} cannot be used:",
-                                      *bad[:5]])
-                         + "\nRepair or remove them, or go on without them with --skip-bad.")
+        raise ValueError(f"{len(bad)} of {len(ids)} clips of {name} cannot be used; --skip-bad goes "
+                         "on without them:\n  " + "\n  ".join(bad[:5]))
     splits = np.where(length > 0, np.array(splits, object), "bad")
     return Corpus(name, ids, np.array(names), splits, [], np.cumsum(length) - length, length, store,
                   notes=[f"{len(bad)} unusable clips are left out"] * bool(bad), bad=bad)
@@ -243,22 +238,21 @@ def pack(name, root, rows, read, cache, skip_bad):
 def write_pack(path, clips, read, threads):
     """Write the samples of all clips, a JSON index (lengths, {id: reason}) and its size. The file
     is renamed at the end: its name stands for a whole file, also for another program."""
-    def read_or_reason(clip):
-        try:
-            return read(clip), ""
-        except (ValueError, OSError) as error:
-            return np.zeros(0), str(error)
-
     name, lengths, bad = path.name.partition(".")[0], [], {}
     part = path.with_suffix(f".{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read_or_note(clip):
+        try:
+            return read(clip)
+        except (ValueError, OSError) as error:
+            bad[clip] = str(error)
+            return np.zeros(0)
+
     try:
         with ThreadPool(threads) as pool, open(part, "wb") as file:
-            waves = pool.imap(read_or_reason, clips, 16)
-            for clip, (wave, reason) in zip(clips, tqdm(waves, f"packing {name}", len(clips),
-                                                        leave=False, disable=None)):
-                if reason:
-                    bad[clip] = reason
+            for wave in tqdm(pool.imap(read_or_note, clips, 16), f"packing {name}", len(clips),
+                             leave=False, disable=None):
                 lengths.append(len(wave))
                 file.write(to_int16(wave).tobytes())  # a full disk is no clip's fault: it stops
             index = json.dumps([lengths, bad]).encode()
@@ -292,8 +286,7 @@ def corpus_of_files(paths):
 
 
 def open_sounds(folder, cache="cache", skip_bad=False):
-    """Return the audio files below a folder of noises or impulse responses, packed: MUSAN alone is
-    a hundred hours, more than a memory holds. Nothing and "generated" stay."""
+    """Return a folder of noises or of rooms' responses, packed; nothing and "generated" stay."""
     if folder in ("", "generated"):
         return folder
     rows = [(clip, 0, "") for clip in find_audio(folder)]
@@ -334,8 +327,7 @@ def make_splits(corpus, seed, fold, few_shot, valid, train):
 
 def index_trials(corpus, trials, anywhere, skip_bad):
     """Turn the clips' names in trials into indices; leave out, with a note, those of bad clips.
-    `anywhere`: the list says id10270/x6uYqmx31kE/00001.wav, wherever below the root the tree begins
-    and whatever kind of file lies there."""
+    `anywhere`: id10270/x6uYqmx31kE/00001.wav may lie at any depth, and be another kind of file."""
     key = lambda clip: "/".join(clip.rpartition(".")[0].split("/")[-3:]) if anywhere else clip
     index = {key(clip): i for i, clip in enumerate(corpus.ids)}
     missing = {clip for _, *pair in trials for clip in pair if key(clip) not in index}
@@ -354,8 +346,7 @@ def index_trials(corpus, trials, anywhere, skip_bad):
 
 def split_by_speaker(corpus, names, rng, draw):
     """Of clips marked "any": speakers in the trials test, with all their clips; others train. With
-    `draw` a tenth of the training speakers validates, unless the corpus brings others: speakers,
-    not clips, for recognising a known speaker is easier than telling strangers apart."""
+    `draw` a tenth of the training speakers validates, unless the corpus brings others."""
     tested = {names[i] for _, *pair in corpus.trials.get("test", ()) for i in pair}
     free = corpus.splits == "any"
     corpus.splits[free] = ["test" if name in tested else "train" for name in names[free]]
@@ -367,9 +358,8 @@ def split_by_speaker(corpus, names, rng, draw):
 
 
 def split_by_class(splits, names, rng, fold):
-    """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation. Draw a
-    validation tenth of "train*", and all three splits of "any", class by class, so that each split
-    has every class; one of fewer than three clips only trains."""
+    """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation. Draw
+    class by class a tenth of "train*" to validate, and of "any" also a fifth to test."""
     folds = sorted({int(split) for split in splits if split.isdigit()})
     for k, after in zip(folds, folds[1:] + folds[:1]):
         splits[splits == str(k)] = "test" if k == fold else "valid" if after == fold else "train"
@@ -450,9 +440,8 @@ def load_batch(corpus, clips, frames, rng=None, repeat=False):
 
 
 def cut_windows(corpus, clips, frames):
-    """Return (a corpus of the windows of `frames` frames of these clips, side by side; (windows,)
-    the row in `clips` that each is of). A clip's last window is moved back to be whole, so that all
-    of them weigh the same."""
+    """Return (a corpus of these clips' windows of `frames` frames; (windows,) the row in `clips` of
+    each). A clip's last window is moved back to be whole, so that all weigh the same."""
     size = frames if corpus.mels else samples_of(frames)
     count = np.maximum(1, -(-corpus.length[clips] // size))  # rounded up
     owner = np.repeat(np.arange(len(clips)), count)  # (windows,)
@@ -1040,8 +1029,8 @@ def download_corpus(name, root, cache="cache"):
 
 def unpack(archive, folder):
     """Unpack a zip or tar.gz into `folder`, without the one folder that may hold all the rest, and
-    delete it. Raises ValueError for a damaged archive. Nothing is written outside: tar's filter
-    refuses such members, shutil leaves zip's out. `folder` never looks whole when it is not."""
+    delete it, also when it is damaged. Nothing is written outside: tar's filter refuses such
+    members, shutil leaves zip's out. `folder` never looks whole when it is not."""
     part = folder / ".unpacking"  # inside: `folder` may be a disk of its own
     form = {"format": "zip"} if zipfile.is_zipfile(archive) else dict(format="gztar", filter="data")
     try:
@@ -1086,16 +1075,15 @@ def draw_spectrograms(corpus, path):
     names = sorted(corpus.classes, key=lambda name: (">" not in name, name))[:6]
     clips = [train[corpus.labels[train] == corpus.classes.index(name)][0] for name in names]
     frames = 300 if corpus.mels else int(min(300, frames_of(corpus.length[clips].max())))
-    batch = load_batch(corpus, np.array(clips), frames)
-    x = batch.x.float() * 0.1 if corpus.mels else fbank(batch.x / 32768)  # (B, T, F)
-    augmented = augment_features(x - x.mean(), frames // 4, spec_f=24, spec_t=frames // 5)
+    x = load_batch(corpus, np.array(clips), frames).x
+    x = x.float() * 0.1 if corpus.mels else fbank(x / 32768)  # (B, T, F)
+    x = x - x.mean()  # the masks' 0 is its middle
+    augmented = augment_features(x, frames // 4, spec_f=24, spec_t=frames // 5)
     with figure(path, 2, len(names), (1.6 * len(names), 3.6)) as axes:
-        for row, values in zip(axes.reshape(2, -1), (x, augmented + x.mean())):
-            for axis, name, picture in zip(row, names, values):
-                axis.imshow(picture.T.numpy(), origin="lower", aspect="auto", cmap="magma",
-                            extent=(0, frames / 100, 0, x.shape[2]))
-                axis.set(title=name, xlabel="seconds", ylabel="mel bin")
-                axis.label_outer()
+        for axis, name, picture in zip(axes.flat, names * 2, [*x, *augmented]):
+            axis.imshow(picture.T.numpy(), origin="lower", aspect="auto", cmap="magma")
+            axis.set(title=name, xlabel="frame (10 ms)", ylabel="mel bin")
+            axis.label_outer()
 
 
 def main(argv=None):

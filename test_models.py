@@ -301,7 +301,7 @@ def test_damage_is_named_by_the_check_and_stops_training_or_is_left_out(tmp_path
         assert re.search(sentence, printed), (sentence, printed)
     arguments = (f"--data esc50 --root {root} --cache {tmp_path}/cache --out {tmp_path}/out "
                  "--init none --epochs 1 --steps 1 --frames 20 --rank 1").split()
-    with pytest.raises(SystemExit, match=r"10 of 60 clips of esc50(?s:.)*1-0.wav(?s:.)*--skip-"):
+    with pytest.raises(SystemExit, match=r"10 of 60 clips of esc50.*--skip-(?s:.)*1-0.wav"):
         train.main(arguments)
     assert not (tmp_path / "out").exists()
     train.main([*arguments, "--skip-bad", "--no-valid"])
