@@ -45,6 +45,8 @@ from tqdm import tqdm
 RATE = 16_000  # samples a second, everywhere behind the packed file
 HOP, WINDOW, FFT = 160, 400, 512  # 10 ms, 25 ms, the next power of two
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
+WAV_TYPES = {(1, 8): ("u1", 128), (1, 16): ("<i2", 2**15), (1, 24): ("<i4", 2**31),  # PCM
+             (1, 32): ("<i4", 2**31), (3, 32): ("<f4", 1), (3, 64): ("<f8", 1)}  # float
 
 # --------------------------------------------------------------------------------------------------
 # 1. Audio files: PCM and float WAV with numpy alone, the rest through torchaudio
@@ -64,10 +66,6 @@ def import_torchaudio():
         sys.modules["torchaudio._extension"] = stand_in
         import torchaudio.compliance.kaldi
     return torchaudio
-
-
-WAV_TYPES = {(1, 8): ("u1", 128), (1, 16): ("<i2", 2**15), (1, 24): ("<i4", 2**31),  # PCM
-             (1, 32): ("<i4", 2**31), (3, 32): ("<f4", 1), (3, 64): ("<f8", 1)}  # float
 
 
 def read_wav(path):
@@ -329,16 +327,14 @@ def index_trials(corpus, trials, anywhere, skip_bad):
     """Turn the clips' names in trials into indices; leave out, with a note, those of bad clips.
     `anywhere`: id10270/x6uYqmx31kE/00001.wav may lie at any depth, and be another kind of file."""
     key = lambda clip: "/".join(clip.rpartition(".")[0].split("/")[-3:]) if anywhere else clip
-    index = {key(clip): i for i, clip in enumerate(corpus.ids)}
-    missing = {clip for _, *pair in trials for clip in pair if key(clip) not in index}
-    if missing and not skip_bad:
-        raise ValueError(f"{corpus.name} lacks {len(missing)} of the clips that the trials name, "
-                         f"such as {min(missing)!r}; --skip-bad goes on without them")
-    corpus.bad += [f"{clip}: named by the trials, but missing" for clip in sorted(missing)]
-    pairs = [(label, index[key(a)], index[key(b)]) for label, a, b in trials
-             if not missing & {a, b}]
-    good = [pair for pair in pairs if corpus.length[pair[1]] and corpus.length[pair[2]]]
-    if len(good) < len(trials):
+    index = {key(clip): i for i, clip in enumerate(corpus.ids) if corpus.length[i]}
+    lost = {clip for _, *pair in trials for clip in pair if key(clip) not in index}
+    if lost and not skip_bad:
+        raise ValueError(f"{corpus.name} lacks {len(lost)} of the clips that the trials name, such "
+                         f"as {min(lost)!r}; --skip-bad goes on without them")
+    good = [(label, index[key(a)], index[key(b)]) for label, a, b in trials if not lost & {a, b}]
+    if lost:
+        corpus.bad += [f"{clip}: in the trials, but missing or unusable" for clip in sorted(lost)]
         corpus.notes.append(f"{len(trials) - len(good)} test trials of unusable clips are left "
                             "out: error rates are not comparable with the full list's")
     return good
@@ -694,27 +690,6 @@ def burst(rng, half):
     return band_noise(rng, low, low * rng.uniform(1.5, 3)) * part_of(rng, half)
 
 
-# Source classes: steady or slowly changing textures, to pre-train on.
-SOURCE = {
-    "sweep-up": lambda r: tone(log_uniform(r, 200, 1200) * r.uniform(2, 5) ** TIME),
-    "sweep-down": lambda r: tone(log_uniform(r, 1000, 6000) * r.uniform(2, 5) ** -TIME),
-    "hiss-low": lambda r: band_noise(r, 50, r.uniform(300, 600)),
-    "hiss-high": lambda r: band_noise(r, r.uniform(3000, 4500), 8000),
-    "tremolo-slow": lambda r: band_noise(r, 300, 5000) * (1 + tone(r.uniform(3, 6))),
-    "tremolo-fast": lambda r: band_noise(r, 300, 5000) * (1 + tone(r.uniform(12, 20))),
-    "vibrato": lambda r: tone(log_uniform(r, 500, 3000) * 2 ** (0.3 * tone(r.uniform(2, 4)))),
-    "buzz": lambda r: np.sign(tone(r.uniform(60, 120))),
-    "clicks-slow": lambda r: clicks(pulse_times(r, r.uniform(4, 7))),
-    "clicks-fast": lambda r: clicks(pulse_times(r, r.uniform(18, 30))),
-    "swell": lambda r: band_noise(r, 200, 4000) * TIME ** r.uniform(1, 3),
-    "fade": lambda r: band_noise(r, 200, 4000) * (1 - TIME) ** r.uniform(1, 3),
-    "burst-early": lambda r: burst(r, 0.0),
-    "burst-late": lambda r: burst(r, 0.5),
-    "beep-early": lambda r: tone(log_uniform(r, 200, 6000)) * part_of(r, 0.0),
-    "beep-late": lambda r: tone(log_uniform(r, 200, 6000)) * part_of(r, 0.5),
-}
-
-
 def bell(rng, at, decay=(0.1, 0.3)):
     """Inharmonic partials that die away."""
     pitch = log_uniform(rng, 500, 2000)
@@ -761,6 +736,26 @@ def knocks(rng, faster):
     start, gaps = rng.uniform(0.01, 0.1), gaps if faster else gaps[::-1]
     return clicks(start + np.cumsum(gaps)[:-1] * 0.95, 0.008)
 
+
+# Source classes: steady or slowly changing textures, to pre-train on.
+SOURCE = {
+    "sweep-up": lambda r: tone(log_uniform(r, 200, 1200) * r.uniform(2, 5) ** TIME),
+    "sweep-down": lambda r: tone(log_uniform(r, 1000, 6000) * r.uniform(2, 5) ** -TIME),
+    "hiss-low": lambda r: band_noise(r, 50, r.uniform(300, 600)),
+    "hiss-high": lambda r: band_noise(r, r.uniform(3000, 4500), 8000),
+    "tremolo-slow": lambda r: band_noise(r, 300, 5000) * (1 + tone(r.uniform(3, 6))),
+    "tremolo-fast": lambda r: band_noise(r, 300, 5000) * (1 + tone(r.uniform(12, 20))),
+    "vibrato": lambda r: tone(log_uniform(r, 500, 3000) * 2 ** (0.3 * tone(r.uniform(2, 4)))),
+    "buzz": lambda r: np.sign(tone(r.uniform(60, 120))),
+    "clicks-slow": lambda r: clicks(pulse_times(r, r.uniform(4, 7))),
+    "clicks-fast": lambda r: clicks(pulse_times(r, r.uniform(18, 30))),
+    "swell": lambda r: band_noise(r, 200, 4000) * TIME ** r.uniform(1, 3),
+    "fade": lambda r: band_noise(r, 200, 4000) * (1 - TIME) ** r.uniform(1, 3),
+    "burst-early": lambda r: burst(r, 0.0),
+    "burst-late": lambda r: burst(r, 0.5),
+    "beep-early": lambda r: tone(log_uniform(r, 200, 6000)) * part_of(r, 0.0),
+    "beep-late": lambda r: tone(log_uniform(r, 200, 6000)) * part_of(r, 0.5),
+}
 
 # Target classes, other generators: what the source classes teach must be adapted, not recalled. A
 # name with ">" has a twin of the same parts in another order: a model without order guesses there.
