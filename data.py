@@ -42,6 +42,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+# torchaudio's compiled extension, which nothing here needs, refuses a torch that it was not built
+# for: a CPU-only one, or one for another CUDA version. An empty module takes its place.
+extension = types.ModuleType("torchaudio._extension")
+extension._IS_TORCHAUDIO_EXT_AVAILABLE = extension._IS_ALIGN_AVAILABLE = False
+extension.fail_if_no_align = lambda function: function
+sys.modules.setdefault("torchaudio._extension", extension)
+import torchaudio  # noqa: E402
+from torchaudio.compliance.kaldi import get_mel_banks  # noqa: E402
+
 RATE = 16_000  # samples a second, everywhere behind the packed file
 HOP, WINDOW, FFT = 160, 400, 512  # 10 ms, 25 ms, the next power of two
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
@@ -50,22 +59,6 @@ WAV_TYPES = {(1, 8): ("u1", 128), (1, 16): ("<i2", 2**15), (1, 24): ("<i4", 2**3
 
 # --------------------------------------------------------------------------------------------------
 # 1. Audio files: PCM and float WAV with numpy alone, the rest through torchaudio
-
-
-def import_torchaudio():
-    """Return torchaudio. Its compiled extension, which nothing here needs, refuses a torch that it
-    was not built for, as one for another CUDA version: an empty one takes its place then."""
-    try:
-        import torchaudio.compliance.kaldi
-    except (OSError, RuntimeError, ImportError):
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
-            del sys.modules[name]
-        stand_in = types.ModuleType("torchaudio._extension")
-        stand_in._IS_TORCHAUDIO_EXT_AVAILABLE = stand_in._IS_ALIGN_AVAILABLE = False
-        stand_in.fail_if_no_align = lambda function: function
-        sys.modules["torchaudio._extension"] = stand_in
-        import torchaudio.compliance.kaldi
-    return torchaudio
 
 
 def read_wav(path):
@@ -105,7 +98,7 @@ def read_audio(path):
         wave, rate = read_wav(path)
     else:
         try:
-            wave, rate = import_torchaudio().load(str(path))
+            wave, rate = torchaudio.load(str(path))
         except (ImportError, RuntimeError, OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]  # FFmpeg's errors go on for a page
             raise ValueError(f"{path}: not readable as audio ({reason}). All but WAV needs FFmpeg "
@@ -119,7 +112,7 @@ def read_audio(path):
     if rate != RATE:  # with a low-pass filter: dropping samples would fold high sounds down
         # It grows with the ratio's terms: 44,101 Hz would take 28 GB. Small ones are off by 1e-6.
         ratio = Fraction(RATE, rate).limit_denominator(1000)
-        wave = import_torchaudio().functional.resample(
+        wave = torchaudio.functional.resample(
             torch.from_numpy(wave), ratio.denominator, ratio.numerator).numpy()
     return wave
 
@@ -180,35 +173,33 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, s
                 valid=True, trials="o", train=True):
     """Return the corpus `name` of CORPORA, packed, with splits and trials. The arguments are flags
     of train.py; without `train` only the test is of use, so the trials may name every speaker."""
-    source, listed = CORPORA[name], None
+    source = CORPORA[name]
     file, count = source.lists.get(trials, ("trials.txt", 0))
     try:
         if source.tree and not (root and Path(root).is_dir()):
             raise FileNotFoundError(f"no folder at '{root or ''}'")
         root = Path(root or ".")
-        if source.tree and (source.lists or (root / file).is_file()):
-            listed = read_trials(root / file)
+        if source.lists:
+            (root / file).stat()  # raises before the clips are packed, which takes hours
         corpus = (pack(name, root, source.rows(root), source.read, cache, skip_bad)
                   if source.rows else open_features(root))
     except FileNotFoundError as error:
         brings = f"\n--download brings {source.address} into ROOT." * bool(source.address)
         raise ValueError(f"--data {name} needs --root, a folder with what follows ({error}).\n"
                          f"{source.tree}{brings}") from error
-    for what, expected, found in (("clips", source.clips, np.count_nonzero(corpus.length)),
-                                  (f"trials in {file}", count, len(listed or ()))):
-        if expected not in (0, found):
-            corpus.notes.append(f"expected {expected:,} {what}, found {found:,}")
-    if listed is not None:
-        corpus.trials["test"] = index_trials(corpus, listed, bool(source.lists), skip_bad)
+    good = np.count_nonzero(corpus.length)
+    if source.clips not in (0, good):
+        corpus.notes.append(f"expected {source.clips:,} clips, found {good:,}")
+    if source.tree and (root / file).is_file():
+        read_trials(corpus, root / file, count, skip_bad)
     for split in ("valid", "test") if source.trials else ():
         corpus.trials[split] = make_trials(corpus.pick(split), corpus.labels, rng_of(split))
     return make_splits(corpus, seed, fold or 1, few_shot, valid, train)
 
 
 def pack(name, root, rows, read, cache, skip_bad):
-    """Decode the clips of (clip, class, split) into one file, once; return them as a Corpus. The
-    file is named by a hash of their names, sizes and times: a changed corpus is another file. Bad
-    clips raise without `skip_bad`, and are read again then: a decoder may be installed by now."""
+    """Decode the clips of (clip, class, split) once, into a file named by a hash of their names,
+    sizes and times; return a Corpus. Without `skip_bad`, bad clips are read again, then raise."""
     if not rows:
         raise FileNotFoundError(f"no clips of {name} below {root}")
     digest = hashlib.sha256()
@@ -226,8 +217,8 @@ def pack(name, root, rows, read, cache, skip_bad):
         write_pack(path, ids, read or (lambda clip: read_audio(root / clip)), 4 if read else 1)
     store, length, bad = read_pack(path)
     if bad and not skip_bad:
-        raise ValueError(f"{len(bad)} of {len(ids)} clips of {name} cannot be used; --skip-bad goes "
-                         "on without them:\n  " + "\n  ".join(bad[:5]))
+        raise ValueError(f"{len(bad)} of {len(ids)} clips of {name} cannot be used; --skip-bad "
+                         "goes on without them:\n  " + "\n  ".join(bad[:5]))
     splits = np.where(length > 0, np.array(splits, object), "bad")
     return Corpus(name, ids, np.array(names), splits, [], np.cumsum(length) - length, length, store,
                   notes=[f"{len(bad)} unusable clips are left out"] * bool(bad), bad=bad)
@@ -323,21 +314,27 @@ def make_splits(corpus, seed, fold, few_shot, valid, train):
     return corpus
 
 
-def index_trials(corpus, trials, anywhere, skip_bad):
-    """Turn the clips' names in trials into indices; leave out, with a note, those of bad clips.
-    `anywhere`: id10270/x6uYqmx31kE/00001.wav may lie at any depth, and be another kind of file."""
-    key = lambda clip: "/".join(clip.rpartition(".")[0].split("/")[-3:]) if anywhere else clip
+def read_trials(corpus, path, count, skip_bad):
+    """Read lines `label id_a id_b`, label 1 for the same speaker, into corpus.trials, as indices.
+    In VoxCeleb's lists, of `count` trials, a clip may lie at any depth, and end in .m4a."""
+    rows = [line.split() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
+    for row in rows:
+        if len(row) != 3 or row[0] not in ("0", "1"):
+            raise ValueError(f"{path}: expected `1 id_a id_b`, got {' '.join(row)!r}")
+    key = lambda clip: "/".join(clip.rpartition(".")[0].split("/")[-3:]) if count else clip
     index = {key(clip): i for i, clip in enumerate(corpus.ids) if corpus.length[i]}
-    lost = {clip for _, *pair in trials for clip in pair if key(clip) not in index}
+    lost = {clip for _, *pair in rows for clip in pair if key(clip) not in index}
     if lost and not skip_bad:
         raise ValueError(f"{corpus.name} lacks {len(lost)} of the clips that the trials name, such "
                          f"as {min(lost)!r}; --skip-bad goes on without them")
-    good = [(label, index[key(a)], index[key(b)]) for label, a, b in trials if not lost & {a, b}]
+    good = [(int(label), index[key(a)], index[key(b)]) for label, a, b in rows if not lost & {a, b}]
+    corpus.trials["test"] = good
     if lost:
         corpus.bad += [f"{clip}: in the trials, but missing or unusable" for clip in sorted(lost)]
-        corpus.notes.append(f"{len(trials) - len(good)} test trials of unusable clips are left "
-                            "out: error rates are not comparable with the full list's")
-    return good
+        corpus.notes.append(f"{len(rows) - len(good)} test trials of unusable clips are left out: "
+                            "error rates are not comparable with the full list's")
+    if count not in (0, len(rows)):
+        corpus.notes.append(f"expected {count:,} trials in {path.name}, found {len(rows):,}")
 
 
 def split_by_speaker(corpus, names, rng, draw):
@@ -401,9 +398,8 @@ class Batch:
 
 def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=False, shard=(0, 1),
             steps=None):
-    """Yield Batches of `frames` frames; shuffled, cropped at random and cut to whole for training.
-    The draw of batch n depends on (seed, epoch, n) alone, so a resumed run sees the same data.
-    shard = (rank, world): every process takes its part of each batch, `steps` at most."""
+    """Yield Batches, `steps` at most; for training shuffled, cropped at random and whole. Batch n
+    depends on (seed, epoch, n) alone, so a run can resume. shard (rank, world): a part of each."""
     order = np.random.default_rng([seed, epoch]).permutation(clips) if train else np.asarray(clips)
     size = min(size, len(order)) if train else size  # fewer clips than a batch: one small batch
     groups = [order[i : i + size] for i in range(0, len(order), size)]
@@ -471,15 +467,13 @@ def samples_of(frames):
 @lru_cache
 def mel_triangles(mels, device):
     """(FFT/2 + 1, mels): kaldi's triangles, equally spaced in mel from 20 Hz to 8 kHz."""
-    kaldi = import_torchaudio().compliance.kaldi
-    triangles, _ = kaldi.get_mel_banks(mels, FFT, RATE, 20.0, 0.0, 100.0, -500.0, 1.0)
+    triangles, _ = get_mel_banks(mels, FFT, RATE, 20.0, 0.0, 100.0, -500.0, 1.0)
     return F.pad(triangles, (0, 1)).T.to(device)  # (mels, 256) without the highest bin's zero
 
 
 def fbank(waves, mels=128):
-    """Log-mel features of float waves in [-1, 1]: (B, samples) -> (B, T, F), on their device. Equal
-    to torchaudio.compliance.kaldi.fbank(htk_compat=True, window_type="hanning", dither=0): natural
-    logarithm of power, what AST's checkpoints were trained on."""
+    """Log-mel features of float waves in [-1, 1]: (B, samples) -> (B, T, F). AST was trained on
+    kaldi's, fbank(htk_compat=True, window_type="hanning", dither=0): these are equal."""
     window = torch.hann_window(WINDOW, periodic=False, device=waves.device)  # (400,)
     # On the CPU in parts of some 400 frames, which stay in its cache: twice as fast.
     size = max(1, 400 // int(frames_of(waves.shape[1]))) if waves.is_cpu else len(waves)
@@ -499,9 +493,8 @@ def fbank(waves, mels=128):
 
 
 def features(batch, encoder):
-    """Return the encoder's input (B, T, F), on the Batch's device, normalised as the encoder asks:
-    by AudioSet's mean and std, or "utterance", without each clip's own mean per bin, and with it
-    without a channel's constant colour."""
+    """Return the encoder's input (B, T, F), normalised as it asks: by AudioSet's mean and std, or
+    ("utterance") without each clip's own mean per bin, which is where a channel's colour is."""
     x = batch.x  # (B, samples) or (B, T, F)
     if x.ndim == 3 and x.is_floating_point():  # made before: inputs, or frozen outputs (B, 1, D)
         return x[:, 0] if x.shape[1] == 1 else x  # (B, D) or (B, T, F)
@@ -527,24 +520,23 @@ SPEEDS = ((1, 1), (9, 10), (11, 10))  # x1, x0.9, x1.1
 
 
 def augment_features(x, shift=0, spec_f=0, spec_t=0):
-    """Training features (B, T, F): roll each clip by up to `shift` frames either way, as AST's
-    recipe does; then hide one band of bins and one stretch of frames, each up to so wide
-    (SpecAugment, 1904.08779). x is normalised, so the mask's 0 is near the mean."""
+    """Training features (B, T, F): roll a clip by up to `shift` frames either way, as in AST; then
+    hide a band of bins and a stretch of frames, each up to so wide (SpecAugment, 1904.08779)."""
     if shift:
         by = torch.randint(-shift, shift + 1, (len(x), 1), device=x.device)  # (B, 1)
         source = (torch.arange(x.shape[1], device=x.device) - by) % x.shape[1]  # (B, T)
         x = x.gather(1, source[:, :, None].expand_as(x))  # (B, T, 1) -> (B, T, F)
-    mask = import_torchaudio().functional.mask_along_axis_iid
     for axis, widest in ((2, spec_f), (1, spec_t)):  # bins, then frames
-        if widest:
-            x = mask(x, min(widest, x.shape[axis]), 0.0, axis)
+        if widest:  # x is normalised, so 0 is near its mean
+            x = torchaudio.functional.mask_along_axis_iid(
+                x, min(widest, x.shape[axis]), 0.0, axis)
     return x
 
 
 def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", rooms="", share=0.6,
                   snr=(0, 15)):
-    """Give the waves (B, samples) of a training Batch speeds (crops of `frames_at_speed` are then
-    cut to `frames`), levels of up to `gain` dB more or less, and to a `share` of them noise or a
+    """Give the waves (B, samples) of a training Batch speeds (crops, a tenth longer, are then cut
+    to `frames`), levels of up to `gain` dB more or less, and to a `share` of them noise or a
     room: nothing, "generated", or a Corpus of `open_sounds`. `snr`: lowest and highest, in dB."""
     if not (speeds or gain or noise or rooms):
         return batch
@@ -565,20 +557,14 @@ def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", room
         sounds = (make_noise(x, noisy) if noise == "generated" else
                   draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device))
         ratio = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,)
-        y[noisy] = import_torchaudio().functional.add_noise(
-            x[noisy], sounds, ratio, batch.lengths[noisy])
+        y[noisy] = torchaudio.functional.add_noise(x[noisy], sounds, ratio, batch.lengths[noisy])
     return replace(batch, x=y)
-
-
-def frames_at_speed(frames):
-    """Frames of a crop that still holds `frames` when it is played x1.1."""
-    return math.ceil(1.1 * samples_of(frames) / HOP)
 
 
 def perturb_speed(batch, frames, classes):
     """Play each clip at one of SPEEDS. Pitch and formants move with the speed, which makes another
     speaker: label + classes * k."""
-    resample, samples = import_torchaudio().functional.resample, samples_of(frames)
+    resample, samples = torchaudio.functional.resample, samples_of(frames)
     x, lengths = batch.x.new_empty(len(batch.x), samples), batch.lengths.clone()
     drawn = torch.randint(len(SPEEDS), lengths.shape, device=x.device)  # (B,)
     for k, (fast, slow) in enumerate(SPEEDS):
@@ -592,7 +578,7 @@ def perturb_speed(batch, frames, classes):
 def reverberate(x, responses):
     """Put waves (B, n) each in a room: convolve them with impulse responses (B, m). The direct
     path, a response's highest peak, stays where the wave was; the energy is kept."""
-    wet = import_torchaudio().functional.fftconvolve(x, responses)  # (B, n + m - 1)
+    wet = torchaudio.functional.fftconvolve(x, responses)  # (B, n + m - 1)
     direct = responses.abs().argmax(1, keepdim=True)  # (B, 1)
     wet = wet.gather(1, direct + torch.arange(x.shape[1], device=x.device))  # (B, n)
     return wet * x.norm(dim=1, keepdim=True) / wet.norm(dim=1, keepdim=True).clamp_min(1e-6)
@@ -799,7 +785,6 @@ def sound(clip):
 # `voices`: a lesson in speech as source and filter. The source is a row of pulses (the vocal folds)
 # or noise (air through a gap); the filter is the vocal tract, whose resonances, the formants, make
 # the phoneme. Who speaks is in both, under what is said; each utterance has a channel of its own.
-
 # What everybody says. Formants in Hz of a tract of middle length; loudness of pulses and of noise.
 PHONEMES = np.array([  # vowels: F1 rises as the jaw opens, F2 as the tongue comes forward
     (730, 1090, 2440, 1.0, 0.0), (270, 2290, 3010, 0.7, 0.0), (300, 870, 2240, 0.7, 0.0),  # a i u
@@ -913,15 +898,6 @@ def speechcommands_rows(root):
             if clip.count("/") == 1 and not clip.startswith("_")]  # _background_noise_ is no word
 
 
-def read_trials(path):
-    """Lines `label id_a id_b`, label 1 for the same speaker -> [(label, id_a, id_b)]."""
-    lines = [line.split() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    for line in lines:
-        if line and (len(line) != 3 or line[0] not in ("0", "1")):
-            raise ValueError(f"{path}: expected `1 id_a id_b`, got {' '.join(line)!r}")
-    return [(int(line[0]), line[1], line[2]) for line in lines if line]
-
-
 def open_features(root):
     """Return a corpus of ready log-mel features: features.npy (frames, F) int8, one step 0.1 of a
     natural logarithm; index.csv, a row a clip. Raises ValueError for another shape."""
@@ -1024,9 +1000,8 @@ def download_corpus(name, root, cache="cache"):
 
 def unpack(archive, folder):
     """Unpack a zip or tar.gz into `folder`, without the one folder that may hold all the rest, and
-    delete it, also when it is damaged. Nothing is written outside: tar's filter refuses such
-    members, shutil leaves zip's out. `folder` never looks whole when it is not."""
-    part = folder / ".unpacking"  # inside: `folder` may be a disk of its own
+    delete it. Members that would lie outside are refused (tar) or left out (zip)."""
+    part = folder / ".unpacking"  # so that `folder` never looks whole when it is not
     form = {"format": "zip"} if zipfile.is_zipfile(archive) else dict(format="gztar", filter="data")
     try:
         shutil.unpack_archive(archive, part, **form)
@@ -1034,11 +1009,8 @@ def unpack(archive, folder):
         for path in list((part if others or not top.is_dir() else top).iterdir()):
             os.replace(path, folder / path.name)
     except Exception as error:  # of zipfile, tarfile, gzip, zlib: they share no other class
-        if isinstance(error, OSError) and error.errno:  # a full disk is no damage
-            raise
-        archive.unlink()
-        raise ValueError(f"{archive} is damaged ({error}) and was deleted: the same command gets "
-                         "it again") from error
+        raise ValueError(f"{archive} could not be unpacked ({error}); if it is damaged, delete it: "
+                         "the same command gets it again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     archive.unlink()
