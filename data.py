@@ -92,8 +92,7 @@ def read_wav(path):
 
 
 def read_audio(path):
-    """Read any audio file: mono float32 (samples,) at RATE, the mean of its channels. Raises
-    ValueError with a sentence for what cannot be decoded, holds NaN or is too short for a frame."""
+    """Read any audio file: mono float32 (samples,) at RATE, the mean of its channels."""
     if str(path).lower().endswith(".wav"):
         wave, rate = read_wav(path)
     else:
@@ -205,10 +204,9 @@ def pack(name, root, rows, read, cache, skip_bad):
     digest = hashlib.sha256()
     for clip, _, _ in rows:  # a million: one by one, not as one text
         stamp = VERSION
-        if not read:
-            with contextlib.suppress(OSError):  # missing: reading it will say so
-                stat = os.stat(f"{root}/{clip}")  # Path's slash takes longer than the call
-                stamp = stat.st_size, stat.st_mtime_ns
+        with contextlib.suppress(OSError):  # built in, or missing, which reading it will say
+            stat = os.stat(f"{root}/{clip}")  # Path's slash takes longer than the call
+            stamp = stat.st_size, stat.st_mtime_ns
         digest.update(f"{clip} {stamp}\n".encode())
     place = "own" if read else hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:6]
     path = Path(cache) / f"{name}-{place}.{digest.hexdigest()[:16]}.packed"
@@ -528,8 +526,7 @@ def augment_features(x, shift=0, spec_f=0, spec_t=0):
         x = x.gather(1, source[:, :, None].expand_as(x))  # (B, T, 1) -> (B, T, F)
     for axis, widest in ((2, spec_f), (1, spec_t)):  # bins, then frames
         if widest:  # x is normalised, so 0 is near its mean
-            x = torchaudio.functional.mask_along_axis_iid(
-                x, min(widest, x.shape[axis]), 0.0, axis)
+            x = torchaudio.functional.mask_along_axis_iid(x, min(widest, x.shape[axis]), 0.0, axis)
     return x
 
 
@@ -881,8 +878,6 @@ def table(path, *forms):
     with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: Excel's first three bytes
         rows = [{column: text for column, text in row.items() if text is not None}
                 for row in csv.DictReader(file)]
-    if not rows:
-        raise ValueError(f"{path}: no rows")
     try:
         return [tuple(form.format_map(row) for form in forms) for row in rows]
     except KeyError as error:
@@ -1018,8 +1013,7 @@ def unpack(archive, folder):
 
 def check_figure(path):
     """Raise a sentence, before any work, for a figure that could not be drawn or written."""
-    path = Path(path)
-    fine = path.suffix in (".png", ".svg", ".pdf") and os.access(path.parent, os.W_OK)
+    fine = path.endswith((".png", ".svg", ".pdf")) and os.access(Path(path).parent, os.W_OK)
     if not (fine and importlib.util.find_spec("matplotlib")):
         raise ValueError(f"--figure {path}: expected a name that ends in .png, .svg or .pdf, in a "
                          "folder that is there, and matplotlib (pip install matplotlib)")
