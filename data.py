@@ -102,8 +102,7 @@ def read_audio(path):
             reason = str(error).partition("\n")[0]  # FFmpeg's errors go on for a page
             raise ValueError(f"{path}: not readable as audio ({reason}). All but WAV needs FFmpeg "
                              "and torchcodec: pip install torchcodec, or convert it") from error
-        wave = wave.numpy()
-    wave = wave.mean(0)  # (channels, n) -> (n,)
+    wave = np.asarray(wave).mean(0)  # (channels, n) -> (n,)
     samples = math.ceil(len(wave) * RATE / rate)  # after resampling, which fails on an empty wave
     if samples < WINDOW or not np.isfinite(wave).all():
         raise ValueError(f"{path}: {samples} samples at 16 kHz; shorter than one frame ({WINDOW}), "
@@ -139,7 +138,6 @@ class Corpus:
     """Clips as columns; clip i is store[start[i] : start[i] + length[i]]. The store is a memory map
     of int16 samples (n,), or of int8 log-mel frames (n, F) x 0.1 where a corpus brings features.
     With `trials` the corpus is one for verification, else for classes."""
-
     name: str
     ids: list
     labels: np.ndarray  # (clips,) index into classes; -1 for a speaker who is not in training
@@ -174,10 +172,8 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, s
     of train.py; without `train` only the test is of use, so the trials may name every speaker."""
     source = CORPORA[name]
     file, count = source.lists.get(trials, ("trials.txt", 0))
+    root = Path(root or "ROOT")
     try:
-        if source.tree and not (root and Path(root).is_dir()):
-            raise FileNotFoundError(f"no folder at '{root or ''}'")
-        root = Path(root or ".")
         if source.lists:
             (root / file).stat()  # raises before the clips are packed, which takes hours
         corpus = (pack(name, root, source.rows(root), source.read, cache, skip_bad)
@@ -383,7 +379,6 @@ def make_trials(clips, names, rng):
 @dataclass
 class Batch:
     """x: (B, samples) int16 or (B, T, F) int8; lengths, labels, clips (indices): (B,)."""
-
     x: torch.Tensor
     lengths: torch.Tensor
     labels: torch.Tensor
@@ -860,7 +855,6 @@ def voice(clip):
 class Source:
     """What CORPORA says about one corpus. Splits of `rows` besides train, valid and test: "any" is
     drawn by a seed, of "train*" a tenth validates, "1", "2", ... are folds."""
-
     rows: object  # root -> [(clip, class, split)]
     tree: str = ""  # how the root must look, and where to ask for it; empty: built in
     clips: int = 0  # of the official corpus; 0: any number
