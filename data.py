@@ -116,8 +116,7 @@ def read_audio(path):
 
 
 def to_int16(wave):
-    """Floats in [-1, 1) -> int16, 32768 steps to 1. Clipped: an overshoot would wrap to its other
-    sign, a loud click, and float files and resampling do overshoot."""
+    """Floats in [-1, 1) -> int16. Clipped: resampling overshoots, which would wrap to a click."""
     return (np.clip(wave, -1, 32767 / 32768) * 32768).round().astype("<i2")
 
 
@@ -221,10 +220,6 @@ def pack(name, root, rows, read, cache, skip_bad):
 def write_pack(path, clips, read, threads):
     """Write the samples of all clips, a JSON index (lengths, {id: reason}) and its size. The file
     is renamed at the end: its name stands for a whole file, also for another program."""
-    name, lengths, bad = path.name.partition(".")[0], [], {}
-    part = path.with_suffix(f".{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-
     def read_or_note(clip):
         try:
             return read(clip)
@@ -232,6 +227,9 @@ def write_pack(path, clips, read, threads):
             bad[clip] = str(error)
             return np.zeros(0)
 
+    name, lengths, bad = path.name.partition(".")[0], [], {}
+    part = path.with_suffix(f".{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with ThreadPool(threads) as pool, open(part, "wb") as file:
             for wave in tqdm(pool.imap(read_or_note, clips, 16), f"packing {name}", len(clips),
@@ -442,8 +440,7 @@ def cut_windows(corpus, clips, frames):
 # --------------------------------------------------------------------------------------------------
 # 5. Features: a batch of waves to log-mel frames, equal to kaldi's
 
-# Mean and std of AudioSet's log-mel bins, from AST's code. They belong to its checkpoints and stay
-# the same on every corpus: a corpus' own would shift what the frozen layers have learned to read.
+# Of AudioSet's log-mel bins, from AST's code. A corpus' own would shift what its layers can read.
 AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 4.5689974
 
 
@@ -577,13 +574,12 @@ def reverberate(x, responses):
 
 
 def make_rooms(count, device):
-    """(count, m) impulse responses: a direct path of 1, then noise, 0 to 10 dB weaker as a whole,
-    that dies by 60 dB in 0.2 to 0.8 s."""
+    """(count, m) responses: a direct path of 1, then weaker noise that dies in 0.2 to 0.8 s."""
     seconds, weaker = torch.rand(2, count, 1, device=device)  # (count, 1) each, 0 to 1
     instants = torch.arange(RATE // 2, device=device) / RATE  # (m,)
     decay = 10 ** (-3 * instants / (0.2 + 0.6 * seconds))  # (count, m)
     tail = torch.randn(count, len(instants), device=device) * decay
-    tail = tail / tail.norm(dim=1, keepdim=True) / 10 ** (weaker / 2)
+    tail = tail / tail.norm(dim=1, keepdim=True) / 10 ** (weaker / 2)  # 0 to 10 dB weaker
     tail[:, 0] = 1
     return tail
 
@@ -804,8 +800,7 @@ def channel(rng):
 
 
 def speak(rng, speaker, steps):
-    """(steps, bins): what one speaker says, phonemes at random. `speaker` is a generator of its
-    own, so what it draws is the same in all that this speaker says."""
+    """(steps, bins): random phonemes; `speaker` draws the same in all that one speaker says."""
     pitch = log_uniform(speaker, 80, 280)  # Hz, from a deep man's to a child's
     melody = speaker.uniform(0.1, 0.4)  # how far the pitch wanders, in octaves
     jitter = speaker.uniform(0.0, 0.03)  # its unsteadiness, in octaves
@@ -964,6 +959,7 @@ CORPORA = {
 
 def download(address, path, sha256=""):
     """Bring `address` to `path`, unless it is there; return the path, or raise a sentence."""
+    path = Path(path)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:  # to a temporary name, then renamed
@@ -975,8 +971,7 @@ def download(address, path, sha256=""):
 
 
 def download_corpus(name, root, cache="cache"):
-    """--download: bring the archive of a corpus into an empty or new `root`, or its lists into any.
-    A root that holds something is left as it is, so the command can be repeated."""
+    """--download: bring a corpus' lists into `root`, or its archive if nothing is there yet."""
     source = CORPORA[name]
     if not (root and source.address):
         raise ValueError(f"--download needs --root, and an address: {name} has "
@@ -1032,8 +1027,7 @@ def draw_spectrograms(corpus, path):
     frames = 300 if corpus.mels else int(min(300, frames_of(corpus.length[clips].max())))
     x = load_batch(corpus, np.array(clips), frames).x
     x = x.float() * 0.1 if corpus.mels else fbank(x / 32768)  # (B, T, F)
-    x = x - x.mean()  # the masks' 0 is its middle
-    augmented = augment_features(x, frames // 4, spec_f=24, spec_t=frames // 5)
+    augmented = augment_features(x - x.mean(), frames // 4, spec_f=24, spec_t=frames // 5)
     with figure(path, 2, len(names), (1.6 * len(names), 3.6)) as axes:
         for axis, name, picture in zip(axes.flat, names * 2, [*x, *augmented]):
             axis.imshow(picture.T.numpy(), origin="lower", aspect="auto", cmap="magma")
