@@ -42,37 +42,28 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+# torchaudio's compiled extension, which nothing here needs, refuses a torch that it was not built
+# for: a CPU-only one, or one for another CUDA version. An empty module takes its place.
+extension = types.ModuleType("torchaudio._extension")
+extension._IS_TORCHAUDIO_EXT_AVAILABLE = extension._IS_ALIGN_AVAILABLE = False
+extension.fail_if_no_align = lambda function: function
+sys.modules.setdefault("torchaudio._extension", extension)
+import torchaudio  # noqa: E402
+from torchaudio.compliance.kaldi import get_mel_banks  # noqa: E402
+
 RATE = 16_000  # samples a second, everywhere behind the packed file
 HOP, WINDOW, FFT = 160, 400, 512  # 10 ms, 25 ms, the next power of two
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
+WAV_TYPES = {(1, 8): ("u1", 128), (1, 16): ("<i2", 2**15), (1, 24): ("<i4", 2**31),  # PCM
+             (1, 32): ("<i4", 2**31), (3, 32): ("<f4", 1), (3, 64): ("<f8", 1)}  # float
 
 # --------------------------------------------------------------------------------------------------
 # 1. Audio files: PCM and float WAV with numpy alone, the rest through torchaudio
 
 
-def import_torchaudio():
-    """Return torchaudio, also beside a torch it was not built for: another CUDA version, or none.
-    Its compiled extension refuses that; nothing here needs it, so an empty one takes its place."""
-    try:
-        import torchaudio.compliance.kaldi
-    except (OSError, RuntimeError, ImportError):
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
-            del sys.modules[name]
-        stand_in = types.ModuleType("torchaudio._extension")
-        stand_in._IS_TORCHAUDIO_EXT_AVAILABLE = stand_in._IS_ALIGN_AVAILABLE = False
-        stand_in.fail_if_no_align = lambda function: function
-        sys.modules["torchaudio._extension"] = stand_in
-        import torchaudio.compliance.kaldi
-    return torchaudio
-
-
-WAV_TYPES = {(1, 8): ("u1", 128), (1, 16): ("<i2", 2**15), (1, 24): ("<i4", 2**31),  # PCM
-             (1, 32): ("<i4", 2**31), (3, 32): ("<f4", 1), (3, 64): ("<f8", 1)}  # float
-
-
 def read_wav(path):
     """Return a WAV file as float32 (channels, n) in [-1, 1], and its samples a second. RIFF is a
-    row of chunks: 4 letters, little-endian size, body padded to even. Raises ValueError else."""
+    row of chunks: 4 letters, little-endian size, body padded to even."""
     form = b""
     with open(path, "rb") as file:
         riff = file.read(12)
@@ -101,36 +92,31 @@ def read_wav(path):
 
 
 def read_audio(path):
-    """Read any audio file: mono float32 (samples,) at RATE, the mean of its channels. Raises
-    ValueError with a sentence for what cannot be decoded, holds NaN or is too short for a frame."""
+    """Read any audio file: mono float32 (samples,) at RATE, the mean of its channels."""
     if str(path).lower().endswith(".wav"):
         wave, rate = read_wav(path)
     else:
         try:
-            wave, rate = import_torchaudio().load(str(path))
+            wave, rate = torchaudio.load(str(path))
         except (ImportError, RuntimeError, OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]  # FFmpeg's errors go on for a page
             raise ValueError(f"{path}: not readable as audio ({reason}). All but WAV needs FFmpeg "
                              "and torchcodec: pip install torchcodec, or convert it") from error
-        wave = wave.numpy()
-    wave = wave.mean(0)  # (channels, n) -> (n,)
+    wave = np.asarray(wave).mean(0)  # (channels, n) -> (n,)
     samples = math.ceil(len(wave) * RATE / rate)  # after resampling, which fails on an empty wave
-    if samples < WINDOW:
-        raise ValueError(f"{path}: {samples} samples at 16 kHz, shorter than one frame ({WINDOW})")
-    if not np.isfinite(wave).all():
-        raise ValueError(f"{path}: holds samples that are not finite")
+    if samples < WINDOW or not np.isfinite(wave).all():
+        raise ValueError(f"{path}: {samples} samples at 16 kHz; shorter than one frame ({WINDOW}), "
+                         "or not finite")
     if rate != RATE:  # with a low-pass filter: dropping samples would fold high sounds down
-        # The filter grows with the ratio's terms: 44,101 Hz would take 28 GB. With small terms it
-        # is off by less than one in a million, far less than a recorder's clock.
+        # It grows with the ratio's terms: 44,101 Hz would take 28 GB. Small ones are off by 1e-6.
         ratio = Fraction(RATE, rate).limit_denominator(1000)
-        wave = import_torchaudio().functional.resample(
+        wave = torchaudio.functional.resample(
             torch.from_numpy(wave), ratio.denominator, ratio.numerator).numpy()
     return wave
 
 
 def to_int16(wave):
-    """Floats in [-1, 1) -> int16, 32768 steps to 1. Clipped: an overshoot would wrap to its other
-    sign, a loud click, and float files and resampling do overshoot."""
+    """Floats in [-1, 1) -> int16. Clipped: resampling overshoots, which would wrap to a click."""
     return (np.clip(wave, -1, 32767 / 32768) * 32768).round().astype("<i2")
 
 
@@ -138,7 +124,7 @@ def find_audio(root):
     """Return the paths of the audio files below a folder, relative to it, sorted."""
     start = len(os.path.join(root, ""))
     return sorted(os.path.join(folder, file)[start:].replace(os.sep, "/")
-                  for folder, _, files in os.walk(root, followlinks=True)  # rglob is slower
+                  for folder, _, files in os.walk(root, followlinks=True)
                   for file in files if file.lower().endswith(AUDIO))
 
 
@@ -148,12 +134,9 @@ def find_audio(root):
 
 @dataclass
 class Corpus:
-    """Clips of one corpus as columns; clip i is store[start[i] : start[i] + length[i]].
-
-    The store is a memory map: int16 samples (n,), or int8 log-mel frames (n, F) x 0.1 for corpora
-    that come as features. With `trials` the corpus is one for verification, else for classes.
-    """
-
+    """Clips as columns; clip i is store[start[i] : start[i] + length[i]]. The store is a memory map
+    of int16 samples (n,), or of int8 log-mel frames (n, F) x 0.1 where a corpus brings features.
+    With `trials` the corpus is one for verification, else for classes."""
     name: str
     ids: list
     labels: np.ndarray  # (clips,) index into classes; -1 for a speaker who is not in training
@@ -184,32 +167,16 @@ class Corpus:
 
 def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, skip_bad=False,
                 valid=True, trials="o", train=True):
-    """Return the corpus `name` of CORPORA, packed, with splits and trials.
-
-    cache     folder for packed files: a corpus' own `root` may be where nobody can write
-    seed      of all that is drawn: validation clips or speakers, splits of a folder, few_shot
-    fold      test fold of a corpus with folds, from 1 on; None: the first
-    few_shot  keep so many training clips a class, drawn by `seed`; 0 keeps all
-    skip_bad  go on without clips that cannot be read; else they raise
-    valid     False: the validation clips train too, so there is nothing to select on
-    trials    which of VoxCeleb's lists of trials: o, e or h
-    train     False: only the test clips are of use, so the trials may name every speaker
-    """
-    source, listed = CORPORA[name], None
+    """Return the corpus `name` of CORPORA, packed, with splits and trials. The arguments are flags
+    of train.py; without `train` only the test is of use, so the trials may name every speaker."""
+    source = CORPORA[name]
     file, count = source.lists.get(trials, ("trials.txt", 0))
+    root = Path(root or "ROOT")
     try:
-        if source.tree and not (root and Path(root).is_dir()):
-            raise FileNotFoundError(f"no folder at '{root or ''}'")
-        root = Path(root or ".")
-        if source.tree and (source.lists or (root / file).is_file()):
-            listed = read_trials(root / file)
-        if name == "features":
-            corpus = open_features(root)
-        else:
-            rows = source.rows(root)
-            if source.lists:
-                rows, listed = match_trials(rows, listed)
-            corpus = pack(name, root, rows, source.read, cache, skip_bad)
+        if source.lists:
+            (root / file).stat()  # raises before the clips are packed, which takes hours
+        corpus = (pack(name, root, source.rows(root), source.read, cache, skip_bad)
+                  if source.rows else open_features(root))
     except FileNotFoundError as error:
         brings = f"\n--download brings {source.address} into ROOT." * bool(source.address)
         raise ValueError(f"--data {name} needs --root, a folder with what follows ({error}).\n"
@@ -217,28 +184,24 @@ def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, s
     good = np.count_nonzero(corpus.length)
     if source.clips not in (0, good):
         corpus.notes.append(f"expected {source.clips:,} clips, found {good:,}")
-    if listed is not None:
-        corpus.trials["test"] = index_trials(corpus, listed)
-        if count not in (0, len(listed)):
-            corpus.notes.append(f"expected {count:,} trials in {file}, found {len(listed):,}")
+    if source.tree and (root / file).is_file():
+        read_trials(corpus, root / file, count, skip_bad)
     for split in ("valid", "test") if source.trials else ():
         corpus.trials[split] = make_trials(corpus.pick(split), corpus.labels, rng_of(split))
     return make_splits(corpus, seed, fold or 1, few_shot, valid, train)
 
 
 def pack(name, root, rows, read, cache, skip_bad):
-    """Decode the clips of (clip, class, split) into one file, once; return them as a Corpus. The
-    file is named by a hash of their names, sizes and times: a changed corpus is another file. Bad
-    clips raise without `skip_bad`, and are read again then: a decoder may be installed by now."""
+    """Decode the clips of (clip, class, split) once, into a file named by a hash of their names,
+    sizes and times; return a Corpus. Without `skip_bad`, bad clips are read again, then raise."""
     if not rows:
         raise FileNotFoundError(f"no clips of {name} below {root}")
     digest = hashlib.sha256()
     for clip, _, _ in rows:  # a million: one by one, not as one text
         stamp = VERSION
-        if not read:
-            with contextlib.suppress(OSError):  # missing: reading it will say so
-                stat = os.stat(f"{root}/{clip}")  # Path's slash takes longer than the call
-                stamp = stat.st_size, stat.st_mtime_ns
+        with contextlib.suppress(OSError):  # built in, or missing, which reading it will say
+            stat = os.stat(f"{root}/{clip}")  # Path's slash takes longer than the call
+            stamp = stat.st_size, stat.st_mtime_ns
         digest.update(f"{clip} {stamp}\n".encode())
     place = "own" if read else hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:6]
     path = Path(cache) / f"{name}-{place}.{digest.hexdigest()[:16]}.packed"
@@ -247,9 +210,8 @@ def pack(name, root, rows, read, cache, skip_bad):
         write_pack(path, ids, read or (lambda clip: read_audio(root / clip)), 4 if read else 1)
     store, length, bad = read_pack(path)
     if bad and not skip_bad:
-        raise ValueError("\n  ".join([f"{len(bad)} of {len(ids)} clips of {name} cannot be used:",
-                                      *bad[:5]])
-                         + "\nRepair or remove them, or go on without them with --skip-bad.")
+        raise ValueError(f"{len(bad)} of {len(ids)} clips of {name} cannot be used; --skip-bad "
+                         "goes on without them:\n  " + "\n  ".join(bad[:5]))
     splits = np.where(length > 0, np.array(splits, object), "bad")
     return Corpus(name, ids, np.array(names), splits, [], np.cumsum(length) - length, length, store,
                   notes=[f"{len(bad)} unusable clips are left out"] * bool(bad), bad=bad)
@@ -258,22 +220,20 @@ def pack(name, root, rows, read, cache, skip_bad):
 def write_pack(path, clips, read, threads):
     """Write the samples of all clips, a JSON index (lengths, {id: reason}) and its size. The file
     is renamed at the end: its name stands for a whole file, also for another program."""
-    def read_or_reason(clip):
+    def read_or_note(clip):
         try:
-            return read(clip), ""
+            return read(clip)
         except (ValueError, OSError) as error:
-            return np.zeros(0), str(error)
+            bad[clip] = str(error)
+            return np.zeros(0)
 
     name, lengths, bad = path.name.partition(".")[0], [], {}
     part = path.with_suffix(f".{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with ThreadPool(threads) as pool, open(part, "wb") as file:
-            waves = pool.imap(read_or_reason, clips, 16)
-            for clip, (wave, reason) in zip(clips, tqdm(waves, f"packing {name}", len(clips),
-                                                        leave=False, disable=None)):
-                if reason:
-                    bad[clip] = reason
+            for wave in tqdm(pool.imap(read_or_note, clips, 16), f"packing {name}", len(clips),
+                             leave=False, disable=None):
                 lengths.append(len(wave))
                 file.write(to_int16(wave).tobytes())  # a full disk is no clip's fault: it stops
             index = json.dumps([lengths, bad]).encode()
@@ -307,8 +267,7 @@ def corpus_of_files(paths):
 
 
 def open_sounds(folder, cache="cache", skip_bad=False):
-    """Return the audio files below a folder of noises or impulse responses, packed: MUSAN alone is
-    a hundred hours, more than a memory holds. Nothing and "generated" stay."""
+    """Return a folder of noises or of rooms' responses, packed; nothing and "generated" stay."""
     if folder in ("", "generated"):
         return folder
     rows = [(clip, 0, "") for clip in find_audio(folder)]
@@ -347,24 +306,32 @@ def make_splits(corpus, seed, fold, few_shot, valid, train):
     return corpus
 
 
-def index_trials(corpus, trials):
-    """Turn the clips' names in trials into indices; leave out, with a note, those of bad clips."""
-    index = {clip: i for i, clip in enumerate(corpus.ids)}
-    try:
-        pairs = [(label, index[a], index[b]) for label, a, b in trials]
-    except KeyError as error:
-        raise ValueError(f"the trials name {error}, which {corpus.name} lacks") from error
-    good = [pair for pair in pairs if corpus.length[pair[1]] and corpus.length[pair[2]]]
-    if len(good) < len(pairs):
-        corpus.notes.append(f"{len(pairs) - len(good)} test trials of unusable clips are left out: "
+def read_trials(corpus, path, count, skip_bad):
+    """Read lines `label id_a id_b`, label 1 for the same speaker, into corpus.trials, as indices.
+    In VoxCeleb's lists, of `count` trials, a clip may lie at any depth, and end in .m4a."""
+    rows = [line.split() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
+    for row in rows:
+        if len(row) != 3 or row[0] not in ("0", "1"):
+            raise ValueError(f"{path}: expected `1 id_a id_b`, got {' '.join(row)!r}")
+    key = lambda clip: "/".join(clip.rpartition(".")[0].split("/")[-3:]) if count else clip
+    index = {key(clip): i for i, clip in enumerate(corpus.ids) if corpus.length[i]}
+    lost = {clip for _, *pair in rows for clip in pair if key(clip) not in index}
+    if lost and not skip_bad:
+        raise ValueError(f"{corpus.name} lacks {len(lost)} of the clips that the trials name, such "
+                         f"as {min(lost)!r}; --skip-bad goes on without them")
+    good = [(int(label), index[key(a)], index[key(b)]) for label, a, b in rows if not lost & {a, b}]
+    corpus.trials["test"] = good
+    if lost:
+        corpus.bad += [f"{clip}: in the trials, but missing or unusable" for clip in sorted(lost)]
+        corpus.notes.append(f"{len(rows) - len(good)} test trials of unusable clips are left out: "
                             "error rates are not comparable with the full list's")
-    return good
+    if count not in (0, len(rows)):
+        corpus.notes.append(f"expected {count:,} trials in {path.name}, found {len(rows):,}")
 
 
 def split_by_speaker(corpus, names, rng, draw):
     """Of clips marked "any": speakers in the trials test, with all their clips; others train. With
-    `draw` a tenth of the training speakers validates, unless the corpus brings others: speakers,
-    not clips, for recognising a known speaker is easier than telling strangers apart."""
+    `draw` a tenth of the training speakers validates, unless the corpus brings others."""
     tested = {names[i] for _, *pair in corpus.trials.get("test", ()) for i in pair}
     free = corpus.splits == "any"
     corpus.splits[free] = ["test" if name in tested else "train" for name in names[free]]
@@ -376,9 +343,8 @@ def split_by_speaker(corpus, names, rng, draw):
 
 
 def split_by_class(splits, names, rng, fold):
-    """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation. Draw a
-    validation tenth of "train*", and all three splits of "any", class by class, so that each split
-    has every class; one of fewer than three clips only trains."""
+    """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation. Draw
+    class by class a tenth of "train*" to validate, and of "any" also a fifth to test."""
     folds = sorted({int(split) for split in splits if split.isdigit()})
     for k, after in zip(folds, folds[1:] + folds[:1]):
         splits[splits == str(k)] = "test" if k == fold else "valid" if after == fold else "train"
@@ -411,7 +377,6 @@ def make_trials(clips, names, rng):
 @dataclass
 class Batch:
     """x: (B, samples) int16 or (B, T, F) int8; lengths, labels, clips (indices): (B,)."""
-
     x: torch.Tensor
     lengths: torch.Tensor
     labels: torch.Tensor
@@ -424,9 +389,8 @@ class Batch:
 
 def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=False, shard=(0, 1),
             steps=None):
-    """Yield Batches of `frames` frames; shuffled, cropped at random and cut to whole for training.
-    The draw of batch n depends on (seed, epoch, n) alone, so a resumed run sees the same data.
-    shard = (rank, world): every process takes its part of each batch, `steps` at most."""
+    """Yield Batches, `steps` at most; for training shuffled, cropped at random and whole. Batch n
+    depends on (seed, epoch, n) alone, so a run can resume. shard (rank, world): a part of each."""
     order = np.random.default_rng([seed, epoch]).permutation(clips) if train else np.asarray(clips)
     size = min(size, len(order)) if train else size  # fewer clips than a batch: one small batch
     groups = [order[i : i + size] for i in range(0, len(order), size)]
@@ -459,9 +423,8 @@ def load_batch(corpus, clips, frames, rng=None, repeat=False):
 
 
 def cut_windows(corpus, clips, frames):
-    """Return (a corpus of the windows of `frames` frames of these clips, side by side; (windows,)
-    the row in `clips` that each is of). A clip's last window is moved back to be whole, so that all
-    of them weigh the same."""
+    """Return (a corpus of these clips' windows of `frames` frames; (windows,) the row in `clips` of
+    each). A clip's last window is moved back to be whole, so that all weigh the same."""
     size = frames if corpus.mels else samples_of(frames)
     count = np.maximum(1, -(-corpus.length[clips] // size))  # rounded up
     owner = np.repeat(np.arange(len(clips)), count)  # (windows,)
@@ -477,8 +440,7 @@ def cut_windows(corpus, clips, frames):
 # --------------------------------------------------------------------------------------------------
 # 5. Features: a batch of waves to log-mel frames, equal to kaldi's
 
-# Mean and std of AudioSet's log-mel bins, from AST's code. They belong to its checkpoints and stay
-# the same on every corpus: a corpus' own would shift what the frozen layers have learned to read.
+# Of AudioSet's log-mel bins, from AST's code. A corpus' own would shift what its layers can read.
 AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 4.5689974
 
 
@@ -495,15 +457,13 @@ def samples_of(frames):
 @lru_cache
 def mel_triangles(mels, device):
     """(FFT/2 + 1, mels): kaldi's triangles, equally spaced in mel from 20 Hz to 8 kHz."""
-    kaldi = import_torchaudio().compliance.kaldi
-    triangles, _ = kaldi.get_mel_banks(mels, FFT, RATE, 20.0, 0.0, 100.0, -500.0, 1.0)
+    triangles, _ = get_mel_banks(mels, FFT, RATE, 20.0, 0.0, 100.0, -500.0, 1.0)
     return F.pad(triangles, (0, 1)).T.to(device)  # (mels, 256) without the highest bin's zero
 
 
 def fbank(waves, mels=128):
-    """Log-mel features of float waves in [-1, 1]: (B, samples) -> (B, T, F), on their device. Equal
-    to torchaudio.compliance.kaldi.fbank(htk_compat=True, window_type="hanning", dither=0): natural
-    logarithm of power, what AST's checkpoints were trained on."""
+    """Log-mel features of float waves in [-1, 1]: (B, samples) -> (B, T, F). AST was trained on
+    kaldi's, fbank(htk_compat=True, window_type="hanning", dither=0): these are equal."""
     window = torch.hann_window(WINDOW, periodic=False, device=waves.device)  # (400,)
     # On the CPU in parts of some 400 frames, which stay in its cache: twice as fast.
     size = max(1, 400 // int(frames_of(waves.shape[1]))) if waves.is_cpu else len(waves)
@@ -523,21 +483,16 @@ def fbank(waves, mels=128):
 
 
 def features(batch, encoder):
-    """Return the encoder's input (B, T, F), normalised as it asks, on the Batch's device.
-
-    "audioset": frames behind a clip's end are zero before normalisation, as in AST. That is loud:
-    silence is -15.9, and AudioSet's mean is -4.3. Models tuned with it expect it.
-    "utterance": each clip's own mean per bin is removed, and with it a channel's constant colour.
-    Floats of three axes were made before: inputs (B, T, F), or frozen outputs (B, 1, D) -> (B, D).
-    """
+    """Return the encoder's input (B, T, F), normalised as it asks: by AudioSet's mean and std, or
+    ("utterance") without each clip's own mean per bin, which is where a channel's colour is."""
     x = batch.x  # (B, samples) or (B, T, F)
-    if x.ndim == 3 and x.is_floating_point():
-        return x[:, 0] if x.shape[1] == 1 else x
+    if x.ndim == 3 and x.is_floating_point():  # made before: inputs, or frozen outputs (B, 1, D)
+        return x[:, 0] if x.shape[1] == 1 else x  # (B, D) or (B, T, F)
     if x.ndim == 3:
         x = x.float() * 0.1  # int8 -> log-mel (B, T, F)
     else:
         x = fbank(x.float() / 32768, encoder.mels)  # (B, samples) -> (B, T, F)
-        if encoder.normalise == "audioset":
+        if encoder.normalise == "audioset":  # zero behind a clip's end: loud, but AST expects it
             ends = (batch.lengths - WINDOW) // HOP + 1  # (B,) frames, as `frames_of`
             past = torch.arange(x.shape[1], device=x.device) >= ends[:, None]  # (B, T)
             x = x.masked_fill(past[:, :, None], 0.0)  # (B, T, 1): all bins of a frame
@@ -555,61 +510,30 @@ SPEEDS = ((1, 1), (9, 10), (11, 10))  # x1, x0.9, x1.1
 
 
 def augment_features(x, shift=0, spec_f=0, spec_t=0):
-    """Training features (B, T, F): roll each clip by up to `shift` frames either way, as AST's
-    recipe does; then hide one band of bins and one stretch of frames, each up to so wide
-    (SpecAugment, 1904.08779). x is normalised, so the mask's 0 is near the mean."""
+    """Training features (B, T, F): roll a clip by up to `shift` frames either way, as in AST; then
+    hide a band of bins and a stretch of frames, each up to so wide (SpecAugment, 1904.08779)."""
     if shift:
         by = torch.randint(-shift, shift + 1, (len(x), 1), device=x.device)  # (B, 1)
         source = (torch.arange(x.shape[1], device=x.device) - by) % x.shape[1]  # (B, T)
         x = x.gather(1, source[:, :, None].expand_as(x))  # (B, T, 1) -> (B, T, F)
-    mask = import_torchaudio().functional.mask_along_axis_iid
     for axis, widest in ((2, spec_f), (1, spec_t)):  # bins, then frames
-        if widest:
-            x = mask(x, min(widest, x.shape[axis]), 0.0, axis)
+        if widest:  # x is normalised, so 0 is near its mean
+            x = torchaudio.functional.mask_along_axis_iid(x, min(widest, x.shape[axis]), 0.0, axis)
     return x
 
 
 def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", rooms="", share=0.6,
                   snr=(0, 15)):
-    """Give the waves (B, samples) of a training Batch speeds (crops of `frames_at_speed` are then
-    cut to `frames`), levels of up to `gain` dB more or less, and noise or a room: nothing,
-    "generated", or a Corpus of `open_sounds`. `share` of the clips get one of them, half of these
-    each if both are on; `snr`: lowest and highest signal-to-noise ratio in dB."""
+    """Give the waves (B, samples) of a training Batch speeds (crops, a tenth longer, are then cut
+    to `frames`), levels of up to `gain` dB more or less, and to a `share` of them noise or a
+    room: nothing, "generated", or a Corpus of `open_sounds`. `snr`: lowest and highest, in dB."""
     if not (speeds or gain or noise or rooms):
         return batch
     batch = replace(batch, x=batch.x.float())  # still int16's scale
     if speeds:
         batch = perturb_speed(batch, frames, classes)
-    x = batch.x
-    if gain:
-        decibels = gain * (2 * torch.rand(len(x), 1, device=x.device) - 1)  # (B, 1)
-        x = x * 10 ** (decibels / 20)
-    if noise or rooms:
-        x = add_noise_and_rooms(x, batch.lengths, noise, rooms, share, snr)
-    return replace(batch, x=x)
-
-
-def frames_at_speed(frames):
-    """Frames of a crop that still holds `frames` when it is played x1.1."""
-    return math.ceil(1.1 * samples_of(frames) / HOP)
-
-
-def perturb_speed(batch, frames, classes):
-    """Play each clip at one of SPEEDS. Pitch and formants move with the speed, which makes another
-    speaker: label + classes * k."""
-    resample, samples = import_torchaudio().functional.resample, samples_of(frames)
-    x, lengths = batch.x.new_empty(len(batch.x), samples), batch.lengths.clone()
-    drawn = torch.randint(len(SPEEDS), lengths.shape, device=x.device)  # (B,)
-    for k, (fast, slow) in enumerate(SPEEDS):
-        rows = (drawn == k).nonzero()[:, 0]
-        if len(rows):  # as if recorded at `fast` and kept at `slow`: fewer samples, higher tones
-            x[rows] = resample(batch.x[rows], fast, slow)[:, :samples]
-            lengths[rows] = (lengths[rows] * slow // fast).clamp(max=samples)
-    return Batch(x, lengths, batch.labels + classes * drawn, batch.clips)
-
-
-def add_noise_and_rooms(x, lengths, noise, rooms, share, snr):
-    """Give a share of the waves x (B, n) noise or a room (see `augment_waves`)."""
+    decibels = gain * (2 * torch.rand(len(batch.x), 1, device=batch.x.device) - 1)  # (B, 1)
+    x = batch.x * 10 ** (decibels / 20)
     y = x.clone()  # x stays whole: babble is made of it
     chosen = torch.randperm(len(x))[: round(share * len(x))].to(x.device)
     half = len(chosen) // (2 if noise else 1) if rooms else 0
@@ -622,27 +546,40 @@ def add_noise_and_rooms(x, lengths, noise, rooms, share, snr):
         sounds = (make_noise(x, noisy) if noise == "generated" else
                   draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device))
         ratio = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,)
-        y[noisy] = import_torchaudio().functional.add_noise(x[noisy], sounds, ratio, lengths[noisy])
-    return y
+        y[noisy] = torchaudio.functional.add_noise(x[noisy], sounds, ratio, batch.lengths[noisy])
+    return replace(batch, x=y)
+
+
+def perturb_speed(batch, frames, classes):
+    """Play each clip at one of SPEEDS. Pitch and formants move with the speed, which makes another
+    speaker: label + classes * k."""
+    resample, samples = torchaudio.functional.resample, samples_of(frames)
+    x, lengths = batch.x.new_empty(len(batch.x), samples), batch.lengths.clone()
+    drawn = torch.randint(len(SPEEDS), lengths.shape, device=x.device)  # (B,)
+    for k, (fast, slow) in enumerate(SPEEDS):
+        rows = (drawn == k).nonzero()[:, 0]
+        if len(rows):  # as if recorded at `fast` and kept at `slow`: fewer samples, higher tones
+            x[rows] = resample(batch.x[rows], fast, slow)[:, :samples]
+            lengths[rows] = (lengths[rows] * slow // fast).clamp(max=samples)
+    return Batch(x, lengths, batch.labels + classes * drawn, batch.clips)
 
 
 def reverberate(x, responses):
     """Put waves (B, n) each in a room: convolve them with impulse responses (B, m). The direct
     path, a response's highest peak, stays where the wave was; the energy is kept."""
-    wet = import_torchaudio().functional.fftconvolve(x, responses)  # (B, n + m - 1)
+    wet = torchaudio.functional.fftconvolve(x, responses)  # (B, n + m - 1)
     direct = responses.abs().argmax(1, keepdim=True)  # (B, 1)
     wet = wet.gather(1, direct + torch.arange(x.shape[1], device=x.device))  # (B, n)
     return wet * x.norm(dim=1, keepdim=True) / wet.norm(dim=1, keepdim=True).clamp_min(1e-6)
 
 
 def make_rooms(count, device):
-    """(count, m) impulse responses: a direct path of 1, then noise, 0 to 10 dB weaker as a whole,
-    that dies by 60 dB in 0.2 to 0.8 s."""
+    """(count, m) responses: a direct path of 1, then weaker noise that dies in 0.2 to 0.8 s."""
     seconds, weaker = torch.rand(2, count, 1, device=device)  # (count, 1) each, 0 to 1
     instants = torch.arange(RATE // 2, device=device) / RATE  # (m,)
     decay = 10 ** (-3 * instants / (0.2 + 0.6 * seconds))  # (count, m)
     tail = torch.randn(count, len(instants), device=device) * decay
-    tail = tail / tail.norm(dim=1, keepdim=True) / 10 ** (weaker / 2)
+    tail = tail / tail.norm(dim=1, keepdim=True) / 10 ** (weaker / 2)  # 0 to 10 dB weaker
     tail[:, 0] = 1
     return tail
 
@@ -727,27 +664,6 @@ def burst(rng, half):
     return band_noise(rng, low, low * rng.uniform(1.5, 3)) * part_of(rng, half)
 
 
-# Source classes: steady or slowly changing textures, to pre-train on.
-SOURCE = {
-    "sweep-up": lambda r: tone(log_uniform(r, 200, 1200) * r.uniform(2, 5) ** TIME),
-    "sweep-down": lambda r: tone(log_uniform(r, 1000, 6000) * r.uniform(2, 5) ** -TIME),
-    "hiss-low": lambda r: band_noise(r, 50, r.uniform(300, 600)),
-    "hiss-high": lambda r: band_noise(r, r.uniform(3000, 4500), 8000),
-    "tremolo-slow": lambda r: band_noise(r, 300, 5000) * (1 + tone(r.uniform(3, 6))),
-    "tremolo-fast": lambda r: band_noise(r, 300, 5000) * (1 + tone(r.uniform(12, 20))),
-    "vibrato": lambda r: tone(log_uniform(r, 500, 3000) * 2 ** (0.3 * tone(r.uniform(2, 4)))),
-    "buzz": lambda r: np.sign(tone(r.uniform(60, 120))),
-    "clicks-slow": lambda r: clicks(pulse_times(r, r.uniform(4, 7))),
-    "clicks-fast": lambda r: clicks(pulse_times(r, r.uniform(18, 30))),
-    "swell": lambda r: band_noise(r, 200, 4000) * TIME ** r.uniform(1, 3),
-    "fade": lambda r: band_noise(r, 200, 4000) * (1 - TIME) ** r.uniform(1, 3),
-    "burst-early": lambda r: burst(r, 0.0),
-    "burst-late": lambda r: burst(r, 0.5),
-    "beep-early": lambda r: tone(log_uniform(r, 200, 6000)) * part_of(r, 0.0),
-    "beep-late": lambda r: tone(log_uniform(r, 200, 6000)) * part_of(r, 0.5),
-}
-
-
 def bell(rng, at, decay=(0.1, 0.3)):
     """Inharmonic partials that die away."""
     pitch = log_uniform(rng, 500, 2000)
@@ -781,15 +697,11 @@ def string(rng):
     return np.concatenate(turns)[:RATE]
 
 
-def note(rng, low, high):
-    """A function of time: a short tone between two frequencies, starting there."""
-    wave, length = tone(log_uniform(rng, low, high)), rng.uniform(0.15, 0.25)
-    return lambda at: wave * within(at, length)
-
-
-def in_turn(rng, first, second):
-    """Two events, one in each half, each at a random place of its half."""
-    return first(rng.uniform(0.02, 0.2)) + second(rng.uniform(0.52, 0.7))
+def notes(rng, *bands):
+    """Two short tones, one in each half, each between two frequencies."""
+    waves = [(tone(log_uniform(rng, *band)), rng.uniform(0.15, 0.25)) for band in bands]
+    return sum(wave * within(rng.uniform(half + 0.02, half + 0.2), length)
+               for (wave, length), half in zip(waves, (0, 0.5)))
 
 
 def knocks(rng, faster):
@@ -799,8 +711,29 @@ def knocks(rng, faster):
     return clicks(start + np.cumsum(gaps)[:-1] * 0.95, 0.008)
 
 
+# Source classes: steady or slowly changing textures, to pre-train on.
+SOURCE = {
+    "sweep-up": lambda r: tone(log_uniform(r, 200, 1200) * r.uniform(2, 5) ** TIME),
+    "sweep-down": lambda r: tone(log_uniform(r, 1000, 6000) * r.uniform(2, 5) ** -TIME),
+    "hiss-low": lambda r: band_noise(r, 50, r.uniform(300, 600)),
+    "hiss-high": lambda r: band_noise(r, r.uniform(3000, 4500), 8000),
+    "tremolo-slow": lambda r: band_noise(r, 300, 5000) * (1 + tone(r.uniform(3, 6))),
+    "tremolo-fast": lambda r: band_noise(r, 300, 5000) * (1 + tone(r.uniform(12, 20))),
+    "vibrato": lambda r: tone(log_uniform(r, 500, 3000) * 2 ** (0.3 * tone(r.uniform(2, 4)))),
+    "buzz": lambda r: np.sign(tone(r.uniform(60, 120))),
+    "clicks-slow": lambda r: clicks(pulse_times(r, r.uniform(4, 7))),
+    "clicks-fast": lambda r: clicks(pulse_times(r, r.uniform(18, 30))),
+    "swell": lambda r: band_noise(r, 200, 4000) * TIME ** r.uniform(1, 3),
+    "fade": lambda r: band_noise(r, 200, 4000) * (1 - TIME) ** r.uniform(1, 3),
+    "burst-early": lambda r: burst(r, 0.0),
+    "burst-late": lambda r: burst(r, 0.5),
+    "beep-early": lambda r: tone(log_uniform(r, 200, 6000)) * part_of(r, 0.0),
+    "beep-late": lambda r: tone(log_uniform(r, 200, 6000)) * part_of(r, 0.5),
+}
+
 # Target classes, other generators: what the source classes teach must be adapted, not recalled. A
 # name with ">" has a twin of the same parts in another order: a model without order guesses there.
+PING = 0.05, 0.1  # seconds: a bell that dies early
 TARGET = {
     "bell": lambda r: bell(r, r.uniform(0, 0.4)),
     "cricket": lambda r: (sum(within(start, 0.12) for start in pulse_times(r, r.uniform(2, 4)))
@@ -810,10 +743,10 @@ TARGET = {
     "rain": rain,
     "drum": lambda r: drum(r, r.uniform(0, 0.5)),
     "string": string,
-    "ping>thud": lambda r: in_turn(r, lambda at: bell(r, at, (0.05, 0.1)), lambda at: drum(r, at)),
-    "thud>ping": lambda r: in_turn(r, lambda at: drum(r, at), lambda at: bell(r, at, (0.05, 0.1))),
-    "high>low": lambda r: in_turn(r, note(r, 2500, 4500), note(r, 300, 600)),
-    "low>high": lambda r: in_turn(r, note(r, 300, 600), note(r, 2500, 4500)),
+    "ping>thud": lambda r: bell(r, r.uniform(0.02, 0.2), PING) + drum(r, r.uniform(0.52, 0.7)),
+    "thud>ping": lambda r: drum(r, r.uniform(0.02, 0.2)) + bell(r, r.uniform(0.52, 0.7), PING),
+    "high>low": lambda r: notes(r, (2500, 4500), (300, 600)),
+    "low>high": lambda r: notes(r, (300, 600), (2500, 4500)),
     "slow>fast": lambda r: knocks(r, True),
     "fast>slow": lambda r: knocks(r, False),
 }
@@ -840,7 +773,6 @@ def sound(clip):
 # `voices`: a lesson in speech as source and filter. The source is a row of pulses (the vocal folds)
 # or noise (air through a gap); the filter is the vocal tract, whose resonances, the formants, make
 # the phoneme. Who speaks is in both, under what is said; each utterance has a channel of its own.
-
 # What everybody says. Formants in Hz of a tract of middle length; loudness of pulses and of noise.
 PHONEMES = np.array([  # vowels: F1 rises as the jaw opens, F2 as the tongue comes forward
     (730, 1090, 2440, 1.0, 0.0), (270, 2290, 3010, 0.7, 0.0), (300, 870, 2240, 0.7, 0.0),  # a i u
@@ -868,8 +800,7 @@ def channel(rng):
 
 
 def speak(rng, speaker, steps):
-    """(steps, bins): what one speaker says, phonemes at random. `speaker` is a generator of its
-    own, so what it draws is the same in all that this speaker says."""
+    """(steps, bins): random phonemes; `speaker` draws the same in all that one speaker says."""
     pitch = log_uniform(speaker, 80, 280)  # Hz, from a deep man's to a child's
     melody = speaker.uniform(0.1, 0.4)  # how far the pitch wanders, in octaves
     jitter = speaker.uniform(0.0, 0.03)  # its unsteadiness, in octaves
@@ -919,7 +850,6 @@ def voice(clip):
 class Source:
     """What CORPORA says about one corpus. Splits of `rows` besides train, valid and test: "any" is
     drawn by a seed, of "train*" a tenth validates, "1", "2", ... are folds."""
-
     rows: object  # root -> [(clip, class, split)]
     tree: str = ""  # how the root must look, and where to ask for it; empty: built in
     clips: int = 0  # of the official corpus; 0: any number
@@ -937,8 +867,6 @@ def table(path, *forms):
     with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: Excel's first three bytes
         rows = [{column: text for column, text in row.items() if text is not None}
                 for row in csv.DictReader(file)]
-    if not rows:
-        raise ValueError(f"{path}: no rows")
     try:
         return [tuple(form.format_map(row) for form in forms) for row in rows]
     except KeyError as error:
@@ -952,27 +880,6 @@ def speechcommands_rows(root):
     clips = role.keys() | set(find_audio(root))  # with what a list names and is not there
     return [(clip, clip.split("/")[0], role.get(clip, "train")) for clip in sorted(clips)
             if clip.count("/") == 1 and not clip.startswith("_")]  # _background_noise_ is no word
-
-
-def match_trials(rows, trials):
-    """Return rows, with what only the list of trials names, and its trials, each clip by its path:
-    the list says id10270/x6uYqmx31kE/00001.wav, wherever below the root the tree begins and
-    whatever kind of file lies there."""
-    short = lambda clip: "/".join(clip.rpartition(".")[0].split("/")[-3:])
-    named = {short(clip): clip for _, *pair in trials for clip in pair}
-    there = {key: clip for clip, _, _ in rows if (key := short(clip)) in named}
-    path = named | there
-    missing = [(clip, clip.split("/")[0], "any") for key, clip in named.items() if key not in there]
-    return rows + missing, [(label, path[short(a)], path[short(b)]) for label, a, b in trials]
-
-
-def read_trials(path):
-    """Lines `label id_a id_b`, label 1 for the same speaker -> [(label, id_a, id_b)]."""
-    lines = [line.split() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    for line in lines:
-        if line and (len(line) != 3 or line[0] not in ("0", "1")):
-            raise ValueError(f"{path}: expected `1 id_a id_b`, got {' '.join(line)!r}")
-    return [(int(line[0]), line[1], line[2]) for line in lines if line]
 
 
 def open_features(root):
@@ -1052,6 +959,7 @@ CORPORA = {
 
 def download(address, path, sha256=""):
     """Bring `address` to `path`, unless it is there; return the path, or raise a sentence."""
+    path = Path(path)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:  # to a temporary name, then renamed
@@ -1063,8 +971,7 @@ def download(address, path, sha256=""):
 
 
 def download_corpus(name, root, cache="cache"):
-    """--download: bring the archive of a corpus into an empty or new `root`, or its lists into any.
-    A root that holds something is left as it is, so the command can be repeated."""
+    """--download: bring a corpus' lists into `root`, or its archive if nothing is there yet."""
     source = CORPORA[name]
     if not (root and source.address):
         raise ValueError(f"--download needs --root, and an address: {name} has "
@@ -1077,9 +984,8 @@ def download_corpus(name, root, cache="cache"):
 
 def unpack(archive, folder):
     """Unpack a zip or tar.gz into `folder`, without the one folder that may hold all the rest, and
-    delete it. Raises ValueError for a damaged archive. Nothing is written outside: tar's filter
-    refuses such members, shutil leaves zip's out. `folder` never looks whole when it is not."""
-    part = folder / ".unpacking"  # inside: `folder` may be a disk of its own
+    delete it. Members that would lie outside are refused (tar) or left out (zip)."""
+    part = folder / ".unpacking"  # so that `folder` never looks whole when it is not
     form = {"format": "zip"} if zipfile.is_zipfile(archive) else dict(format="gztar", filter="data")
     try:
         shutil.unpack_archive(archive, part, **form)
@@ -1087,11 +993,8 @@ def unpack(archive, folder):
         for path in list((part if others or not top.is_dir() else top).iterdir()):
             os.replace(path, folder / path.name)
     except Exception as error:  # of zipfile, tarfile, gzip, zlib: they share no other class
-        if isinstance(error, OSError) and error.errno:  # a full disk is no damage
-            raise
-        archive.unlink()
-        raise ValueError(f"{archive} is damaged ({error}) and was deleted: the same command gets "
-                         "it again") from error
+        raise ValueError(f"{archive} could not be unpacked ({error}); if it is damaged, delete it: "
+                         "the same command gets it again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     archive.unlink()
@@ -1099,8 +1002,7 @@ def unpack(archive, folder):
 
 def check_figure(path):
     """Raise a sentence, before any work, for a figure that could not be drawn or written."""
-    path = Path(path)
-    fine = path.suffix in (".png", ".svg", ".pdf") and os.access(path.parent, os.W_OK)
+    fine = path.endswith((".png", ".svg", ".pdf")) and os.access(Path(path).parent, os.W_OK)
     if not (fine and importlib.util.find_spec("matplotlib")):
         raise ValueError(f"--figure {path}: expected a name that ends in .png, .svg or .pdf, in a "
                          "folder that is there, and matplotlib (pip install matplotlib)")
@@ -1123,16 +1025,14 @@ def draw_spectrograms(corpus, path):
     names = sorted(corpus.classes, key=lambda name: (">" not in name, name))[:6]
     clips = [train[corpus.labels[train] == corpus.classes.index(name)][0] for name in names]
     frames = 300 if corpus.mels else int(min(300, frames_of(corpus.length[clips].max())))
-    batch = load_batch(corpus, np.array(clips), frames)
-    x = batch.x.float() * 0.1 if corpus.mels else fbank(batch.x / 32768)  # (B, T, F)
+    x = load_batch(corpus, np.array(clips), frames).x
+    x = x.float() * 0.1 if corpus.mels else fbank(x / 32768)  # (B, T, F)
     augmented = augment_features(x - x.mean(), frames // 4, spec_f=24, spec_t=frames // 5)
     with figure(path, 2, len(names), (1.6 * len(names), 3.6)) as axes:
-        for row, values in zip(axes.reshape(2, -1), (x, augmented + x.mean())):
-            for axis, name, picture in zip(row, names, values):
-                axis.imshow(picture.T.numpy(), origin="lower", aspect="auto", cmap="magma",
-                            extent=(0, frames / 100, 0, x.shape[2]))
-                axis.set(title=name, xlabel="seconds", ylabel="mel bin")
-                axis.label_outer()
+        for axis, name, picture in zip(axes.flat, names * 2, [*x, *augmented]):
+            axis.imshow(picture.T.numpy(), origin="lower", aspect="auto", cmap="magma")
+            axis.set(title=name, xlabel="frame (10 ms)", ylabel="mel bin")
+            axis.label_outer()
 
 
 def main(argv=None):
@@ -1165,8 +1065,8 @@ def main(argv=None):
                   f"{seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s  "
                   f"{seconds.sum() / 3600:.2f} h")
         for split, pairs in corpus.trials.items():
-            labels, _, _ = zip(*pairs)
-            print(f"  {split} trials: {len(labels):,}, {sum(labels):,} of one speaker")
+            same = sum(label for label, _, _ in pairs)
+            print(f"  {split} trials: {len(pairs):,}, {same:,} of one speaker")
         for fault in [*corpus.notes, *corpus.bad] or ["none"]:
             print(f"  fault: {fault}")
         if args.figure:

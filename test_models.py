@@ -128,13 +128,13 @@ def test_resampling_keeps_a_tone_at_its_frequency(tmp_path, rate):
 
 def test_import_survives_a_torchaudio_that_does_not_fit_its_torch():
     """As with CPU-only torch or another CUDA version: the compiled extension refuses to load."""
-    code = ("import sys, torch, data\n"
+    code = ("import sys, torch\n"
             "class Refuse:\n"
             "    def find_spec(self, name, path=None, target=None):\n"
             "        if name == 'torchaudio._extension':\n"
             "            raise OSError('libc10_cuda.so: cannot open shared object file')\n"
-            "sys.meta_path.insert(0, Refuse())\n"
-            "resample = data.import_torchaudio().functional.resample\n"
+            "sys.meta_path.insert(0, Refuse())\nimport data\n"
+            "resample = data.torchaudio.functional.resample\n"
             "print(len(resample(torch.zeros(80), 8000, 16000)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.stdout.strip() == "160", done.stderr
@@ -144,7 +144,7 @@ def test_import_survives_a_torchaudio_that_does_not_fit_its_torch():
 def test_fbank_equals_kaldis(mels, bf16):
     torch.manual_seed(0)
     waves = torch.randn(3, 9000) * torch.tensor([[1.0], [0.01], [0.0]])  # loud, quiet, silent
-    kaldi = data.import_torchaudio().compliance.kaldi.fbank
+    kaldi = data.torchaudio.compliance.kaldi.fbank
     expected = torch.stack([
         kaldi(wave[None], htk_compat=True, sample_frequency=16000, use_energy=False, dither=0.0,
               window_type="hanning", num_mel_bins=mels, frame_shift=10) for wave in waves])
@@ -215,10 +215,9 @@ def test_a_folder_is_split_packed_once_and_packed_anew_when_a_clip_changes(tmp_p
 @pytest.mark.parametrize("name, text, sentence", [
     ("folder", "\ufeff1 class0/0.wav class0/1.wav", "all of one kind"),  # after Excel's first bytes
     ("folder", "0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "than two speakers"),
-    ("folder", "1 class0/0.wav class9/1.wav", "name 'class9/1.wav', which folder lacks"),
+    ("folder", "1 class0/0.wav class9/1.wav", "folder lacks 1 of .*'class9/1.wav'"),
     ("folder", "\n", "all of one kind"), ("folder", "1 a", "trials.txt: expected `1 id_a id_b`"),
     ("features", "a,b", "index.csv: no column 'split'"),
-    ("features", "", "index.csv: no rows"),
     ("features", "a,b,validation,0,5", "'validation': 1.*expected some"),
     ("features", "a,b,train,5,5", "at least the 10 frames"),
     ("urbansound8k", "", "(?s)UrbanSound8K.csv'.*audio/fold1.*--download")])
@@ -301,7 +300,7 @@ def test_damage_is_named_by_the_check_and_stops_training_or_is_left_out(tmp_path
         assert re.search(sentence, printed), (sentence, printed)
     arguments = (f"--data esc50 --root {root} --cache {tmp_path}/cache --out {tmp_path}/out "
                  "--init none --epochs 1 --steps 1 --frames 20 --rank 1").split()
-    with pytest.raises(SystemExit, match=r"10 of 60 clips of esc50(?s:.)*1-0.wav(?s:.)*--skip-"):
+    with pytest.raises(SystemExit, match=r"10 of 60 clips of esc50.*--skip-(?s:.)*1-0.wav"):
         train.main(arguments)
     assert not (tmp_path / "out").exists()
     train.main([*arguments, "--skip-bad", "--no-valid"])
@@ -331,7 +330,7 @@ def test_voxcelebs_test_speakers_never_train_and_a_clip_that_only_the_list_knows
     published = {trials: count for trials, (_, count) in data.CORPORA["voxceleb"].lists.items()}
     assert published == {"o": 37611, "e": 579818, "h": 550894}
     (root / "vox1/wav" / name(3, 1)).unlink()
-    with pytest.raises(ValueError, match="(?s)1 of 48 clips.*No such.*id10003/video/00001.wav"):
+    with pytest.raises(ValueError, match="voxceleb lacks 1 of.*id10003/video/00001.wav"):
         open_it(trials="h")
     corpus = open_it(trials="h", skip_bad=True)
     assert len(corpus.trials["test"]) == 3 and "1 test trials of unusable" in str(corpus.notes)
@@ -402,14 +401,14 @@ def test_an_archive_writes_nothing_outside_its_folder(tmp_path, kind, name, body
     (tmp_path / "a").write_bytes(archive(kind, {"top/first": b"1", name: body}))
     with contextlib.suppress(ValueError):  # tar refuses it, zip leaves the member out
         data.unpack(tmp_path / "a", tmp_path / "root")
-    outside = [p for p in tmp_path.rglob("*") if tmp_path / "root" not in (p, *p.parents)]
+    outside = [p for p in tmp_path.rglob("[!a]*") if tmp_path / "root" not in (p, *p.parents)]
     assert not outside and not Path("/tmp/evil-of-the-tests").exists()
     assert not list(tmp_path.rglob("link"))
 
 
 @pytest.mark.parametrize("kind, top, fault", [
-    ("zip", "ESC-50-master/", "is damaged .*the same command gets it again"),
-    ("tar", "./", "is damaged .*the same command"), ("tar", "./", "invalid hash value .*by hand")])
+    ("zip", "ESC-50-master/", "not be unpacked .*the same command gets it"),
+    ("tar", "./", "delete it: the same command"), ("tar", "./", "invalid hash value .*by hand")])
 def test_a_download_comes_whole_in_its_official_layout_or_leaves_nothing(
         server, tmp_path, monkeypatch, kind, top, fault):
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, (3000, 1))
@@ -425,7 +424,8 @@ def test_a_download_comes_whole_in_its_official_layout_or_leaves_nothing(
         server.files["/x"] = answer
         with pytest.raises(SystemExit, match=sentence):
             data.main(["esc50", str(root), "--cache", str(cache), "--download"])
-        assert sentence == "1" or not list(root.glob("*")) + list(cache.glob("*"))
+        assert sentence == "1" or not list(root.glob("*"))
+        (cache / "esc50.archive").unlink(missing_ok=True)
     assert len(server.asked) == 4 and [p.suffix for p in cache.iterdir()] == [".packed"]
     assert {name: (root / name).read_bytes() for name in files} == files
 
@@ -483,7 +483,7 @@ def test_augmentation_hides_rolls_and_amplifies_within_its_bounds():
 
 def test_a_faster_voice_is_higher_and_another_speaker():
     torch.manual_seed(0)
-    size, labels = data.samples_of(data.frames_at_speed(100)), torch.arange(30) % 5
+    size, labels = data.samples_of(112), torch.arange(30) % 5
     tone = 9000 * torch.sin(2 * math.pi * 1000 * torch.arange(size) / 16000).repeat(30, 1)
     batch = data.Batch(tone, torch.full((30,), 8000), labels, np.arange(30))
     batch = data.perturb_speed(batch, 100, 5)
@@ -511,11 +511,12 @@ def test_noise_has_the_ratio_that_is_asked_for(tmp_path):
     x, lengths = 1000 * torch.randn(20, data.samples_of(60)), torch.full((20,), 5000)
     x[:, 5000:] = 0  # padding is no part of the signal's power
     for sounds in ("generated", data.open_sounds(tmp_path / "noises", tmp_path / "cache")):
-        added = data.add_noise_and_rooms(x, lengths, sounds, "", 0.6, (7, 7)) - x
+        batch = data.Batch(x, lengths, lengths, lengths.numpy())
+        added = data.augment_waves(batch, 1, 60, noise=sounds, share=0.6, snr=(7, 7)).x - x
         power = added[:, :5000].square().mean(1)  # (B,)
         ratio = 10 * (x.square().sum(1) / 5000 / power).log10()[power > 0]
         assert_close(ratio, torch.full((12,), 7.0), atol=0.01, rtol=0)  # a share of 60 %
-        assert (data.add_noise_and_rooms(x, lengths, "", sounds, 1, (7, 7)) != x).any(1).all()
+        assert (data.augment_waves(batch, 1, 60, rooms=sounds, share=1).x != x).any(1).all()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def cache_inputs(cfg, corpus, model):
     rows, width = (1, encoder.embed_dim) if frozen else (cfg.frames, encoder.mels)
     if (cfg.speed_perturb or cfg.gain or cfg.noise or cfg.reverb or corpus.trials
             or corpus.length.max() > size or 4 * clips * rows * width > 2**29):
-        return corpus, data.frames_at_speed(cfg.frames) if cfg.speed_perturb else cfg.frames
+        return corpus, math.ceil(1.1 * size / data.HOP) if cfg.speed_perturb else cfg.frames
     store = np.zeros((clips, rows, width), np.float32)
     batches = data.batches(corpus, np.arange(clips), 64, cfg.frames, train=False,
                            repeat=cfg.speaker)
