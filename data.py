@@ -48,8 +48,8 @@ extension = types.ModuleType("torchaudio._extension")
 extension._IS_TORCHAUDIO_EXT_AVAILABLE = extension._IS_ALIGN_AVAILABLE = False
 extension.fail_if_no_align = lambda function: function
 sys.modules.setdefault("torchaudio._extension", extension)
-import torchaudio  # noqa: E402
-from torchaudio.compliance.kaldi import get_mel_banks  # noqa: E402
+import torchaudio
+from torchaudio.compliance.kaldi import get_mel_banks
 
 RATE = 16_000  # samples a second, everywhere behind the packed file
 HOP, WINDOW, FFT = 160, 400, 512  # 10 ms, 25 ms, the next power of two
@@ -867,6 +867,8 @@ def table(path, *forms):
     with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: Excel's first three bytes
         rows = [{column: text for column, text in row.items() if text is not None}
                 for row in csv.DictReader(file)]
+    if not rows:
+        raise ValueError(f"{path}: no rows")
     try:
         return [tuple(form.format_map(row) for form in forms) for row in rows]
     except KeyError as error:

@@ -217,7 +217,7 @@ def test_a_folder_is_split_packed_once_and_packed_anew_when_a_clip_changes(tmp_p
     ("folder", "0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "than two speakers"),
     ("folder", "1 class0/0.wav class9/1.wav", "folder lacks 1 of .*'class9/1.wav'"),
     ("folder", "\n", "all of one kind"), ("folder", "1 a", "trials.txt: expected `1 id_a id_b`"),
-    ("features", "a,b", "index.csv: no column 'split'"),
+    ("features", "a,b", "index.csv: no column 'split'"), ("features", "", "no rows"),
     ("features", "a,b,validation,0,5", "'validation': 1.*expected some"),
     ("features", "a,b,train,5,5", "at least the 10 frames"),
     ("urbansound8k", "", "(?s)UrbanSound8K.csv'.*audio/fold1.*--download")])
