@@ -706,7 +706,8 @@ def study(cfg, typed):
     save(folder / "compare.md", text)
     print(f"\n{text}\n{folder}")
     if cfg.figure:
-        draw_table(table, cfg.figure, f"{folder.name}, {cfg.model}")
+        name = cfg.name if "method" in typed else cfg.model
+        draw_table(table, cfg.figure, f"{folder.name}, {name}")
     elif not importlib.util.find_spec("matplotlib"):
         for label, results in table.items():  # a bar a row, of the first score
             score = np.mean([next(iter(result.values())) for result in results])
