@@ -1438,7 +1438,7 @@ def test_every_setting_is_a_flag_and_every_command_of_the_readme_is_understood()
 
 def test_the_readmes_tables_are_what_the_code_counts_and_prints(capsys):
     rows = dict(re.findall(r"^\| `([\w-]+)` \| .* \| ([\d,]+) \| [\d.]+ % \|$", README, re.M))
-    assert len(rows) == 15 and rows.keys() <= METHODS.keys()  # yours need no row
+    assert len(rows) >= 15 and rows.keys() <= METHODS.keys()  # yours need no row
     ast_adapters.main()
     printed = capsys.readouterr().out
     for method, trainable in rows.items():
