@@ -95,7 +95,7 @@ class Config:
     # What to train: the model, and whether one run or a table of runs
     model: str = opt("ast-nano", choices=MODELS)  # the encoder
     method: str = opt("conformer", choices=METHODS, model="ast")  # how to adapt an AST
-    init: str = ""  # checkpoint to start from; audioset, audioset-16: downloaded; none: random
+    init: str = ""  # start from this checkpoint, audioset, audioset-16 or none; empty: our nano
     compare: bool = opt(False, model="ast")  # run every method and print one table
     sweep: str = ""  # FIELD=v1,v2,...: one run a value, one table
     profile: bool = False  # print where the time of a training step goes; nothing is written
@@ -940,7 +940,7 @@ def parse(argv=None):
             rules = {bool: dict(action=argparse.BooleanOptionalAction),
                      list: dict(type=f.metadata.get("item", str), nargs="+")}.get(
                          f.type, dict(type=f.type, choices=f.metadata.get("choices")))
-            words = {None: "of preset, method or model", "": "none", (): "none"}
+            words = {None: "of preset, method or model", "": "empty", (): "none"}
             group.add_argument("--" + f.name.replace("_", "-"), **rules,
                                help=f"{found[2]} (default: {words.get(f.default, f.default)})")
     typed = vars(parser.parse_args(argv))
