@@ -12,8 +12,8 @@ are computed a batch at a time on the device that trains.
     for batch in batches(corpus, corpus.pick("train"), 32, frames=100, seed=0):
         x = features(batch.to("cpu"), encoder)                     # (B, T, F) = (32, 100, 128)
 
-To add a corpus write one entry in CORPORA (section 8): what lists its clips as (path, class, split),
-and how its folder looks. `python data.py NAME ROOT` checks a corpus before anyone trains on it.
+To add a corpus write one entry in CORPORA (section 8): what lists its clips as (path, class,
+split), and how its folder looks. `python data.py NAME ROOT` checks a corpus before training.
 Does not: stream from the network, keep more than 16 bits or another rate, or balance classes.
 """
 
@@ -301,8 +301,8 @@ def make_splits(corpus, seed, fold, few_shot, valid, train):
                          "train (VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2)")
     found, needed = Counter(splits), {"train", "test"} if train else {"test"}
     if not needed <= found.keys() <= {"train", "valid", "test", "bad", "unused"}:
-        raise ValueError(f"{corpus.name} has clips {dict(found)}: expected some of split train, some "
-                         "of test, the others valid or what `Source` names")
+        raise ValueError(f"{corpus.name} has clips {dict(found)}: expected some of split train, "
+                         "some of test, the others valid or what `Source` names")
     return corpus
 
 
