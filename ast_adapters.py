@@ -662,7 +662,9 @@ def load_adapter(ast, state):
     if state["method"] != "full" and state["backbone"] != twin.adaptation["backbone"]:
         raise ValueError(f"this adapter was trained on backbone {state['backbone']}, not on "
                          f"{twin.adaptation['backbone']}: load the checkpoint it started from")
-    twin.load_state_dict(twin.state_dict() | state["weights"])
+    if adapter_state(twin)["weights"].keys() != state["weights"].keys():
+        raise ValueError("this adapter is damaged: it lacks weights, or has others")
+    twin.load_state_dict(state["weights"], strict=False)
     return twin
 
 

@@ -696,6 +696,8 @@ def test_a_method_starts_as_the_frozen_model_moves_its_own_and_lives_in_its_file
     state = torch.load(tmp_path / "adapter.pt", weights_only=True)
     twin, expected = ast_adapters.load_adapter(plain, state).eval(), ast.eval()(x)
     assert torch.equal(twin(x), expected)
+    with pytest.raises(ValueError, match="this adapter is damaged"):
+        ast_adapters.load_adapter(plain, state | {"weights": {"norm.bias": plain.norm.bias}})
     if method in ("lora", "dora"):
         assert ast_adapters.merge(twin).state_dict().keys() == plain.state_dict().keys()
         assert_close(twin(x), expected, atol=1e-5, rtol=1e-5)
