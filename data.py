@@ -199,9 +199,10 @@ def pack(name, root, rows, read, cache, skip_bad):
     digest = hashlib.sha256()
     for clip, _, _ in rows:  # a million: one by one, not as one text
         stamp = VERSION
-        with contextlib.suppress(OSError):  # built in, or missing, which reading it will say
-            stat = os.stat(f"{root}/{clip}")  # Path's slash takes longer than the call
-            stamp = stat.st_size, stat.st_mtime_ns
+        if not read:  # a file, and not built in
+            with contextlib.suppress(OSError):  # missing: reading it will say so
+                stat = os.stat(f"{root}/{clip}")  # Path's slash takes longer than the call
+                stamp = stat.st_size, stat.st_mtime_ns
         digest.update(f"{clip} {stamp}\n".encode())
     place = "own" if read else hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:6]
     path = Path(cache) / f"{name}-{place}.{digest.hexdigest()[:16]}.packed"
