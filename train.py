@@ -761,15 +761,18 @@ def draw_table(table, path, title):
 def evaluate_checkpoint(cfg, typed):
     """--evaluate: test a best.pt on its corpus, on another of equal classes, or on any trials."""
     trained, model, saved = load_checkpoint(cfg.evaluate, cfg.device)
-    tested = replace(trained, few_shot=0, fold=None if "data" in typed else trained.fold)
+    elsewhere = "data" in typed
+    tested = replace(trained, few_shot=0, fold=None if elsewhere else trained.fold)
     tested = replace(tested, **{name: getattr(cfg, name) for name in typed - {"device"}})
-    corpus, table = open_corpus(tested, train=False), {}
+    corpus, table = open_corpus(tested, train=not elsewhere), {}
     if not (saved["trials"] and corpus.trials) and corpus.classes != saved["classes"]:
         raise ValueError(f"{cfg.evaluate} knows {len(saved['classes'])} classes, --data "
                          f"{tested.data} has {len(corpus.classes)}, or others: they must be equal")
     if (cfg.figure or cfg.as_norm) and not corpus.trials:
         raise ValueError(f"--figure, --as-norm: --data {tested.data} has no trials, but classes")
-    strangers = cohort(trained, open_corpus(trained), model) if cfg.as_norm else None
+    strangers = None
+    if cfg.as_norm:  # speakers that trained the model, wherever it is tested
+        strangers = cohort(trained, open_corpus(trained) if elsewhere else corpus, model)
     print(f"{cfg.evaluate} on the test split of {tested.data}:")
     for length in cfg.durations or ["full"]:
         frames = None if length == "full" else round(100 * float(length))
@@ -902,8 +905,10 @@ def profile(cfg):
 
     with tempfile.TemporaryDirectory() as out:
         sys.settrace(trace)
-        fit(cfg, corpus, model, augment_waves, Path(out))
-        sys.settrace(None)
+        try:
+            fit(cfg, corpus, model, augment_waves, Path(out))
+        finally:
+            sys.settrace(None)
     ms = {line: np.mean(times[len(times) // 4 :]) for line, times in spent.items()}
     step = sum(ms[line] for line, times in spent.items() if len(times) >= 13)
     with FlopCounterMode(display=False) as counter:
