@@ -3,12 +3,12 @@
 Papers   AST: Gong, Chung, Glass, "AST: Audio Spectrogram Transformer", arXiv 2104.01778.
          P1:  Cappellazzo et al., "Parameter-Efficient Transfer Learning of Audio Spectrogram
               Transformers", arXiv 2312.03694; its follow-up on mixtures of adapters, 2402.00828.
-Sections 1 the AST, 2 units, 3 insertion, 4 adapt, 5 pretrained weights, 6 adapter files, 7 demo
+Sections 1 the AST, 2 methods, 3 adapt, 4 pretrained weights, 5 adapter files, 6 demo
 Axes     B batch, T frames, F mel bins, N tokens, D width, H heads, E embedding size, C classes,
          r rank, f x t the grid of patches (rows of frequency x columns of time).
 
 A method is surgery on a plain AST: the Transformer block stays the textbook one and `adapt` wraps
-some of its layers. To add a method write one unit (section 2) and one line in METHODS.
+some of its layers. To add a method write it in section 2 and put one line into METHODS.
 
     ast = AST("base")                                    # log-mel, 128 bins, 16 frames or more
     print(load_pretrained(ast, "audioset_10_10_0.4593.pth"))
@@ -205,7 +205,15 @@ class LinearHead(nn.Linear):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Units: each is one idea in one small module; an added path starts at zero, added tokens do not
+# 2. Methods: units, each one idea in one small module, and behind them how they go into the blocks.
+# An added path starts at zero, added tokens do not. What all blocks share, an insertion makes.
+
+
+def wrap(ast, names, unit, *args):
+    """In every block, replace each named layer by unit(layer, *args)."""
+    for block in ast.blocks:
+        for name in names:
+            block.set_submodule(name, unit(block.get_submodule(name), *args))
 
 
 def zero(layer):
@@ -298,6 +306,36 @@ class SoftMoA(nn.Module):
         return logits.softmax(dim=2) @ slots  # (B, N, D)
 
 
+class Placed(nn.Module):
+    """A sub-layer f with an adapter a, in the places that P1 ablates (D7). Without residual the
+    zero start silences the sub-layer: this is not the frozen model any more."""
+
+    def __init__(self, layer, adapter, form, at, residual):
+        super().__init__()
+        self.layer, self.adapter = layer, adapter
+        self.form, self.at, self.residual = form, at, residual
+
+    def forward(self, u):
+        if self.form == "parallel":
+            return self.layer(u) + self.adapter(u)  # both read u
+        x = u if self.at == "before" else self.layer(u)
+        x = x + self.adapter(x) if self.residual else self.adapter(x)
+        return self.layer(x) if self.at == "before" else x  # without residual f(a(u)), a(f(u))
+
+
+# One adapter a block is Pfeiffer's placement, one at each sub-layer is Houlsby's.
+SITES = {"ffn": ["mlp"], "mhsa": ["attn"], "both": ["attn", "mlp"]}
+
+
+def place(unit, ast, where, form, at, residual, **options):
+    """An adapter at the FFN, the MHSA or both of every block; that sub-layer's LayerNorm trains."""
+    sites = SITES[where]
+    wrap(ast, sites, lambda f: Placed(f, unit(ast.embed_dim, **options), form, at, residual))
+    for block in ast.blocks:
+        block.norm1.requires_grad_("attn" in sites)
+        block.norm2.requires_grad_("mlp" in sites)
+
+
 class LoRA(nn.Module):
     """Low-rank update of a Linear (Hu et al., 2106.09685): W x + b + (alpha / r) B A x."""
 
@@ -332,6 +370,11 @@ class DoRA(LoRA):
         return self.m / weight.detach().norm(dim=1, keepdim=True) * weight
 
 
+def low_rank(unit, ast, targets, rank, alpha):
+    """LoRA or DoRA on some of the attention's four Linears; alpha defaults to rank (scale 1)."""
+    wrap(ast, [f"attn.{name}" for name in targets], unit, rank, rank if alpha is None else alpha)
+
+
 class ScaleShift(nn.Module):
     """y -> s y + b behind a layer, s = 1 and b = 0 at the start: SSF (Lian et al., 2210.08823);
     without the shift b, IA3 (Liu et al., 2205.05638)."""
@@ -344,6 +387,13 @@ class ScaleShift(nn.Module):
     def forward(self, x):
         y = self.layer(x) * self.scale
         return y if self.shift is None else y + self.shift
+
+
+def scale(ast, names, shift):
+    """SSF (with a shift) or IA3 behind these layers; the FFN is four times wider inside."""
+    for name in names:
+        width = ast.embed_dim * (4 if name in ("mlp.fc1", "mlp.act") else 1)
+        wrap(ast, [name], ScaleShift, width, shift)
 
 
 class Prefixed(nn.Module):
@@ -374,59 +424,6 @@ class Prompted(nn.Module):
         return self.block(torch.cat([x[:, :2], prompts, x[:, 2 + self.skip :]], dim=1))
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Insertion: where the units go, and which of the AST's own LayerNorms train with them
-
-
-class Placed(nn.Module):
-    """A sub-layer f with an adapter a, in the places that P1 ablates (D7). Without residual the
-    zero start silences the sub-layer: this is not the frozen model any more."""
-
-    def __init__(self, layer, adapter, form, at, residual):
-        super().__init__()
-        self.layer, self.adapter = layer, adapter
-        self.form, self.at, self.residual = form, at, residual
-
-    def forward(self, u):
-        if self.form == "parallel":
-            return self.layer(u) + self.adapter(u)  # both read u
-        x = u if self.at == "before" else self.layer(u)
-        x = x + self.adapter(x) if self.residual else self.adapter(x)
-        return self.layer(x) if self.at == "before" else x  # without residual f(a(u)), a(f(u))
-
-
-# One adapter a block is Pfeiffer's placement, one at each sub-layer is Houlsby's.
-SITES = {"ffn": ["mlp"], "mhsa": ["attn"], "both": ["attn", "mlp"]}
-
-
-def place(unit, ast, where, form, at, residual, **options):
-    """An adapter at the FFN, the MHSA or both of every block; that sub-layer's LayerNorm trains."""
-    sites = SITES[where]
-    wrap(ast, sites, lambda f: Placed(f, unit(ast.embed_dim, **options), form, at, residual))
-    for block in ast.blocks:
-        block.norm1.requires_grad_("attn" in sites)
-        block.norm2.requires_grad_("mlp" in sites)
-
-
-def wrap(ast, names, unit, *args):
-    """In every block, replace each named layer by unit(layer, *args)."""
-    for block in ast.blocks:
-        for name in names:
-            block.set_submodule(name, unit(block.get_submodule(name), *args))
-
-
-def low_rank(unit, ast, targets, rank, alpha):
-    """LoRA or DoRA on some of the attention's four Linears; alpha defaults to rank (scale 1)."""
-    wrap(ast, [f"attn.{name}" for name in targets], unit, rank, rank if alpha is None else alpha)
-
-
-def scale(ast, names, shift):
-    """SSF (with a shift) or IA3 behind these layers; the FFN is four times wider inside."""
-    for name in names:
-        width = ast.embed_dim * (4 if name in ("mlp.fc1", "mlp.act") else 1)
-        wrap(ast, [name], ScaleShift, width, shift)
-
-
 def prompts(ast, tokens, deep):
     """Shallow: p tokens join before the first block. Deep: each further block gets its own."""
     for i in range(len(ast.blocks) if deep else 1):
@@ -440,7 +437,7 @@ def biases(ast):
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. adapt: one line a method; freezes, inserts, unfreezes, counts
+# 3. adapt: one line a method; freezes, inserts, unfreezes, counts
 
 _PLACE = dict(where="ffn", form="parallel", at="after", residual=True)
 METHODS = {  # name: (insertion, its options with the defaults of P1's Table 1)
@@ -520,7 +517,7 @@ def _known(what, name, known):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Pretrained weights: four layouts of the same AST, told apart by their keys
+# 4. Pretrained weights: four layouts of the same AST, told apart by their keys
 
 # AudioSet checkpoints of AST's authors, as their README links them (github.com/YuanGongND/ast).
 # Stride 16 is for laptops: 514 tokens instead of 1,214 for 10 s, 0.442 mAP instead of 0.459.
@@ -630,7 +627,7 @@ def read_safetensors(path):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Adapter files: only what was trained, for one backbone
+# 5. Adapter files: only what was trained, for one backbone
 
 
 def fingerprint(ast):
@@ -648,7 +645,8 @@ def adapter_state(ast):
     buffers: kilobytes of plain values and tensors, for torch.load(weights_only=True)."""
     if not ast.adaptation:
         raise ValueError("this AST is plain: adapt it first, or save its state_dict")
-    frozen = {name for name, p in ast.named_parameters() if not p.requires_grad}
+    frozen = {name for name, p in ast.named_parameters(remove_duplicate=False)
+              if not p.requires_grad}  # one that blocks share has a name in each
     weights = {k: v.cpu().clone() for k, v in ast.state_dict().items() if k not in frozen}
     return dict(ast.adaptation, weights=weights)
 
@@ -697,7 +695,7 @@ def cls_attention(ast, x):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Demo: `python ast_adapters.py` prints every method's trainable parameters on AST-base
+# 6. Demo: `python ast_adapters.py` prints every method's trainable parameters on AST-base
 
 
 def main():
