@@ -508,6 +508,32 @@ def count(module):
     return trainable, total - trainable, total
 
 
+def training_memory(model, *inputs):
+    """Return the MB that a training step needs beside the weights: what is kept for the backward
+    pass, gradients and AdamW's two moments. Counted, so the same on every device."""
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # the tensor itself holds the graph that holds it: never freed
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(*inputs).sum().backward()
+    activations = sum(size for place, size in kept.items() if place not in weights)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return round((activations + 3 * trained) / 2**20, 2)
+
+
+def recipe(size, method):
+    """Return P1's learning rate (section 3.1). Ours are for a nano AST, which is four hundred times
+    smaller than AST-base: P1's 300 prompts would be its input."""
+    tokens = {"prompt-shallow": 32, "prompt-deep": 8, "prefix": 8}
+    if size == "nano":
+        return dict(lr=1.5e-3 if method == "full" else 1e-2, warmup=0.1, batch_size=16,
+                    tokens=tokens.get(method))
+    return dict(lr={"full": 5e-5, "linear": 1e-3}.get(method, 1e-2 if method in tokens else 5e-3))
+
+
 def _known(what, name, known):
     """Return `name` if it is among `known`, else raise a sentence that lists the valid ones."""
     if name not in known:
@@ -692,6 +718,14 @@ def cls_attention(ast, x):
     weights = (q[:, :, :1] @ k.mT / q.shape[3] ** 0.5).softmax(3).mean((1, 2))  # (B, N)
     columns = (x.shape[1] - PATCH) // ast.stride + 1
     return weights[:, -ast.rows * columns:].unflatten(1, (ast.rows, columns))  # (B, f, t)
+
+
+def draw_attention(axes, ast, x):
+    """Draw a spectrogram (1, T, F) on the first of two axes, and below it what CLS looks at."""
+    for axis, picture in zip(axes, (x[0].T, cls_attention(ast, x)[0])):  # (F, T), (f, t)
+        axis.imshow(picture.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
+                    extent=(0, x.shape[1] / 100, 0, x.shape[2]))
+        axis.set(xlabel="seconds", ylabel="mel bin")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -377,41 +377,34 @@ class Model(nn.Module):
         return self.head(embedding, labels)
 
 
-def make_model(cfg, about, pretrained=None):
-    """Return an encoder and a head with new weights, or, for an AST, those of a file `pretrained`.
-
-    about: `classes`, `mels` and `trials` of the corpus, `settings` of the AST, as best.pt has them.
-    A corpus with trials has AAM-softmax for a head, where each speed of a speaker is a class.
-    """
+def make_model(cfg, classes, mels, trials, settings, start=None):
+    """Return an encoder and a head, with new weights or, of an AST, those of the file `start`. The
+    other arguments are as best.pt has them: what the corpus has, and the `settings` of an AST.
+    With trials the head is AAM-softmax, where each speed of a speaker is a class."""
     torch.manual_seed(cfg.seed)
     if cfg.speaker:
-        encoder = lightweight_sv.MODELS[cfg.model](mels=about["mels"] or 80, **cfg.options)
+        encoder = lightweight_sv.MODELS[cfg.model](mels=mels or 80, **cfg.options)
     else:
-        encoder = AST(**about["settings"])
-        if pretrained:
-            print(ast_adapters.load_pretrained(encoder, pretrained))
+        encoder = AST(**settings)
+        if start:
+            print(ast_adapters.load_pretrained(encoder, start))
         adapt(encoder, cfg.method, **cfg.options)
         encoder.checkpointing = cfg.checkpointing
-    classes = len(about["classes"]) * (len(data.SPEEDS) if cfg.speed_perturb else 1)
+    size = encoder.embed_dim, len(classes) * (len(data.SPEEDS) if cfg.speed_perturb else 1)
     torch.manual_seed(cfg.seed)  # so every method starts from the same head
-    return Model(encoder, lightweight_sv.AAMSoftmax(encoder.embed_dim, classes, cfg.margin)
-                 if about["trials"] else LinearHead(encoder.embed_dim, classes))
+    return Model(encoder, lightweight_sv.AAMSoftmax(*size, cfg.margin) if trials
+                 else LinearHead(*size))
 
 
 def build_model(cfg, corpus):
     """Return the model that a training starts with. A speaker model takes over the weights of
     --init best.pt, for equal classes those of its head too."""
-    about = dict(classes=corpus.classes, mels=corpus.mels, trials=corpus.trials, settings=dict(
-        size=cfg.model.removeprefix("ast-"), pos_embed=cfg.pos_embed, pool=cfg.pool))
-    if not cfg.speaker:
-        return make_model(cfg, about, None if cfg.init == "none" else pretrained_file(cfg))
-    model = make_model(cfg, about)
-    if cfg.init not in ("", "none"):
-        saved = load_checkpoint(cfg.init)[2]
-        try:
-            model.encoder.load_state_dict(saved["encoder"])
-        except RuntimeError as error:
-            raise ValueError(f"--init {cfg.init} holds another model or width") from error
+    settings = dict(size=cfg.model.removeprefix("ast-"), pos_embed=cfg.pos_embed, pool=cfg.pool)
+    start = pretrained_file(cfg)
+    model = make_model(cfg, corpus.classes, corpus.mels, corpus.trials, settings, start)
+    if cfg.speaker and start:
+        saved = load_checkpoint(start)[2]
+        model.encoder.load_state_dict(saved["encoder"])
         if saved["classes"] == corpus.classes:  # of speakers at three speeds, those at their own
             for ours, theirs in zip(model.head.parameters(), saved["head"].values()):
                 ours.data[: len(theirs)] = theirs[: len(ours)]
@@ -424,7 +417,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         cfg = Config(**saved["config"])
-        model = make_model(cfg, saved)
+        model = make_model(cfg, *(saved[k] for k in ("classes", "mels", "trials", "settings")))
         model.encoder.adaptation = saved["adaptation"]  # with the real backbone's fingerprint
         model.encoder.load_state_dict(saved["encoder"])
         model.head.load_state_dict(saved["head"])
@@ -438,17 +431,19 @@ def load_checkpoint(path, device="cpu"):
 
 
 def pretrained_file(cfg):
-    """Return the checkpoint an AST starts from: a file, AudioSet's (downloaded once), or ours."""
-    if cfg.init in ast_adapters.AUDIOSET:
+    """Return the checkpoint a model starts from: a file, AudioSet's, our nano AST, or None."""
+    if cfg.init in ast_adapters.AUDIOSET:  # downloaded once
         address, sha256 = ast_adapters.AUDIOSET[cfg.init]
         return on_first_rank(lambda: data.download(address, f"{cfg.cache}/{cfg.init}.pth", sha256))
-    file = Path(cfg.init or Path(cfg.cache) / f"ast-nano-v{data.VERSION}.pt")
-    if not cfg.init and not on_first_rank(file.exists):
+    if cfg.init or cfg.speaker:
+        return None if cfg.init in ("", "none") else cfg.init
+    file = Path(cfg.cache) / f"ast-nano-v{data.VERSION}.pt"
+    if not on_first_rank(file.exists):
         print("making the nano AST: training on the source classes of `sounds`, once")
         with tempfile.TemporaryDirectory(dir=cfg.cache) as out:  # two programs may make it at once
             run(Config(data="sounds-source", method="full", init="none", cache=cfg.cache,
                        out=on_first_rank(lambda: out), device=cfg.device,
-                       batch_size=math.ceil(NANO_RECIPE["batch_size"] / WORLD) * WORLD))
+                       batch_size=math.ceil(16 / WORLD) * WORLD))
             on_first_rank(lambda: os.replace(f"{out}/best.pt", file))
     return file
 
@@ -460,16 +455,11 @@ def pretrained_file(cfg):
 def save(path, value):
     """Write text or tensors, in the first process alone. Whatever happens on the way, a full disk
     or kill -9, `path` is the old file or the new one, whole."""
-    if RANK:
-        return
-    content, part = io.BytesIO(), path.with_suffix(path.suffix + ".part")
-    content.write(value.encode()) if isinstance(value, str) else torch.save(value, content)
-    try:
+    if not RANK:
+        content, part = io.BytesIO(), path.with_suffix(path.suffix + ".part")
+        content.write(value.encode()) if isinstance(value, str) else torch.save(value, content)
         part.write_bytes(content.getbuffer())
         os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error}): the old one is whole") from error
 
 
 def checkpoint(cfg, corpus, model, epoch, valid):
@@ -511,23 +501,18 @@ def run_folder(cfg, name):
         mine = json.loads(json.dumps(asdict(cfg)))  # JSON makes lists of tuples
         changes = [f"{f.name} {theirs.get(f.name)!r} -> {mine[f.name]!r}" for f in fields(Config)
                    if not f.metadata.get("passing") and theirs.get(f.name) != mine[f.name]]
-        if changes:
-            raise ValueError(f"--out {out} has another configuration ({', '.join(changes)})")
-        if not cfg.resume:
-            raise ValueError(f"--out {out} holds this run already: --resume goes on with it")
+        if changes or not cfg.resume:
+            raise ValueError(f"--out {out} holds " + (
+                f"another configuration ({', '.join(changes)})" if changes else
+                "this run already: --resume goes on with it"))
     out.mkdir(parents=True, exist_ok=True)
     save(out / "config.json", json.dumps(asdict(cfg), indent=1))
     return out
 
 
-# Learning rate by method: P1's (section 3.1), and ours for a nano AST, which is four hundred times
-# smaller than AST-base. What P1 says of a corpus stands in data.CORPORA.
-LEARNING_RATES = {"full": (5e-5, 1.5e-3), "linear": (1e-3, 1e-2), "prompt-shallow": (1e-2, 1e-2),
-                  "prompt-deep": (1e-2, 1e-2), "prefix": (1e-2, 1e-2), "other": (5e-3, 1e-2)}
+# What each model starts from; data.CORPORA says what a corpus changes, ast_adapters.recipe a method.
 RECIPE = dict(spec_f=0, spec_t=0, shift=0, gain=0.0, epochs=30, batch_size=32, frames=500,
               warmup=0.0, weight_decay=0.1)
-NANO_RECIPE = dict(batch_size=16, warmup=0.1)
-NANO_TOKENS = {"prompt-shallow": 32, "prompt-deep": 8, "prefix": 8}  # P1's 300 would be its input
 SPEAKER_RECIPE = dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3, weight_decay=0.05)
 # `voices` is small: hosts of two hundred thousand parameters learn it in two minutes.
 VOICES_WIDTH = {"ecapa-tdnn": 64, "amcrn": 32, "resnet34": 8}
@@ -535,16 +520,14 @@ VOICES_WIDTH = {"ecapa-tdnn": 64, "amcrn": 32, "resnet34": 8}
 
 def with_preset(cfg):
     """Fill every None that has a preset; what is typed wins."""
-    nano, corpus = cfg.model == "ast-nano", data.CORPORA[cfg.data].recipe
-    preset = RECIPE | dict(lr=LEARNING_RATES.get(cfg.method, LEARNING_RATES["other"])[nano])
+    size, corpus = cfg.model.removeprefix("ast-"), data.CORPORA[cfg.data].recipe
     if cfg.speaker:  # its features have no level, since each bin's mean is removed: no gain
-        preset |= SPEAKER_RECIPE | corpus | dict(gain=0.0)
+        preset = RECIPE | SPEAKER_RECIPE | corpus | dict(gain=0.0)
         if cfg.data == "voices":
             preset |= dict(width=VOICES_WIDTH.get(cfg.model), embed_dim=128)
-    elif nano:  # it has positions for 100 frames
-        preset |= dict(frames=100, tokens=NANO_TOKENS.get(cfg.method)) | corpus | NANO_RECIPE
     else:
-        preset |= corpus
+        preset = (RECIPE | dict(frames=100 if size == "nano" else 500) | corpus
+                  | ast_adapters.recipe(size, cfg.method))
     return replace(cfg, **{k: v for k, v in preset.items() if getattr(cfg, k) is None})
 
 
@@ -635,22 +618,12 @@ def test_once(cfg, corpus, out):
 
 
 def training_memory(cfg, corpus, model):
-    """Return the MB that a training step needs beside the weights: what is kept for the backward
-    pass, gradients and AdamW's two moments. Counted, so the same on every device."""
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def note(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # the tensor itself holds the graph that holds it: never freed
-
+    """Return the MB that a training step of these settings needs beside the weights."""
     clips = corpus.pick("train")[: cfg.batch_size]
     batch = data.load_batch(corpus, clips, cfg.frames, repeat=cfg.speaker).to(cfg.device)
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept)
-    with hooks, torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
-        model.train()(data.features(batch, model.encoder), batch.labels).sum().backward()
-    activations = sum(size for place, size in kept.items() if place not in weights)
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return round((activations + 3 * trained) / 2**20, 2)
+    x = data.features(batch, model.encoder)  # (B, T, F)
+    with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+        return ast_adapters.training_memory(model.train(), x, batch.labels)
 
 
 def numbers(values):
@@ -670,61 +643,58 @@ COLUMNS = {  # key of the results: digits behind the point
 
 def variants(cfg, typed):
     """Return (name of the table, {row: Config}): a row a method or value, or only one."""
-    quick = not typed & {"sweep", "data", "model", "method", "init", *METHOD_OPTIONS}
-    if cfg.compare or quick:  # each method without the options it does not have
-        return "quick-start" if not cfg.compare else f"compare-{cfg.data}", {
-            method: replace(cfg, method=method, **dict.fromkeys(
-                set(METHOD_OPTIONS) - set(METHODS[method][1])))
-            for method in (METHODS if cfg.compare else ("linear", "conformer", "full"))}
-    if cfg.sweep:
-        (name, _, values), rows = cfg.sweep.partition("="), {}
-        for text in values.split(","):
-            words = {"true": [f"--{name}"], "false": [f"--no-{name}"]}
-            value, swept = parse(words.get(text, [f"--{name}={text}"]))
-            rows[f"{name}={text}"] = replace(cfg, **{k: getattr(value, k) for k in swept})
-            check(rows[f"{name}={text}"], swept)
-        return f"compare-{cfg.data}", rows
-    return f"{cfg.data}-{cfg.name}", {cfg.name: cfg}
+    quick = not typed & {"compare", "sweep", "data", "model", "method", "init", *METHOD_OPTIONS}
+    sweep = ("method=linear,conformer,full" if quick else
+             "method=" + ",".join(METHODS) if cfg.compare else cfg.sweep)
+    if not sweep:
+        return f"{cfg.data}-{cfg.name}", {cfg.name: cfg}
+    (name, _, values), rows = sweep.partition("="), {}
+    for text in values.split(","):
+        words = {"true": [f"--{name}"], "false": [f"--no-{name}"]}
+        value, swept = parse(words.get(text, [f"--{name}={text}"]))
+        row = replace(cfg, **{k: getattr(value, k) for k in swept})
+        if name == "method":  # each without the options that it does not have
+            row = replace(row, **dict.fromkeys({*METHOD_OPTIONS} - METHODS[row.method][1].keys()))
+        check(row, typed | swept)
+        rows[text if name == "method" else f"{name}={text}"] = row
+    return "quick-start" if quick else f"compare-{cfg.data}", rows
 
 
 def study(cfg, typed):
     """Do what the command line asks for: one run, or a table of rows, each of folds and seeds."""
-    title, variant_of = variants(cfg, typed)
-    for variant in variant_of.values():
-        check(variant, typed)
+    title, rows = variants(cfg, typed)
     folds = [cfg.fold] if cfg.fold != "all" else FOLDS[1 : 1 + data.CORPORA[cfg.data].folds]
-    if len(variant_of) == len(folds) == cfg.seeds == 1:
-        return run(variant)
-    table, folder = {label: [] for label in variant_of}, run_folder(cfg, title)
-    for (label, one), fold, n in itertools.product(variant_of.items(), folds, range(cfg.seeds)):
-        one = replace(one, seed=one.seed + n, fold=fold, resume=True, figure="")
-        name = label + f"-fold{fold}" * (len(folds) > 1) + f"-seed{one.seed}" * (cfg.seeds > 1)
+    if len(rows) == len(folds) == cfg.seeds == 1:
+        return run(*rows.values())
+    table, folder = {label: [] for label in rows}, run_folder(cfg, title)
+    for (label, row), fold, n in itertools.product(rows.items(), folds, range(cfg.seeds)):
+        row = replace(row, seed=row.seed + n, fold=fold, resume=True, figure="")
+        name = label + f"-fold{fold}" * (len(folds) > 1) + f"-seed{row.seed}" * (cfg.seeds > 1)
         out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
-        table[label].append(run(replace(one, out=str(out))))
+        table[label].append(run(replace(row, out=str(out))))
     save(folder / "compare.json", json.dumps(table, indent=1))
-    text = markdown(table)
-    save(folder / "compare.md", text)
-    print(f"\n{text}\n{folder}")
+    save(folder / "compare.md", markdown(table))
+    print(f"\n{markdown(table)}\n{folder}")
     if cfg.figure:
-        name = cfg.name if "method" in typed else cfg.model
-        draw_table(table, cfg.figure, f"{folder.name}, {name}")
+        draw_table(table, cfg.figure, f"{folder.name}, {cfg.model}")
     elif not importlib.util.find_spec("matplotlib"):
         for label, results in table.items():  # a bar a row, of the first score
             score = np.mean([next(iter(result.values())) for result in results])
             print(f"{label:>24} {'█' * round(score / 2)}")
 
 
+def mean_and_deviation(values, digits):
+    """Return "93.12 ± 1.04"; of equal values the mean alone, of none nothing."""
+    mean = f"{np.mean(values):,.{digits}f}" if values else ""
+    return mean + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(set(values)) > 1 else "")
+
+
 def markdown(table):
-    """Return {label: results} as a table for a README: means, with deviations where runs differ."""
+    """Return {label: results} as a table for a README."""
     keys = [key for key in COLUMNS if any(key in r for results in table.values() for r in results)]
-    rows = [["", *keys]]
-    for label, results in table.items():
-        rows.append([label])
-        for key in keys:
-            values, digits = [r[key] for r in results if key in r], COLUMNS[key]
-            mean = f"{np.mean(values):,.{digits}f}" if values else ""  # other models may lack some
-            differ = len(set(values)) > 1
-            rows[-1].append(mean + f" ± {np.std(values, ddof=1):.{digits}f}" if differ else mean)
+    rows = [["", *keys]] + [
+        [label, *(mean_and_deviation([r[key] for r in results if key in r], COLUMNS[key])
+                  for key in keys)] for label, results in table.items()]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
     return "".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths)) + " |\n"
@@ -733,25 +703,21 @@ def markdown(table):
 
 def draw_table(table, path, title):
     """Draw each row's score: over its number or, with its name, over its trainable parameters."""
-    key = "eer" if any("eer" in results[0] for results in table.values()) else "accuracy"
     swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
     points = []  # (score, deviation, place, label)
     for label, results in table.items():
-        scores = [r[key] for r in results if key in r]
+        key = "eer" if "eer" in results[0] else "accuracy"
+        scores = [result[key] for result in results]
         place = float(label.partition("=")[2]) if swept else results[0]["trainable"]
-        deviation = np.std(scores, ddof=1) if len(scores) > 1 else 0
-        points.append((np.mean(scores), deviation, place, label))
+        points.append((np.mean(scores), np.std(scores, ddof=len(scores) > 1), place, label))
+    y, deviations, x, _ = zip(*points)
     with data.figure(path) as axes:
-        y, deviations, x, _ = zip(*points)
         axes.errorbar(x, y, deviations, fmt="o-" if swept else "o", capsize=3)
         axes.set(xscale="linear" if swept else "log", ylabel=f"{key}, %", title=title,
                  xlabel=label.partition("=")[0] if swept else "trainable parameters, no head")
-        points = [] if swept else sorted(points)
-        for n, (score, _, place, label) in enumerate(points):
-            above = points[min(n + 1, len(points) - 1)][2]  # x of the next higher score
-            left = n and (place < above or (place == above and n % 2))  # so labels seldom meet
-            axes.annotate(f"  {label}  ", (place, score), ha="right" if left else "left",
-                          va="center", fontsize=8)
+        for n, (score, _, place, label) in enumerate([] if swept else sorted(points)):
+            axes.annotate(f"  {label}  ", (place, score), va="center", fontsize=8,
+                          ha="right" if n % 2 else "left")  # in turns, so labels seldom meet
 
 
 # --------------------------------------------------------------------------------------------------
@@ -828,12 +794,8 @@ def predict(cfg, trained, corpus, model, classes):
         return
     batch = data.load_batch(corpus, clips[:1], trained.frames).to(trained.device)
     x = data.features(batch, model.encoder)  # (1, T, F)
-    looks = ast_adapters.cls_attention(model.encoder, x)  # (1, f, t)
     with data.figure(cfg.figure, 2) as axes:
-        for axis, picture in zip(axes, (x[0].T, looks[0])):
-            axis.imshow(picture.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
-                        extent=(0, trained.frames / 100, 0, x.shape[2]))
-            axis.set(xlabel="seconds", ylabel="mel bin")
+        ast_adapters.draw_attention(axes, model.encoder, x)
         axes[0].set_title(f"{corpus.ids[0]}; below: attention of CLS in the last block")
 
 
