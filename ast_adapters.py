@@ -204,6 +204,18 @@ class LinearHead(nn.Linear):
         return super().forward(embedding)
 
 
+class Model(nn.Module):
+    """Encoder and head: (B, T, F), or frozen outputs (B, D), and labels (B,) -> logits (B, C)."""
+
+    def __init__(self, encoder, head):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, x, labels=None):
+        embedding = self.encoder.rescale(x) if x.ndim == 2 else self.encoder(x)  # (B, E)
+        return self.head(embedding, labels)
+
+
 # --------------------------------------------------------------------------------------------------
 # 2. Methods: units, each one idea in one small module, and behind them how they go into the blocks.
 # An added path starts at zero, added tokens do not. What all blocks share, an insertion makes.
@@ -525,12 +537,12 @@ def training_memory(model, *inputs):
 
 
 def recipe(size, method):
-    """Return P1's learning rate (section 3.1). Ours are for a nano AST, which is four hundred times
-    smaller than AST-base: P1's 300 prompts would be its input."""
+    """Return P1's learning rate (section 3.1), or our settings for a nano AST: it is four hundred
+    times smaller than AST-base, has positions for 100 frames, and P1's 300 prompts are more."""
     tokens = {"prompt-shallow": 32, "prompt-deep": 8, "prefix": 8}
     if size == "nano":
         return dict(lr=1.5e-3 if method == "full" else 1e-2, warmup=0.1, batch_size=16,
-                    tokens=tokens.get(method))
+                    frames=100, tokens=tokens.get(method))
     return dict(lr={"full": 5e-5, "linear": 1e-3}.get(method, 1e-2 if method in tokens else 5e-3))
 
 

@@ -20,7 +20,6 @@ Does not: split one model over several GPUs, search hyper-parameters, or log to 
 import argparse
 import csv
 import ctypes
-import importlib.util
 import inspect
 import io
 import itertools
@@ -59,7 +58,7 @@ from tqdm import tqdm
 import ast_adapters
 import data
 import lightweight_sv
-from ast_adapters import AST, METHODS, LinearHead, adapt
+from ast_adapters import AST, METHODS, LinearHead, Model, adapt
 
 RANK = int(os.environ.get("RANK", 0))  # the number of this process; torchrun sets both
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
@@ -294,7 +293,7 @@ def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=N
 
     frames: cut clips into windows of so many, utterances of trials to so many (None: whole)
     threshold: judges test trials (validation trials give one)
-    strangers: the cohort of --as-norm, whose scores no threshold fits
+    strangers: the cohort of --as-norm
     """
     clips = corpus.pick(split)
     if not corpus.trials and len(clips):
@@ -314,7 +313,6 @@ def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=N
     scores = (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1).double().numpy()  # cosines
     if strangers is not None:
         scores = lightweight_sv.adaptive_s_norm(scores, pairs, unit, strangers)
-        threshold = None
     if split == "valid":
         threshold = lightweight_sv.threshold_at(scores, labels)
     results = lightweight_sv.error_rates(scores, labels, threshold)
@@ -324,8 +322,7 @@ def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=N
 @torch.inference_mode()
 def class_probabilities(cfg, corpus, model, clips, frames):
     """Return (clips, C): the mean over a clip's windows of `frames` frames, side by side."""
-    if corpus.mels:  # ready features, and the frozen outputs of `cache_inputs`, which are one frame
-        frames = min(frames, int(corpus.length.max()))
+    frames = min(frames, int(corpus.length.max()))  # a frozen output is one frame
     windows, owner = data.cut_windows(corpus, clips, frames)  # owner (windows,): row of the clip
     total = torch.zeros(len(clips), len(model.eval().head.weight))  # (clips, C)
     for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
@@ -363,18 +360,6 @@ def cohort(cfg, corpus, model, each=20):
 
 # --------------------------------------------------------------------------------------------------
 # 4. The model: an encoder and a head, new or out of a checkpoint
-
-
-class Model(nn.Module):
-    """Encoder and head: (B, T, F), or frozen outputs (B, D), and labels (B,) -> logits (B, C)."""
-
-    def __init__(self, encoder, head):
-        super().__init__()
-        self.encoder, self.head = encoder, head
-
-    def forward(self, x, labels=None):
-        embedding = self.encoder.rescale(x) if x.ndim == 2 else self.encoder(x)  # (B, E)
-        return self.head(embedding, labels)
 
 
 def make_model(cfg, classes, mels, trials, settings, start=None):
@@ -423,9 +408,8 @@ def load_checkpoint(path, device="cpu"):
         model.head.load_state_dict(saved["head"])
         saved["epoch"], saved["threshold"]
     except Exception as error:  # what a wrong file raises depends on what it holds
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
-                         f"is never run ({reason})") from error
+                         f"is never run ({error!r:.99})") from error
     cfg = on_this_machine(replace(cfg, bf16=None if cfg.bf16 else False), device)
     return cfg, model.to(cfg.device).eval(), saved
 
@@ -510,24 +494,20 @@ def run_folder(cfg, name):
     return out
 
 
-# What each model starts from; data.CORPORA says what a corpus changes, ast_adapters.recipe a method.
+# Presets. What the method and the size of an AST change stands in ast_adapters, what a corpus
+# changes in data.CORPORA.
 RECIPE = dict(spec_f=0, spec_t=0, shift=0, gain=0.0, epochs=30, batch_size=32, frames=500,
               warmup=0.0, weight_decay=0.1)
 SPEAKER_RECIPE = dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3, weight_decay=0.05)
-# `voices` is small: hosts of two hundred thousand parameters learn it in two minutes.
-VOICES_WIDTH = {"ecapa-tdnn": 64, "amcrn": 32, "resnet34": 8}
 
 
 def with_preset(cfg):
     """Fill every None that has a preset; what is typed wins."""
-    size, corpus = cfg.model.removeprefix("ast-"), data.CORPORA[cfg.data].recipe
-    if cfg.speaker:  # its features have no level, since each bin's mean is removed: no gain
-        preset = RECIPE | SPEAKER_RECIPE | corpus | dict(gain=0.0)
-        if cfg.data == "voices":
-            preset |= dict(width=VOICES_WIDTH.get(cfg.model), embed_dim=128)
-    else:
-        preset = (RECIPE | dict(frames=100 if size == "nano" else 500) | corpus
-                  | ast_adapters.recipe(size, cfg.method))
+    preset = RECIPE | (SPEAKER_RECIPE if cfg.speaker else ast_adapters.recipe(
+        cfg.model.removeprefix("ast-"), cfg.method)) | data.CORPORA[cfg.data].recipe
+    if cfg.speaker and cfg.data == "voices":  # hosts of 200,000 parameters learn it in two minutes
+        widths = {"ecapa-tdnn": 64, "amcrn": 32, "resnet34": 8}
+        preset |= dict(width=widths.get(cfg.model), embed_dim=128)
     return replace(cfg, **{k: v for k, v in preset.items() if getattr(cfg, k) is None})
 
 
@@ -542,11 +522,10 @@ def run(cfg):
         trainable, _, total = ast_adapters.count(model.encoder)
         clips = {split: len(corpus.pick(split)) for split in ("train", "valid", "test")}
         print(f"\n{out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {cfg.device} x {WORLD}, torch "
-              f"{torch.__version__}; trains {trainable:,} of {total:,} parameters and the head\n"
-              f"  {len(corpus.classes)} classes, clips {clips}\n  "
-              + ", ".join(f"{k} {getattr(cfg, k)}" for k in ("lr", "bf16", *RECIPE)))
-        for note in corpus.notes:
-            print(f"  note: {note}")
+              f"{torch.__version__}; trains {trainable:,} of {total:,} parameters and the head",
+              f"{len(corpus.classes)} classes, clips {clips}",
+              ", ".join(f"{k} {getattr(cfg, k)}" for k in ("lr", "bf16", *RECIPE)),
+              *corpus.notes, sep="\n  ")
         seconds = fit(cfg, corpus, model, augment_waves, out)
         results = test_once(cfg, corpus, out) | dict(
             trainable=trainable, parameters=total, share=100 * trainable / total,
@@ -586,9 +565,9 @@ def open_corpus(cfg, train=True):
 
 def check_corpus(cfg, corpus):
     """Refuse settings that this corpus cannot follow."""
-    lengths, ready = corpus.length[corpus.pick("train")], corpus.mels is not None
-    longest = lengths.max() if ready else data.frames_of(lengths.max())
-    if longest < (cfg.frames if ready else cfg.frames / 10):  # waves may be padded, within reason
+    lengths = corpus.length[corpus.pick("train")]
+    longest = lengths.max() if corpus.mels else data.frames_of(lengths.max())
+    if longest < cfg.frames / 10:  # clips may be padded, within reason
         raise ValueError(f"--frames {cfg.frames}: the longest training clip has {longest} frames")
     if not corpus.trials and (cfg.speed_perturb, cfg.margin, cfg.margin_rise) != (False, 0.2, 0):
         raise ValueError(f"--speed-perturb and --margin: --data {cfg.data} has no trials")
@@ -677,10 +656,6 @@ def study(cfg, typed):
     print(f"\n{markdown(table)}\n{folder}")
     if cfg.figure:
         draw_table(table, cfg.figure, f"{folder.name}, {cfg.model}")
-    elif not importlib.util.find_spec("matplotlib"):
-        for label, results in table.items():  # a bar a row, of the first score
-            score = np.mean([next(iter(result.values())) for result in results])
-            print(f"{label:>24} {'█' * round(score / 2)}")
 
 
 def mean_and_deviation(values, digits):
@@ -728,39 +703,36 @@ def evaluate_checkpoint(cfg, typed):
     """--evaluate: test a best.pt on its corpus, on another of equal classes, or on any trials."""
     trained, model, saved = load_checkpoint(cfg.evaluate, cfg.device)
     elsewhere = "data" in typed
-    tested = replace(trained, few_shot=0, fold=None if elsewhere else trained.fold)
-    tested = replace(tested, **{name: getattr(cfg, name) for name in typed - {"device"}})
-    corpus, table = open_corpus(tested, train=not elsewhere), {}
+    tested = replace(trained, few_shot=0, **{k: getattr(cfg, k) for k in typed - {"device"}})
+    corpus, table, strangers = open_corpus(tested, train=not elsewhere), {}, None
     if not (saved["trials"] and corpus.trials) and corpus.classes != saved["classes"]:
         raise ValueError(f"{cfg.evaluate} knows {len(saved['classes'])} classes, --data "
                          f"{tested.data} has {len(corpus.classes)}, or others: they must be equal")
     if (cfg.figure or cfg.as_norm) and not corpus.trials:
         raise ValueError(f"--figure, --as-norm: --data {tested.data} has no trials, but classes")
-    strangers = None
     if cfg.as_norm:  # speakers that trained the model, wherever it is tested
         strangers = cohort(trained, open_corpus(trained) if elsewhere else corpus, model)
     print(f"{cfg.evaluate} on the test split of {tested.data}:")
+    threshold = None if cfg.as_norm else saved["threshold"]  # which is one of cosines
     for length in cfg.durations or ["full"]:
         frames = None if length == "full" else round(100 * float(length))
-        results = evaluate(tested, corpus, model, "test", frames, saved["threshold"], strangers)
+        results = evaluate(tested, corpus, model, "test", frames, threshold, strangers)
         print(f"  {f'{length} s' if frames else length:>6}  {numbers(results)}")
         if frames:
             table[f"seconds={length}"] = [results]
     if cfg.figure and table:
         draw_table(table, cfg.figure, f"{cfg.evaluate} on {tested.data}")
     elif cfg.figure:
-        labels = [label for label, _, _ in corpus.trials["test"]]
         with data.figure(cfg.figure, size=(5, 5)) as axes:
-            lightweight_sv.draw_det(axes, results["scores"], labels)
+            lightweight_sv.draw_det(axes, results["scores"], [t[0] for t in corpus.trials["test"]])
 
 
 def use_checkpoint(cfg):
     """--predict, --verify, --embed: give the files, and those below the folders, to the model."""
     trained, model, saved = load_checkpoint(cfg.checkpoint, cfg.device)
-    if saved["mels"]:
-        raise ValueError(f"{cfg.checkpoint} was trained on ready features: it reads no audio")
-    if cfg.figure and trained.speaker:
-        raise ValueError(f"--figure draws the attention of an AST: {cfg.checkpoint} holds none")
+    if saved["mels"] or (cfg.figure and trained.speaker):
+        raise ValueError(f"{cfg.checkpoint} was trained on features, and so reads no audio, or "
+                         "--figure is to draw the attention of an AST, and it holds none")
     corpus = data.corpus_of_files(cfg.predict or cfg.verify or cfg.embed)
     if cfg.predict:
         return predict(cfg, trained, corpus, model, saved["classes"])
@@ -773,9 +745,8 @@ def use_checkpoint(cfg):
     if len(unit) < 2:
         raise ValueError("--verify: expected two files or more, the last of them to be judged")
     score, threshold = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1]), saved["threshold"]
-    print(f"score {score:.4f}, " + (
-        "no threshold: this model had no validation trials" if threshold is None else
-        f"threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"))
+    print(f"score {score:.4f}, " + ("no validation trials gave a threshold" if threshold is None else
+          f"threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"))
 
 
 def predict(cfg, trained, corpus, model, classes):
@@ -790,13 +761,12 @@ def predict(cfg, trained, corpus, model, classes):
     if cfg.csv:
         with open(cfg.csv, "w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows(rows)
-    if not cfg.figure:
-        return
-    batch = data.load_batch(corpus, clips[:1], trained.frames).to(trained.device)
-    x = data.features(batch, model.encoder)  # (1, T, F)
-    with data.figure(cfg.figure, 2) as axes:
-        ast_adapters.draw_attention(axes, model.encoder, x)
-        axes[0].set_title(f"{corpus.ids[0]}; below: attention of CLS in the last block")
+    if cfg.figure:
+        batch = data.load_batch(corpus, clips[:1], trained.frames).to(trained.device)
+        with data.figure(cfg.figure, 2) as axes:
+            x = data.features(batch, model.encoder)  # (1, T, F)
+            ast_adapters.draw_attention(axes, model.encoder, x)
+            axes[0].set_title(f"{corpus.ids[0]}; below: attention of CLS in the last block")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -812,8 +782,6 @@ def on_this_machine(cfg, device):
     else:
         device = ACCELERATOR.type
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        if cfg.bf16 and not fast:
-            raise ValueError(f"--bf16: {device} has no bfloat16 that is known to work")
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", -1)))  # -1: as is
     return replace(cfg, device=device, bf16=fast if cfg.bf16 is None else cfg.bf16)
 
@@ -843,15 +811,12 @@ def sum_over_ranks(total):
 
 
 def profile(cfg):
-    """--profile: print the milliseconds of each line of `fit`, and the floor: multiply-accumulates
-    of a step over the rate of this machine's own product of two matrices.
-
-    Each line waits for the device, so a GPU's lines do not overlap as they do in training. The
-    first three of 13 times do not count: they warm up."""
+    """--profile: print the milliseconds of each line of a step in `fit`, and the floor: the step's
+    multiply-accumulates over the rate of this machine's own product of two matrices. Each line
+    waits for the device, so a GPU's lines do not overlap. Three of 13 times warm up."""
     cfg, corpus, augment_waves, model = prepare(cfg)
     clips = min(cfg.batch_size, len(corpus.pick("train")))  # in a step
-    per_epoch = min(13, len(corpus.pick("train")) // clips)
-    cfg = replace(cfg, steps=13, epochs=math.ceil(13 / per_epoch))
+    epochs = math.ceil(13 / min(13, len(corpus.pick("train")) // clips))
     code, first = inspect.getsourcelines(fit)
     spent, last = {}, [first, time.perf_counter()]  # {line: ms of each time}; a line, its start
 
@@ -868,25 +833,22 @@ def profile(cfg):
     with tempfile.TemporaryDirectory() as out:
         sys.settrace(trace)
         try:
-            fit(cfg, corpus, model, augment_waves, Path(out))
+            fit(replace(cfg, steps=13, epochs=epochs), corpus, model, augment_waves, Path(out))
         finally:
             sys.settrace(None)
-    ms = {line: np.mean(times[len(times) // 4 :]) for line, times in spent.items()}
-    step = sum(ms[line] for line, times in spent.items() if len(times) >= 13)
+    ms = {line: np.mean(times[3:]) for line, times in spent.items() if len(times) >= 13}
+    step = sum(ms.values())
     with FlopCounterMode(display=False) as counter:
         memory = training_memory(cfg, corpus, model)
-    square = torch.randn(2048, 2048, device=cfg.device)
-    square = square.bfloat16() if cfg.bf16 else square
+    square = torch.randn(2048, 2048, device=cfg.device).to(torch.bfloat16 if cfg.bf16 else None)
     taken = timeit.repeat(lambda: (square @ square)[0, 0].item(), number=1, repeat=7)  # it waits
     floor = counter.get_total_flops() / 2 / 2048**3 * 1000 * np.median(taken)
-    for line in sorted(ms):
-        if ms[line] > step / 200:
-            share = f"{ms[line] / step:6.1%}" if len(spent[line]) >= 13 else "epoch "
-            print(f"{ms[line]:9.2f} ms {share}  {code[line - first].strip()}")
+    for line, mean in sorted(ms.items()):
+        if mean > step / 200:
+            print(f"{mean:9.2f} ms {mean / step:6.1%}  {code[line - first].strip()}")
     print(f"{step:9.2f} ms 100.0%  a step; {1000 * clips / step:.1f} clips a second\n"
           f"{floor:9.2f} ms {floor / step:6.1%}  its products alone, at this machine's rate\n"
-          f"memory: {memory:.1f} MB for the backward pass, gradients and moments"
-          + f"; peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MB" * (cfg.device == "cuda"))
+          f"memory: {memory} MB for the backward pass, gradients and moments")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -914,42 +876,32 @@ def parse(argv=None):
     return Config(**typed), set(typed)
 
 
-def mode_of(cfg):
-    """Return the one of MODES that the command line asks for, or "train"."""
-    return next((mode for mode in MODES if getattr(cfg, mode)), "train")
-
-
 def check(cfg, typed):
     """Refuse, before anything is opened, what is typed and breaks a rule of `opt` or of an AST."""
-    mode, broken = mode_of(cfg), None
-    for f in fields(Config):
-        if f.name not in typed:
-            continue
-        value, rule = getattr(cfg, f.name), f.metadata
+    mode = next((mode for mode in MODES if getattr(cfg, mode)), "train")
+    for f in (f for f in fields(Config) if f.name in typed):
+        value, rule, broken = getattr(cfg, f.name), f.metadata, None
         modes = [f.name] if f.name in MODES else rule.get("modes", TRAINING)
-        least, most = rule.get("least", -math.inf), rule.get("most", math.inf)
         if mode not in modes:
             broken = f"read by {', '.join(modes)}, not by {mode}"
         elif mode in TRAINING and "model" in rule and (rule["model"] == "speaker") != cfg.speaker:
             broken = f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
-        elif "least" in rule and not least <= value <= most:  # nor nan
-            broken = f"expected at least {least}" + f" and at most {most}" * ("most" in rule)
+        elif "least" in rule and not rule["least"] <= value <= rule.get("most", math.inf):  # nor nan
+            broken = f"expected at least {rule['least']} and at most {rule.get('most', 'any')}"
         elif "needs" in rule and not any(getattr(cfg, other) for other in rule["needs"].split()):
             broken = "does nothing without --" + " or --".join(rule["needs"].split())
         elif "corpus" in rule and value and not getattr(data.CORPORA[cfg.data], rule["corpus"]):
-            missing = {"rows": "audio", "folds": "folds", "lists": "lists of trials"}
-            broken = f"--data {cfg.data} has no {missing[rule['corpus']]}"
+            broken = f"--data {cfg.data} has no {rule['corpus'].replace('rows', 'audio')}"
         if broken:
             raise ValueError(f"--{f.name.replace('_', '-')} {value}: {broken}")
     if cfg.figure:
         data.check_figure(cfg.figure)
-    if mode not in TRAINING or cfg.speaker:
-        return
-    if cfg.init in ast_adapters.AUDIOSET and cfg.model != "ast-base":
-        raise ValueError(f"--init {cfg.init} is an AST-base: add --model ast-base")
-    if not cfg.init and cfg.model != "ast-nano":
-        raise ValueError(f"--model {cfg.model} needs --init CHECKPOINT; none: random weights")
-    ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, cfg.options)
+    if mode in TRAINING and not cfg.speaker:
+        if cfg.init in ast_adapters.AUDIOSET and cfg.model != "ast-base":
+            raise ValueError(f"--init {cfg.init} is an AST-base: add --model ast-base")
+        if not cfg.init and cfg.model != "ast-nano":
+            raise ValueError(f"--model {cfg.model} needs --init CHECKPOINT; none: random weights")
+        ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, cfg.options)
 
 
 def main(argv=None):
