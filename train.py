@@ -43,15 +43,13 @@ os.environ.setdefault("KMP_BLOCKTIME", "1")
 # glibc gives big blocks back to the system at once and gets new ones, page by page, at each step:
 # with these two (M_MMAP_MAX, M_TRIM_THRESHOLD) a light ResNet34's step takes 0.75 of the time.
 if sys.platform == "linux":
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0)
-    libc.mallopt(-1, 2**31 - 1)
+    for option, value in ((-4, 0), (-1, 2**31 - 1)):
+        ctypes.CDLL(None).mallopt(option, value)
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -174,8 +172,8 @@ class Config:
 
     @property
     def options(self):
-        """The options that are set, of a speaker model or of an AST's method."""
-        names = SPEAKER_OPTIONS if self.speaker else METHOD_OPTIONS
+        """The options that are set, of those that the speaker model or the AST's method has."""
+        names = SPEAKER_OPTIONS if self.speaker else METHODS[self.method][1]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
@@ -261,11 +259,9 @@ def check_loss(loss, batch, corpus):
 
 @torch.inference_mode()
 def cache_inputs(cfg, corpus, model):
-    """Return (what the loop reads, its frames): the corpus, or inputs that no epoch changes.
-
-    For `linear` these are all frozen outputs (46 times as fast), if no feature is augmented; else
-    the features, up to half a gigabyte. Crops and waves that are drawn anew are not kept.
-    """
+    """Return (what the loop reads, its frames): the corpus, or inputs that no epoch changes. For
+    `linear` these are all frozen outputs (46 times as fast), if no feature is augmented; else
+    the features, up to half a gigabyte. Crops and waves that are drawn anew are not kept."""
     size = cfg.frames if corpus.mels else data.samples_of(cfg.frames)
     encoder, clips = model.encoder.eval(), len(corpus.ids)
     frozen = cfg.method == "linear" and not (cfg.speaker or cfg.spec_f or cfg.spec_t or cfg.shift)
@@ -274,9 +270,8 @@ def cache_inputs(cfg, corpus, model):
             or corpus.length.max() > size or 4 * clips * rows * width > 2**29):
         return corpus, math.ceil(1.1 * size / data.HOP) if cfg.speed_perturb else cfg.frames
     store = np.zeros((clips, rows, width), np.float32)
-    batches = data.batches(corpus, np.arange(clips), 64, cfg.frames, train=False,
-                           repeat=cfg.speaker)
-    for batch in progress(batches, "features, once"):
+    for batch in progress(data.batches(corpus, np.arange(clips), 64, cfg.frames, train=False,
+                                       repeat=cfg.speaker), "features, once"):
         x = data.features(batch.to(cfg.device), encoder)  # (B, T, F)
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             store[batch.clips] = (encoder.pooled(x).float()[:, None] if frozen else x).cpu()
@@ -290,11 +285,8 @@ def cache_inputs(cfg, corpus, model):
 
 def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=None):
     """Return the results of one split, {} of an empty one; "score" is what selection maximises.
-
-    frames: cut clips into windows of so many, utterances of trials to so many (None: whole)
-    threshold: judges test trials (validation trials give one)
-    strangers: the cohort of --as-norm
-    """
+    `frames` cuts clips into windows of so many, utterances of trials to so many (None: whole).
+    `threshold` judges test trials (validation trials give one); `strangers` are a cohort."""
     clips = corpus.pick(split)
     if not corpus.trials and len(clips):
         chances = class_probabilities(cfg, corpus, model, clips, frames or cfg.frames)  # (clips, C)
@@ -377,8 +369,7 @@ def make_model(cfg, classes, mels, trials, settings, start=None):
         encoder.checkpointing = cfg.checkpointing
     size = encoder.embed_dim, len(classes) * (len(data.SPEEDS) if cfg.speed_perturb else 1)
     torch.manual_seed(cfg.seed)  # so every method starts from the same head
-    return Model(encoder, lightweight_sv.AAMSoftmax(*size, cfg.margin) if trials
-                 else LinearHead(*size))
+    return Model(encoder, lightweight_sv.AAMSoftmax(*size) if trials else LinearHead(*size))
 
 
 def build_model(cfg, corpus):
@@ -406,7 +397,6 @@ def load_checkpoint(path, device="cpu"):
         model.encoder.adaptation = saved["adaptation"]  # with the real backbone's fingerprint
         model.encoder.load_state_dict(saved["encoder"])
         model.head.load_state_dict(saved["head"])
-        saved["epoch"], saved["threshold"]
     except Exception as error:  # what a wrong file raises depends on what it holds
         raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
                          f"is never run ({error!r:.99})") from error
@@ -494,8 +484,7 @@ def run_folder(cfg, name):
     return out
 
 
-# Presets. What the method and the size of an AST change stands in ast_adapters, what a corpus
-# changes in data.CORPORA.
+# What an AST's size and method change stands in ast_adapters.recipe, a corpus in data.CORPORA.
 RECIPE = dict(spec_f=0, spec_t=0, shift=0, gain=0.0, epochs=30, batch_size=32, frames=500,
               warmup=0.0, weight_decay=0.1)
 SPEAKER_RECIPE = dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3, weight_decay=0.05)
@@ -506,8 +495,7 @@ def with_preset(cfg):
     preset = RECIPE | (SPEAKER_RECIPE if cfg.speaker else ast_adapters.recipe(
         cfg.model.removeprefix("ast-"), cfg.method)) | data.CORPORA[cfg.data].recipe
     if cfg.speaker and cfg.data == "voices":  # hosts of 200,000 parameters learn it in two minutes
-        widths = {"ecapa-tdnn": 64, "amcrn": 32, "resnet34": 8}
-        preset |= dict(width=widths.get(cfg.model), embed_dim=128)
+        preset |= dict(width=dict(amcrn=32, resnet34=8).get(cfg.model, 64), embed_dim=128)
     return replace(cfg, **{k: v for k, v in preset.items() if getattr(cfg, k) is None})
 
 
@@ -614,10 +602,9 @@ def numbers(values):
 # --------------------------------------------------------------------------------------------------
 # 6. Tables of runs: methods, values, folds, seeds
 
-COLUMNS = {  # key of the results: digits behind the point
-    "accuracy": 2, "content": 2, "order": 2, "eer": 2, "min_dcf_0.01": 3, "min_dcf_0.05": 3,
-    "trainable": 0, "share": 2, "macs": 0, "latency_ms": 1, "seconds": 1, "memory_mb": 1,
-    "adapter_kb": 0}
+COLUMNS = {"accuracy": 2, "content": 2, "order": 2, "eer": 2, "min_dcf_0.01": 3, "min_dcf_0.05": 3,
+           "trainable": 0, "share": 2, "macs": 0, "latency_ms": 1, "seconds": 1, "memory_mb": 1,
+           "adapter_kb": 0}  # key of the results: digits behind the point
 
 
 def variants(cfg, typed):
@@ -632,9 +619,7 @@ def variants(cfg, typed):
         words = {"true": [f"--{name}"], "false": [f"--no-{name}"]}
         value, swept = parse(words.get(text, [f"--{name}={text}"]))
         row = replace(cfg, **{k: getattr(value, k) for k in swept})
-        if name == "method":  # each without the options that it does not have
-            row = replace(row, **dict.fromkeys({*METHOD_OPTIONS} - METHODS[row.method][1].keys()))
-        check(row, typed | swept)
+        check(row, swept)
         rows[text if name == "method" else f"{name}={text}"] = row
     return "quick-start" if quick else f"compare-{cfg.data}", rows
 
@@ -734,39 +719,35 @@ def use_checkpoint(cfg):
         raise ValueError(f"{cfg.checkpoint} was trained on features, and so reads no audio, or "
                          "--figure is to draw the attention of an AST, and it holds none")
     corpus = data.corpus_of_files(cfg.predict or cfg.verify or cfg.embed)
-    if cfg.predict:
-        return predict(cfg, trained, corpus, model, saved["classes"])
-    unit = embeddings(trained, corpus, model, np.arange(len(corpus.ids)))  # (files, E)
+    clips, classes, threshold = np.arange(len(corpus.ids)), saved["classes"], saved["threshold"]
+    if cfg.predict:  # the three likeliest classes
+        chances = class_probabilities(trained, corpus, model, clips, trained.frames)
+        chances = chances.unflatten(1, (-1, len(classes))).sum(1)  # (files, C): at all speeds
+        best = [zip(*row.topk(min(3, len(classes)))) for row in chances]  # (chance, class)
+        rows = [[file, *(text for chance, c in three for text in (classes[c], f"{chance:.4f}"))]
+                for file, three in zip(corpus.ids, best)]
+        print(*("  ".join(row) for row in rows), sep="\n")
+        if cfg.csv:
+            with open(cfg.csv, "w", newline="", encoding="utf-8") as out:
+                csv.writer(out).writerows(rows)
+        if cfg.figure:
+            batch = data.load_batch(corpus, clips[:1], trained.frames).to(trained.device)
+            with data.figure(cfg.figure, 2) as axes:
+                ast_adapters.draw_attention(axes, model.encoder, data.features(batch, model.encoder))
+                axes[0].set_title(f"{corpus.ids[0]}; below: attention of CLS in the last block")
+        return
+    unit = embeddings(trained, corpus, model, clips)  # (files, E)
     if cfg.embed:
         out = run_folder(cfg, "embeddings")
         save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
         on_first_rank(lambda: np.save(out / "embeddings.npy", unit.numpy()))
-        return print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
-    if len(unit) < 2:
+        print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
+    elif len(unit) < 2:
         raise ValueError("--verify: expected two files or more, the last of them to be judged")
-    score, threshold = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1]), saved["threshold"]
-    print(f"score {score:.4f}, " + ("no validation trials gave a threshold" if threshold is None else
-          f"threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"))
-
-
-def predict(cfg, trained, corpus, model, classes):
-    """Print each file's three likeliest classes; draw what the model looks at in the first one."""
-    clips, rows = np.arange(len(corpus.ids)), []
-    chances = class_probabilities(trained, corpus, model, clips, trained.frames)
-    chances = chances.unflatten(1, (-1, len(classes))).sum(1)  # (files, C): all speeds of a speaker
-    for file, row in zip(corpus.ids, chances):
-        best = row.topk(min(3, len(classes))).indices
-        rows.append([file, *(text for i in best for text in (classes[i], f"{row[i]:.4f}"))])
-        print(*rows[-1], sep="  ")
-    if cfg.csv:
-        with open(cfg.csv, "w", newline="", encoding="utf-8") as out:
-            csv.writer(out).writerows(rows)
-    if cfg.figure:
-        batch = data.load_batch(corpus, clips[:1], trained.frames).to(trained.device)
-        with data.figure(cfg.figure, 2) as axes:
-            x = data.features(batch, model.encoder)  # (1, T, F)
-            ast_adapters.draw_attention(axes, model.encoder, x)
-            axes[0].set_title(f"{corpus.ids[0]}; below: attention of CLS in the last block")
+    else:
+        score = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1])
+        print(f"score {score:.4f}, " + ("no threshold without validation trials" if not threshold else
+              f"threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -782,6 +763,8 @@ def on_this_machine(cfg, device):
     else:
         device = ACCELERATOR.type
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if cfg.bf16 and not fast:
+            raise ValueError(f"--bf16: {device} has no bfloat16 that is known to work")
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", -1)))  # -1: as is
     return replace(cfg, device=device, bf16=fast if cfg.bf16 is None else cfg.bf16)
 
@@ -790,9 +773,9 @@ def parallel_model(cfg, model):
     """Return what the loop calls: the model, compiled if asked, with gradients that are the mean
     over all processes. Evaluation and checkpoints use the plain model, whose weights these are."""
     if WORLD > 1 and cfg.device == "cuda":  # on CPUs each process has its own BatchNorm
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = torch.compile(model) if cfg.compile else model
-    return nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
+    return torch.nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
 
 
 def on_first_rank(work):
@@ -811,7 +794,7 @@ def sum_over_ranks(total):
 
 
 def profile(cfg):
-    """--profile: print the milliseconds of each line of a step in `fit`, and the floor: the step's
+    """--profile: print the milliseconds of each line of `fit`, and the floor: a step's
     multiply-accumulates over the rate of this machine's own product of two matrices. Each line
     waits for the device, so a GPU's lines do not overlap. Three of 13 times warm up."""
     cfg, corpus, augment_waves, model = prepare(cfg)
@@ -836,8 +819,8 @@ def profile(cfg):
             fit(replace(cfg, steps=13, epochs=epochs), corpus, model, augment_waves, Path(out))
         finally:
             sys.settrace(None)
-    ms = {line: np.mean(times[3:]) for line, times in spent.items() if len(times) >= 13}
-    step = sum(ms.values())
+    ms = {line: np.mean(times[len(times) // 4 :]) for line, times in spent.items()}
+    step = sum(ms[line] for line, times in spent.items() if len(times) >= 13)
     with FlopCounterMode(display=False) as counter:
         memory = training_memory(cfg, corpus, model)
     square = torch.randn(2048, 2048, device=cfg.device).to(torch.bfloat16 if cfg.bf16 else None)
@@ -845,10 +828,12 @@ def profile(cfg):
     floor = counter.get_total_flops() / 2 / 2048**3 * 1000 * np.median(taken)
     for line, mean in sorted(ms.items()):
         if mean > step / 200:
-            print(f"{mean:9.2f} ms {mean / step:6.1%}  {code[line - first].strip()}")
+            share = f"{mean / step:6.1%}" if len(spent[line]) >= 13 else "epoch "
+            print(f"{mean:9.2f} ms {share}  {code[line - first].strip()}")
     print(f"{step:9.2f} ms 100.0%  a step; {1000 * clips / step:.1f} clips a second\n"
           f"{floor:9.2f} ms {floor / step:6.1%}  its products alone, at this machine's rate\n"
-          f"memory: {memory} MB for the backward pass, gradients and moments")
+          f"memory: {memory} MB for the backward pass, gradients and moments"
+          + f"; peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MB" * (cfg.device == "cuda"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -897,11 +882,11 @@ def check(cfg, typed):
     if cfg.figure:
         data.check_figure(cfg.figure)
     if mode in TRAINING and not cfg.speaker:
-        if cfg.init in ast_adapters.AUDIOSET and cfg.model != "ast-base":
-            raise ValueError(f"--init {cfg.init} is an AST-base: add --model ast-base")
-        if not cfg.init and cfg.model != "ast-nano":
-            raise ValueError(f"--model {cfg.model} needs --init CHECKPOINT; none: random weights")
-        ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, cfg.options)
+        fits = "ast-base" if cfg.init in ast_adapters.AUDIOSET else cfg.model if cfg.init else "ast-nano"
+        if cfg.model != fits:
+            raise ValueError(f"--model {cfg.model} needs --init FILE or none; or add --model {fits}")
+        options = {name: getattr(cfg, name) for name in METHOD_OPTIONS if name in typed}
+        ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, options)
 
 
 def main(argv=None):
