@@ -520,9 +520,11 @@ def count(module):
     return trainable, total - trainable, total
 
 
-def training_memory(model, *inputs):
-    """Return the MB that a training step needs beside the weights: what is kept for the backward
-    pass, gradients and AdamW's two moments. Counted, so the same on every device."""
+def training_memory(model, clips, frames):
+    """Return the MB that a training step of so many clips needs beside the weights: what is kept
+    for the backward pass, gradients and AdamW's two moments. Counted, so equal on every device."""
+    device = next(model.parameters()).device
+    x = torch.zeros(clips, frames, model.encoder.mels, device=device)  # (B, T, F)
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def note(tensor):
@@ -530,15 +532,15 @@ def training_memory(model, *inputs):
         return tensor.detach()  # the tensor itself holds the graph that holds it: never freed
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(*inputs).sum().backward()
+        model.train()(x, torch.zeros(clips, dtype=torch.long, device=device)).sum().backward()
     activations = sum(size for place, size in kept.items() if place not in weights)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return round((activations + 3 * trained) / 2**20, 2)
 
 
 def recipe(size, method):
-    """Return P1's learning rate (section 3.1), or our settings for a nano AST: it is four hundred
-    times smaller than AST-base, has positions for 100 frames, and P1's 300 prompts are more."""
+    """Return P1's learning rate (section 3.1), or our settings for a nano AST. It is four hundred
+    times smaller than AST-base, and its 110 tokens are fewer than P1's 300 prompts."""
     tokens = {"prompt-shallow": 32, "prompt-deep": 8, "prefix": 8}
     if size == "nano":
         return dict(lr=1.5e-3 if method == "full" else 1e-2, warmup=0.1, batch_size=16,
@@ -732,8 +734,9 @@ def cls_attention(ast, x):
     return weights[:, -ast.rows * columns:].unflatten(1, (ast.rows, columns))  # (B, f, t)
 
 
-def draw_attention(axes, ast, x):
+def draw_attention(axes, ast, x, title):
     """Draw a spectrogram (1, T, F) on the first of two axes, and below it what CLS looks at."""
+    axes[0].set_title(f"{title}; below: attention of CLS in the last block")
     for axis, picture in zip(axes, (x[0].T, cls_attention(ast, x)[0])):  # (F, T), (f, t)
         axis.imshow(picture.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
                     extent=(0, x.shape[1] / 100, 0, x.shape[2]))

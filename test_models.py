@@ -1052,7 +1052,7 @@ def test_another_run_other_clips_or_a_full_disk_change_no_checkpoint(small, tmp_
     (out / "last.pt.part").symlink_to("/dev/full")  # every write there answers: no space left
     for changes, content, sentence in (
             (dict(lr=0.5), sound, "configuration (lr 0.01 -> 0.5)"),
-            ({}, sound, "holds this run already"),
+            ({}, sound, "holds a run already"),
             (dict(resume=True), sound[:-2000] + bytes(2000), "run was begun on other clips"),
             (dict(resume=True), sound, "No space left")):
         clip.write_bytes(content)
@@ -1175,7 +1175,7 @@ BAD_COMMANDS = [  # command, part of the sentence that answers
     ("--data esc50 --root empty", "empty/meta/esc50.csv'"), ("--init code.pt", "is never run"),
     ("--evaluate code.pt", "is never run"), ("--data features --root empty", "empty/features.npy'"),
     ("--data voxceleb --root empty", "Ask for the audio by the form at https:"),
-    ("--model ast-base", "needs --init"), ("--init audioset", "add --model ast-base"),
+    ("--model ast-base", "needs --init"), ("--init audioset", "or --model ast-base"),
     ("--model ecapa-tdnn --rank 3", "does not read it"), ("--subsets 4", "does not read it"),
     ("--rank 99", "at most 64"), ("--evaluate x --predict y", "by predict, not by"),
     ("--sweep rank=2,many", "invalid int"), ("--sweep batch-size=8,0", "0: expected at least 1"),
@@ -1374,7 +1374,7 @@ def test_figures_are_drawn_or_refused_before_any_work(
             ([*flags, "--out", "run"], "drawn: 0.png"),
             ([*flags, "--sweep", "seed=0,1", "--out", "sweep"], "drawn: 1.png"),
             (["--evaluate", best], "drawn: 2.png"), ([*use, classifier[0]], "drawn: 3.png"),
-            (["--evaluate", classifier[0]], "has no trials"), ([*use, best], "holds none"),
+            (["--evaluate", classifier[0]], "has no trials"), ([*use, best], "holds no AST"),
             (["--figure", "a.jpg"], "expected a name that ends in .png, .svg or .pdf"))):
         assert sentence in told("--figure", f"{n}.png", *command), command
     assert {"run", "sweep", "0.png", "1.png", "2.png", "3.png"} == set(os.listdir())

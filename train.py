@@ -171,12 +171,6 @@ class Config:
         return self.model in lightweight_sv.MODELS
 
     @property
-    def options(self):
-        """The options that are set, of those that the speaker model or the AST's method has."""
-        names = SPEAKER_OPTIONS if self.speaker else METHODS[self.method][1]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    @property
     def name(self):
         return self.model if self.speaker else f"{self.model}-{self.method}"
 
@@ -257,7 +251,6 @@ def check_loss(loss, batch, corpus):
         raise ValueError(f"the loss became {loss.item()} in a batch with {names}: lower --lr?")
 
 
-@torch.inference_mode()
 def cache_inputs(cfg, corpus, model):
     """Return (what the loop reads, its frames): the corpus, or inputs that no epoch changes. For
     `linear` these are all frozen outputs (46 times as fast), if no feature is augmented; else
@@ -272,9 +265,8 @@ def cache_inputs(cfg, corpus, model):
     store = np.zeros((clips, rows, width), np.float32)
     for batch in progress(data.batches(corpus, np.arange(clips), 64, cfg.frames, train=False,
                                        repeat=cfg.speaker), "features, once"):
-        x = data.features(batch.to(cfg.device), encoder)  # (B, T, F)
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
-            store[batch.clips] = (encoder.pooled(x).float()[:, None] if frozen else x).cpu()
+        x = infer(cfg, encoder, encoder.pooled if frozen else torch.nn.Identity(), batch)
+        store[batch.clips] = x.reshape(-1, rows, width)  # (B, D) or (B, T, F)
     return replace(corpus, store=store.reshape(-1, width), start=rows * np.arange(clips),
                    length=np.full(clips, rows)), rows
 
@@ -311,7 +303,13 @@ def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=N
     return results | dict(score=-results["eer"], scores=scores)
 
 
-@torch.inference_mode()
+def infer(cfg, encoder, layer, batch):
+    """Return what `layer` makes of the features of a batch, (B, ...) float32 on the CPU."""
+    x = data.features(batch.to(cfg.device), encoder)  # (B, T, F)
+    with torch.inference_mode(), torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+        return layer(x).float().cpu()
+
+
 def class_probabilities(cfg, corpus, model, clips, frames):
     """Return (clips, C): the mean over a clip's windows of `frames` frames, side by side."""
     frames = min(frames, int(corpus.length.max()))  # a frozen output is one frame
@@ -319,13 +317,11 @@ def class_probabilities(cfg, corpus, model, clips, frames):
     total = torch.zeros(len(clips), len(model.eval().head.weight))  # (clips, C)
     for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
                               repeat=cfg.speaker, shard=(RANK, WORLD)):
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
-            logits = model(data.features(batch.to(cfg.device), model.encoder))  # (B, C)
-        total.index_add_(0, owner[batch.clips], logits.float().softmax(1).cpu())
+        logits = infer(cfg, model.encoder, model, batch)  # (B, C)
+        total.index_add_(0, owner[batch.clips], logits.softmax(1))
     return sum_over_ranks(total) / owner.bincount()[:, None]
 
 
-@torch.inference_mode()
 def embeddings(cfg, corpus, model, clips, frames=None):
     """Return unit embeddings (clips, E) of utterances, cut to `frames` if they are longer (None:
     whole), padded to the 16 that an AST needs. Those of one length share a batch."""
@@ -336,9 +332,7 @@ def embeddings(cfg, corpus, model, clips, frames=None):
     parts = [part for rows in groups for part in np.split(rows, range(64, len(rows), 64))]
     for part in parts[RANK::WORLD]:
         batch = data.load_batch(corpus, clips[part], int(lengths[part[0]]), repeat=cfg.speaker)
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
-            x = model.encoder(data.features(batch.to(cfg.device), model.encoder))  # (B, E)
-        unit[part] = F.normalize(x.float(), dim=1).cpu()
+        unit[part] = F.normalize(infer(cfg, model.encoder, model.encoder, batch), dim=1)  # (B, E)
     return sum_over_ranks(unit)
 
 
@@ -358,14 +352,16 @@ def make_model(cfg, classes, mels, trials, settings, start=None):
     """Return an encoder and a head, with new weights or, of an AST, those of the file `start`. The
     other arguments are as best.pt has them: what the corpus has, and the `settings` of an AST.
     With trials the head is AAM-softmax, where each speed of a speaker is a class."""
+    names = SPEAKER_OPTIONS if cfg.speaker else METHODS[cfg.method][1]
+    options = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
     torch.manual_seed(cfg.seed)
     if cfg.speaker:
-        encoder = lightweight_sv.MODELS[cfg.model](mels=mels or 80, **cfg.options)
+        encoder = lightweight_sv.MODELS[cfg.model](mels=mels or 80, **options)
     else:
         encoder = AST(**settings)
         if start:
             print(ast_adapters.load_pretrained(encoder, start))
-        adapt(encoder, cfg.method, **cfg.options)
+        adapt(encoder, cfg.method, **options)
         encoder.checkpointing = cfg.checkpointing
     size = encoder.embed_dim, len(classes) * (len(data.SPEEDS) if cfg.speed_perturb else 1)
     torch.manual_seed(cfg.seed)  # so every method starts from the same head
@@ -476,9 +472,8 @@ def run_folder(cfg, name):
         changes = [f"{f.name} {theirs.get(f.name)!r} -> {mine[f.name]!r}" for f in fields(Config)
                    if not f.metadata.get("passing") and theirs.get(f.name) != mine[f.name]]
         if changes or not cfg.resume:
-            raise ValueError(f"--out {out} holds " + (
-                f"another configuration ({', '.join(changes)})" if changes else
-                "this run already: --resume goes on with it"))
+            raise ValueError(f"--out {out} holds a run already: --resume goes on with it, in the "
+                             f"same configuration ({', '.join(changes) or 'as here'})")
     out.mkdir(parents=True, exist_ok=True)
     save(out / "config.json", json.dumps(asdict(cfg), indent=1))
     return out
@@ -534,8 +529,7 @@ def prepare(cfg):
     if RANK:
         dist.barrier()  # the first process packs what is new; the others find it packed
     corpus = open_corpus(cfg)
-    noise, rooms = (data.open_sounds(name, cfg.cache, cfg.skip_bad)
-                    for name in (cfg.noise, cfg.reverb))
+    noise, rooms = (data.open_sounds(of, cfg.cache, cfg.skip_bad) for of in (cfg.noise, cfg.reverb))
     if WORLD > 1 and not RANK:
         dist.barrier()
     check_corpus(cfg, corpus)
@@ -580,17 +574,10 @@ def test_once(cfg, corpus, out):
                                       head=model.head.state_dict(), classes=corpus.classes,
                                       config=asdict(cfg)))
         results["adapter_kb"] = round(on_first_rank((out / "adapter.pt").stat).st_size / 1024)
-    # The memory is counted last: a step moves BatchNorm's statistics.
-    return results | dict(memory_mb=training_memory(cfg, corpus, model))
-
-
-def training_memory(cfg, corpus, model):
-    """Return the MB that a training step of these settings needs beside the weights."""
-    clips = corpus.pick("train")[: cfg.batch_size]
-    batch = data.load_batch(corpus, clips, cfg.frames, repeat=cfg.speaker).to(cfg.device)
-    x = data.features(batch, model.encoder)  # (B, T, F)
-    with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
-        return ast_adapters.training_memory(model.train(), x, batch.labels)
+    clips = min(cfg.batch_size, len(corpus.pick("train")))
+    with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):  # last: it moves BatchNorm
+        memory = ast_adapters.training_memory(model, clips, cfg.frames)
+    return results | dict(memory_mb=memory)
 
 
 def numbers(values):
@@ -697,7 +684,6 @@ def evaluate_checkpoint(cfg, typed):
         raise ValueError(f"--figure, --as-norm: --data {tested.data} has no trials, but classes")
     if cfg.as_norm:  # speakers that trained the model, wherever it is tested
         strangers = cohort(trained, open_corpus(trained) if elsewhere else corpus, model)
-    print(f"{cfg.evaluate} on the test split of {tested.data}:")
     threshold = None if cfg.as_norm else saved["threshold"]  # which is one of cosines
     for length in cfg.durations or ["full"]:
         frames = None if length == "full" else round(100 * float(length))
@@ -716,38 +702,36 @@ def use_checkpoint(cfg):
     """--predict, --verify, --embed: give the files, and those below the folders, to the model."""
     trained, model, saved = load_checkpoint(cfg.checkpoint, cfg.device)
     if saved["mels"] or (cfg.figure and trained.speaker):
-        raise ValueError(f"{cfg.checkpoint} was trained on features, and so reads no audio, or "
-                         "--figure is to draw the attention of an AST, and it holds none")
-    corpus = data.corpus_of_files(cfg.predict or cfg.verify or cfg.embed)
+        raise ValueError(f"{cfg.checkpoint} reads no audio, or holds no AST for --figure to draw")
+    corpus, rows = data.corpus_of_files(cfg.predict or cfg.verify or cfg.embed), []
     clips, classes, threshold = np.arange(len(corpus.ids)), saved["classes"], saved["threshold"]
-    if cfg.predict:  # the three likeliest classes
+    if cfg.predict:
         chances = class_probabilities(trained, corpus, model, clips, trained.frames)
         chances = chances.unflatten(1, (-1, len(classes))).sum(1)  # (files, C): at all speeds
-        best = [zip(*row.topk(min(3, len(classes)))) for row in chances]  # (chance, class)
-        rows = [[file, *(text for chance, c in three for text in (classes[c], f"{chance:.4f}"))]
-                for file, three in zip(corpus.ids, best)]
-        print(*("  ".join(row) for row in rows), sep="\n")
+        for file, row in zip(corpus.ids, chances):
+            best = zip(*row.topk(min(3, len(classes))))  # (chance, class), the likeliest first
+            rows.append([file, *(text for p, c in best for text in (classes[c], f"{p:.4f}"))])
+            print(*rows[-1], sep="  ")
         if cfg.csv:
             with open(cfg.csv, "w", newline="", encoding="utf-8") as out:
                 csv.writer(out).writerows(rows)
         if cfg.figure:
             batch = data.load_batch(corpus, clips[:1], trained.frames).to(trained.device)
+            x = data.features(batch, model.encoder)  # (1, T, F)
             with data.figure(cfg.figure, 2) as axes:
-                ast_adapters.draw_attention(axes, model.encoder, data.features(batch, model.encoder))
-                axes[0].set_title(f"{corpus.ids[0]}; below: attention of CLS in the last block")
+                ast_adapters.draw_attention(axes, model.encoder, x, corpus.ids[0])
         return
     unit = embeddings(trained, corpus, model, clips)  # (files, E)
     if cfg.embed:
         out = run_folder(cfg, "embeddings")
         save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
         on_first_rank(lambda: np.save(out / "embeddings.npy", unit.numpy()))
-        print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
-    elif len(unit) < 2:
+        return print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
+    if len(unit) < 2:
         raise ValueError("--verify: expected two files or more, the last of them to be judged")
-    else:
-        score = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1])
-        print(f"score {score:.4f}, " + ("no threshold without validation trials" if not threshold else
-              f"threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"))
+    score = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1])
+    print(f"score {score:.4f}, " + ("no threshold: no validation trials" if threshold is None else
+          f"threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -821,8 +805,9 @@ def profile(cfg):
             sys.settrace(None)
     ms = {line: np.mean(times[len(times) // 4 :]) for line, times in spent.items()}
     step = sum(ms[line] for line, times in spent.items() if len(times) >= 13)
-    with FlopCounterMode(display=False) as counter:
-        memory = training_memory(cfg, corpus, model)
+    autocast = torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16)
+    with FlopCounterMode(display=False) as counter, autocast:
+        memory = ast_adapters.training_memory(model, clips, cfg.frames)
     square = torch.randn(2048, 2048, device=cfg.device).to(torch.bfloat16 if cfg.bf16 else None)
     taken = timeit.repeat(lambda: (square @ square)[0, 0].item(), number=1, repeat=7)  # it waits
     floor = counter.get_total_flops() / 2 / 2048**3 * 1000 * np.median(taken)
@@ -871,8 +856,8 @@ def check(cfg, typed):
             broken = f"read by {', '.join(modes)}, not by {mode}"
         elif mode in TRAINING and "model" in rule and (rule["model"] == "speaker") != cfg.speaker:
             broken = f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
-        elif "least" in rule and not rule["least"] <= value <= rule.get("most", math.inf):  # nor nan
-            broken = f"expected at least {rule['least']} and at most {rule.get('most', 'any')}"
+        elif "least" in rule and not rule["least"] <= value <= rule.get("most", math.inf):
+            broken = f"expected at least {rule['least']} and at most {rule.get('most', 'infinity')}"
         elif "needs" in rule and not any(getattr(cfg, other) for other in rule["needs"].split()):
             broken = "does nothing without --" + " or --".join(rule["needs"].split())
         elif "corpus" in rule and value and not getattr(data.CORPORA[cfg.data], rule["corpus"]):
@@ -882,9 +867,10 @@ def check(cfg, typed):
     if cfg.figure:
         data.check_figure(cfg.figure)
     if mode in TRAINING and not cfg.speaker:
-        fits = "ast-base" if cfg.init in ast_adapters.AUDIOSET else cfg.model if cfg.init else "ast-nano"
+        audioset = cfg.init in ast_adapters.AUDIOSET
+        fits = "ast-base" if audioset else cfg.model if cfg.init else "ast-nano"
         if cfg.model != fits:
-            raise ValueError(f"--model {cfg.model} needs --init FILE or none; or add --model {fits}")
+            raise ValueError(f"--model {cfg.model} needs --init FILE or none; or --model {fits}")
         options = {name: getattr(cfg, name) for name in METHOD_OPTIONS if name in typed}
         ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, options)
 
