@@ -1175,7 +1175,7 @@ BAD_COMMANDS = [  # command, part of the sentence that answers
     ("--data esc50 --root empty", "empty/meta/esc50.csv'"), ("--init code.pt", "is never run"),
     ("--evaluate code.pt", "is never run"), ("--data features --root empty", "empty/features.npy'"),
     ("--data voxceleb --root empty", "Ask for the audio by the form at https:"),
-    ("--model ast-base", "needs --init"), ("--init audioset", "or --model ast-base"),
+    ("--model ast-base", "needs --init"), ("--init audioset", "add --model ast-base"),
     ("--model ecapa-tdnn --rank 3", "does not read it"), ("--subsets 4", "does not read it"),
     ("--rank 99", "at most 64"), ("--evaluate x --predict y", "by predict, not by"),
     ("--sweep rank=2,many", "invalid int"), ("--sweep batch-size=8,0", "0: expected at least 1"),

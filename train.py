@@ -867,10 +867,10 @@ def check(cfg, typed):
     if cfg.figure:
         data.check_figure(cfg.figure)
     if mode in TRAINING and not cfg.speaker:
-        audioset = cfg.init in ast_adapters.AUDIOSET
-        fits = "ast-base" if audioset else cfg.model if cfg.init else "ast-nano"
-        if cfg.model != fits:
-            raise ValueError(f"--model {cfg.model} needs --init FILE or none; or --model {fits}")
+        known = dict.fromkeys(ast_adapters.AUDIOSET, "ast-base") | {"": "ast-nano"}
+        if cfg.model != (fits := known.get(cfg.init, cfg.model)):
+            raise ValueError(f"--model {cfg.model} needs --init FILE (none: random weights); to "
+                             f"start from {cfg.init or 'our nano AST'}, add --model {fits}")
         options = {name: getattr(cfg, name) for name in METHOD_OPTIONS if name in typed}
         ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, options)
 
