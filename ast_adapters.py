@@ -523,8 +523,7 @@ def count(module):
 def training_memory(model, clips, frames):
     """Return the MB that a training step of so many clips needs beside the weights: what is kept
     for the backward pass, gradients and AdamW's two moments. Counted, so equal on every device."""
-    device = next(model.parameters()).device
-    x = torch.zeros(clips, frames, model.encoder.mels, device=device)  # (B, T, F)
+    x = model.head.weight.new_zeros(clips, frames, model.encoder.mels)  # (B, T, F)
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def note(tensor):
@@ -532,7 +531,7 @@ def training_memory(model, clips, frames):
         return tensor.detach()  # the tensor itself holds the graph that holds it: never freed
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model.train()(x, torch.zeros(clips, dtype=torch.long, device=device)).sum().backward()
+        model.train()(x, x.new_zeros(clips, dtype=torch.long)).sum().backward()
     activations = sum(size for place, size in kept.items() if place not in weights)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return round((activations + 3 * trained) / 2**20, 2)
