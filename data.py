@@ -261,10 +261,11 @@ def corpus_of_files(paths):
              ([path / name for name in find_audio(path)] if path.is_dir() else [path])]
     if not paths:
         raise ValueError("expected audio files, or folders that hold some; found none")
-    waves, zeros = [to_int16(read_audio(path)) for path in paths], np.zeros(len(paths), np.int64)
+    waves = [to_int16(read_audio(path)) for path in paths]
     length = np.array([len(wave) for wave in waves])
-    return Corpus("files", list(map(str, paths)), zeros, zeros.astype(str), [],
-                  np.cumsum(length) - length, length, np.concatenate(waves))
+    none = np.zeros(len(paths), np.int64)  # neither labels nor splits
+    return Corpus("files", list(map(str, paths)), none, none, [], np.cumsum(length) - length,
+                  length, np.concatenate(waves))
 
 
 def open_sounds(folder, cache="cache", skip_bad=False):
@@ -433,8 +434,8 @@ def cut_windows(corpus, clips, frames):
     clips = clips[owner]
     length = corpus.length[clips]
     start = corpus.start[clips] + np.minimum(number * size, np.maximum(0, length - size))
-    windows = replace(corpus, ids=[corpus.ids[i] for i in clips], labels=corpus.labels[clips],
-                      splits=corpus.splits[clips], start=start, length=np.minimum(length, size))
+    windows = replace(corpus, labels=corpus.labels[clips], start=start,
+                      length=np.minimum(length, size))  # ids and splits stay the clips'
     return windows, torch.from_numpy(owner)
 
 
@@ -539,7 +540,7 @@ def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", room
     chosen = torch.randperm(len(x))[: round(share * len(x))].to(x.device)
     half = len(chosen) // (2 if noise else 1) if rooms else 0
     indoors, noisy = chosen[:half], chosen[half:]
-    if len(indoors):
+    if half:
         responses = (make_rooms(half, x.device) if rooms == "generated" else
                      draw_sounds(rooms, half, 100, False).to(x.device))  # about a second
         y[indoors] = reverberate(x[indoors], responses)
@@ -578,8 +579,8 @@ def make_rooms(count, device):
     """(count, m) responses: a direct path of 1, then weaker noise that dies in 0.2 to 0.8 s."""
     seconds, weaker = torch.rand(2, count, 1, device=device)  # (count, 1) each, 0 to 1
     instants = torch.arange(RATE // 2, device=device) / RATE  # (m,)
-    decay = 10 ** (-3 * instants / (0.2 + 0.6 * seconds))  # (count, m)
-    tail = torch.randn(count, len(instants), device=device) * decay
+    tail = torch.randn(count, RATE // 2, device=device)  # (count, m)
+    tail = tail * 10 ** (-3 * instants / (0.2 + 0.6 * seconds))
     tail = tail / tail.norm(dim=1, keepdim=True) / 10 ** (weaker / 2)  # 0 to 10 dB weaker
     tail[:, 0] = 1
     return tail
@@ -587,13 +588,10 @@ def make_rooms(count, device):
 
 def make_noise(x, rows):
     """(rows, n) noise for some clips of x (B, n): by a coin's toss babble, up to four other clips
-    of the batch at once, or a hiss whose power falls by 0 to 6 dB an octave."""
+    of the batch at once, or a hiss."""
     babble = sum(x[(rows + k) % len(x)] for k in range(1, min(5, len(x))))  # (rows, n)
-    spectrum = torch.fft.rfft(torch.randn(len(rows), x.shape[1], device=x.device))
-    slope, coin = torch.rand(2, len(rows), 1, device=x.device)  # (rows, 1) each
-    bins = torch.arange(1, spectrum.shape[1] + 1, device=x.device)  # from 1: 0 has no power of -a
-    hiss = torch.fft.irfft(spectrum * bins**-slope, x.shape[1])  # (rows, n)
-    return torch.where(coin < 0.5, babble, hiss)
+    hiss = torch.randn(len(rows), x.shape[1], device=x.device)
+    return torch.where(torch.rand(len(rows), 1, device=x.device) < 0.5, babble, hiss)
 
 
 def draw_sounds(sounds, count, frames, anywhere):
@@ -707,8 +705,8 @@ TARGET = {
     "rain": lambda r: clicks(r.uniform(0, 1, r.integers(40, 90)), r.uniform(1500, 3500), 0.002),
     "drum": lambda r: drum(r, r.uniform(0, 0.5)),
     "string": lambda r: struck(log_uniform(r, 110, 440), range(1, 9), 0, r.uniform(0.2, 0.6)),
-    "ping>thud": lambda r: bell(r, r.uniform(0.02, 0.2), 0.12, 0.2) + drum(r, r.uniform(0.52, 0.7)),
-    "thud>ping": lambda r: drum(r, r.uniform(0.02, 0.2)) + bell(r, r.uniform(0.52, 0.7), 0.12, 0.2),
+    "ping>thud": lambda r: bell(r, r.uniform(0.02, 0.2), 0.05, 0.1) + drum(r, r.uniform(0.52, 0.7)),
+    "thud>ping": lambda r: drum(r, r.uniform(0.02, 0.2)) + bell(r, r.uniform(0.52, 0.7), 0.05, 0.1),
     "high>low": lambda r: beep(r, 0.0, 2500, 4500) + beep(r, 0.5, 300, 600),
     "low>high": lambda r: beep(r, 0.0, 300, 600) + beep(r, 0.5, 2500, 4500),
     "slow>fast": lambda r: clicks(1 - np.geomspace(r.uniform(0.08, 0.16), 0.95, 8), 3300, 0.002),
@@ -737,8 +735,7 @@ def sound(clip):
 # `voices`: a lesson in speech as source and filter. The source is a row of pulses (the vocal folds)
 # or noise (air through a gap); the filter is the vocal tract, whose resonances, the formants, make
 # the phoneme. Who speaks is in both, under what is said; each utterance has a channel of its own.
-# What everybody says. Formants in Hz of a tract of middle length; loudness of pulses and of noise.
-PHONEMES = np.array([  # vowels: F1 rises as the jaw opens, F2 as the tongue comes forward
+PHONEMES = np.array([  # F1, F2, F3 in Hz of a tract of middle length; loudness of pulses, of noise
     (730, 1090, 2440, 1.0, 0.0), (270, 2290, 3010, 0.7, 0.0), (300, 870, 2240, 0.7, 0.0),  # a i u
     (530, 1840, 2480, 0.9, 0.0), (570, 840, 2410, 0.9, 0.0), (490, 1350, 1690, 0.8, 0.0),  # e o er
     (250, 1100, 2200, 0.3, 0.0), (300, 1700, 2600, 0.3, 0.15),  # m, v: voice and noise at once
@@ -967,10 +964,9 @@ def draw_spectrograms(corpus, path):
     train = corpus.pick("train")
     names = sorted(corpus.classes, key=lambda name: (">" not in name, name))[:6]
     clips = [train[corpus.labels[train] == corpus.classes.index(name)][0] for name in names]
-    frames = 300 if corpus.mels else int(min(300, frames_of(corpus.length[clips].max())))
-    x = load_batch(corpus, np.array(clips), frames).x
+    x = load_batch(corpus, np.array(clips), 100).x  # their first second
     x = x.float() * 0.1 if corpus.mels else fbank(x / 32768)  # (B, T, F)
-    augmented = augment_features(x - x.mean(), frames // 4, spec_f=24, spec_t=frames // 5)
+    augmented = augment_features(x - x.mean(), shift=25, spec_f=24, spec_t=20)
     with figure(path, 2, len(names), (1.6 * len(names), 3.6)) as axes:
         for axis, name, picture in zip(axes.flat, names * 2, [*x, *augmented]):
             axis.imshow(picture.T.numpy(), origin="lower", aspect="auto", cmap="magma")
