@@ -419,8 +419,7 @@ def load_batch(corpus, clips, frames, rng=None, repeat=False):
         if repeat and length < size:
             segment = np.resize(segment, x.shape[1:])  # numpy's resize repeats
         x[row, : len(segment)] = segment
-    if repeat:
-        lengths[:] = size
+    lengths = np.full_like(lengths, size) if repeat else lengths
     return Batch(*map(torch.from_numpy, (x, lengths, corpus.labels[clips])), clips)
 
 
@@ -587,8 +586,7 @@ def make_rooms(count, device):
 
 
 def make_noise(x, rows):
-    """(rows, n) noise for some clips of x (B, n): by a coin's toss babble, up to four other clips
-    of the batch at once, or a hiss."""
+    """(rows, n) noise for some clips of x (B, n): babble (up to four others at once) or a hiss."""
     babble = sum(x[(rows + k) % len(x)] for k in range(1, min(5, len(x))))  # (rows, n)
     hiss = torch.randn(len(rows), x.shape[1], device=x.device)
     return torch.where(torch.rand(len(rows), 1, device=x.device) < 0.5, babble, hiss)
@@ -635,9 +633,9 @@ def dying(start, decay):
 
 
 def part_of(rng, half):
-    """1 for about a quarter of a second in one half of the clip, which begins at second `half`."""
-    start = half + rng.uniform(0.02, 0.2)
-    return (TIME > start) & (TIME < start + rng.uniform(0.2, 0.28))
+    """1 for about a fifth of a second in one half of the clip, which begins at second `half`."""
+    start = half + rng.uniform(0.02, 0.25)
+    return (TIME > start) & (TIME < start + rng.uniform(0.12, 0.24))
 
 
 def clicks(instants, hertz, decay):
@@ -762,9 +760,9 @@ def voice(clip):
     said = PHONEMES[rng.integers(len(PHONEMES), size=steps)].T  # (5, steps)
     f1, f2, f3, voiced, air = [np.interp(range(steps + 1), places, row) for row in said]  # (steps,)
     wander = np.interp(np.arange(steps * STEP) / STEP, places, rng.standard_normal(steps))
+    pitch = pitch * 2 ** (melody * wander)  # (samples,) Hz
 
     # The source: a pulse wherever the phase passes a whole number, and noise.
-    pitch = pitch * 2 ** (melody * wander)  # (samples,) Hz
     pulses = np.diff(np.floor(np.cumsum(pitch) / RATE), prepend=0) * np.sqrt(RATE / pitch)
     waves = torch.from_numpy(np.stack([pulses, rng.standard_normal(len(pulses))]))
     pulses, noise = torch.stft(waves, **STFT, return_complex=True).numpy()  # (bins, steps) each
