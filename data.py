@@ -262,8 +262,7 @@ def corpus_of_files(paths):
     if not paths:
         raise ValueError("expected audio files, or folders that hold some; found none")
     waves = [to_int16(read_audio(path)) for path in paths]
-    length = np.array([len(wave) for wave in waves])
-    none = np.zeros(len(paths), np.int64)  # neither labels nor splits
+    length, none = np.array([len(wave) for wave in waves]), np.zeros(len(paths), np.int64)
     return Corpus("files", list(map(str, paths)), none, none, [], np.cumsum(length) - length,
                   length, np.concatenate(waves))
 
@@ -669,8 +668,8 @@ def bell(rng, start, *decay):
 
 
 def drum(rng, start):
-    wave = tone(rng.uniform(60, 110) * (1 + 2 * dying(start, 0.03)))  # the skin slackens
-    return wave * dying(start, rng.uniform(0.08, 0.2))
+    skin = rng.uniform(60, 110) * (1 + 2 * dying(start, 0.03))  # Hz: it slackens
+    return tone(skin) * dying(start, rng.uniform(0.08, 0.2))
 
 
 # Source classes: steady or slowly changing textures, to pre-train on.
@@ -825,8 +824,8 @@ def open_features(root):
     natural logarithm; index.csv, a row a clip. Raises ValueError for another shape."""
     store = np.load(root / "features.npy", mmap_mode="r")
     rows = table(root / "index.csv", "{id}", "{speaker}", "{split}", "{start}", "{frames}")
-    ids, names, splits, start, length = map(np.array, zip(*rows))
-    start, length = start.astype(np.int64), length.astype(np.int64)
+    ids, names, splits, *numbers = map(np.array, zip(*rows))
+    start, length = np.array(numbers, np.int64)
     frames = (start + length).max()
     if store.dtype != np.int8 or store.ndim != 2 or frames > len(store):
         raise ValueError(f"{root}: features.npy is {store.dtype} {store.shape}, expected int8 "
