@@ -633,15 +633,15 @@ def dying(start, decay):
 
 def part_of(rng, half):
     """1 for about a fifth of a second in one half of the clip, which begins at second `half`."""
-    start = half + rng.uniform(0.02, 0.25)
-    return (TIME > start) & (TIME < start + rng.uniform(0.12, 0.24))
+    start = half + rng.uniform(0.02, 0.2)
+    return (TIME > start) & (TIME < start + rng.uniform(0.15, 0.25))
 
 
-def clicks(instants, hertz, decay):
-    """At each instant (s) a tone of `hertz` starts, which falls by e in `decay` seconds."""
-    wave = np.zeros(RATE)
+def clicks(instants, hertz, length):
+    """At each instant (s) a burst of `hertz` that swells and falls within `length` seconds."""
+    wave, burst = np.zeros(RATE), tone(hertz)[: int(length * RATE)]
     wave[(instants * RATE).astype(int)] = 1
-    return np.convolve(wave, (tone(hertz) * dying(0, decay))[:400])[:RATE]  # 25 ms of it
+    return np.convolve(wave, burst * np.hanning(len(burst)))[:RATE]
 
 
 def regular(rng, rate):
@@ -651,7 +651,7 @@ def regular(rng, rate):
 
 def burst(rng, half):
     low = log_uniform(rng, 50, 3000)
-    return band_noise(rng, low, 2.2 * low) * part_of(rng, half)
+    return band_noise(rng, low, low * rng.uniform(1.5, 3)) * part_of(rng, half)
 
 
 def beep(rng, half, low=200, high=6000):
@@ -682,8 +682,8 @@ SOURCE = {
     "tremolo-fast": lambda r: band_noise(r, 300, 5000) * (1 + tone(r.uniform(12, 20))),
     "vibrato": lambda r: tone(log_uniform(r, 500, 3000) * 2 ** (0.3 * tone(r.uniform(2, 4)))),
     "buzz": lambda r: np.sign(tone(r.uniform(60, 120))),
-    "clicks-slow": lambda r: clicks(regular(r, r.uniform(4, 7)), 3300, 0.001),
-    "clicks-fast": lambda r: clicks(regular(r, r.uniform(18, 30)), 3300, 0.001),
+    "clicks-slow": lambda r: clicks(regular(r, r.uniform(4, 7)), 3300, 0.004),
+    "clicks-fast": lambda r: clicks(regular(r, r.uniform(18, 30)), 3300, 0.004),
     "swell": lambda r: band_noise(r, 200, 4000) * TIME ** r.uniform(1, 3),
     "fade": lambda r: band_noise(r, 200, 4000) * (1 - TIME) ** r.uniform(1, 3),
     "burst-early": lambda r: burst(r, 0.0),
@@ -698,16 +698,16 @@ TARGET = {
     "bell": lambda r: bell(r, r.uniform(0, 0.4), 0.2, 0.5),
     "cricket": lambda r: (tone(r.uniform(3500, 5500)) * np.maximum(tone(r.uniform(35, 60)), 0)
                           * (tone(r.uniform(2, 4)) > 0)),
-    "engine": lambda r: clicks(regular(r, r.uniform(22, 40)), r.uniform(120, 300), 0.008),
-    "rain": lambda r: clicks(r.uniform(0, 1, r.integers(40, 90)), r.uniform(1500, 3500), 0.002),
+    "engine": lambda r: clicks(regular(r, r.uniform(22, 40)), r.uniform(120, 300), 0.03),
+    "rain": lambda r: clicks(r.uniform(0, 1, r.integers(40, 90)), r.uniform(1500, 3500), 0.004),
     "drum": lambda r: drum(r, r.uniform(0, 0.5)),
     "string": lambda r: struck(log_uniform(r, 110, 440), range(1, 9), 0, r.uniform(0.2, 0.6)),
     "ping>thud": lambda r: bell(r, r.uniform(0.02, 0.2), 0.05, 0.1) + drum(r, r.uniform(0.52, 0.7)),
     "thud>ping": lambda r: drum(r, r.uniform(0.02, 0.2)) + bell(r, r.uniform(0.52, 0.7), 0.05, 0.1),
     "high>low": lambda r: beep(r, 0.0, 2500, 4500) + beep(r, 0.5, 300, 600),
     "low>high": lambda r: beep(r, 0.0, 300, 600) + beep(r, 0.5, 2500, 4500),
-    "slow>fast": lambda r: clicks(1 - np.geomspace(r.uniform(0.08, 0.16), 0.95, 8), 3300, 0.002),
-    "fast>slow": lambda r: clicks(np.geomspace(r.uniform(0.08, 0.16), 0.95, 8), 3300, 0.002),
+    "slow>fast": lambda r: clicks(1 - np.geomspace(r.uniform(0.08, 0.16), 0.95, 8), 3300, 0.008),
+    "fast>slow": lambda r: clicks(np.geomspace(r.uniform(0.08, 0.16), 0.95, 8), 3300, 0.008),
 }
 SOUNDS = {"sounds": TARGET, "sounds-source": SOURCE}
 
