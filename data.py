@@ -1,7 +1,7 @@
 """Audio on disk -> packed corpus -> batches -> log-mel features, for every model of this project.
 
-Sections 1 audio files, 2 the packed corpus, 3 splits, 4 batches, 5 features, 6 augmentation,
-         7 built-in corpora, 8 corpora, 9 the command line
+Sections 1 audio files, 2 the packed corpus, 3 splits, 4 batches, 5 features and augmentation,
+         6 built-in corpora, 7 corpora, 8 the command line
 Axes     B batch, T frames (25 ms every 10 ms), F mel bins, C classes or speakers.
 
 The first use of a corpus decodes every clip once, to 16 kHz mono int16, into one packed file. From
@@ -12,7 +12,7 @@ are computed a batch at a time on the device that trains.
     for batch in batches(corpus, corpus.pick("train"), 32, frames=100, seed=0):
         x = features(batch.to("cpu"), encoder)                     # (B, T, F) = (32, 100, 128)
 
-To add a corpus write one entry in CORPORA (section 8): what lists its clips as (path, class,
+To add a corpus write one entry in CORPORA (section 7): what lists its clips as (path, class,
 split), and how its folder looks. `python data.py NAME ROOT` checks a corpus before training.
 Does not: stream from the network, keep more than 16 bits or another rate, or balance classes.
 """
@@ -43,11 +43,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 # torchaudio's compiled extension, which nothing here needs, refuses a torch that it was not built
-# for: a CPU-only one, or one for another CUDA version. An empty module takes its place.
-extension = types.ModuleType("torchaudio._extension")
-extension._IS_TORCHAUDIO_EXT_AVAILABLE = extension._IS_ALIGN_AVAILABLE = False
-extension.fail_if_no_align = lambda function: function
-sys.modules.setdefault("torchaudio._extension", extension)
+# for: a CPU-only one, or one for another CUDA version. An empty one takes its place.
+sys.modules.setdefault("torchaudio._extension", types.SimpleNamespace(
+    _IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, fail_if_no_align=lambda f: f))
 import torchaudio
 from torchaudio.compliance.kaldi import get_mel_banks
 
@@ -99,9 +97,8 @@ def read_audio(path):
         try:
             wave, rate = torchaudio.load(str(path))
         except (ImportError, RuntimeError, OSError, ValueError) as error:
-            reason = str(error).partition("\n")[0]  # FFmpeg's errors go on for a page
-            raise ValueError(f"{path}: not readable as audio ({reason}). All but WAV needs FFmpeg "
-                             "and torchcodec: pip install torchcodec, or convert it") from error
+            raise ValueError(f"{path}: not readable as audio. All but WAV needs FFmpeg and a pip "
+                             f"install torchcodec, or convert it: {error!r:.99}") from error
     wave = np.asarray(wave).mean(0)  # (channels, n) -> (n,)
     samples = math.ceil(len(wave) * RATE / rate)  # after resampling, which fails on an empty wave
     if samples < WINDOW or not np.isfinite(wave).all():
@@ -438,7 +435,7 @@ def cut_windows(corpus, clips, frames):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Features: a batch of waves to log-mel frames, equal to kaldi's
+# 5. Features: a batch of waves to log-mel frames, equal to kaldi's; and their augmentation
 
 # Of AudioSet's log-mel bins, from AST's code. A corpus' own would shift what its layers can read.
 AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 4.5689974
@@ -496,16 +493,12 @@ def features(batch, encoder):
             ends = (batch.lengths - WINDOW) // HOP + 1  # (B,) frames, as `frames_of`
             past = torch.arange(x.shape[1], device=x.device) >= ends[:, None]  # (B, T)
             x = x.masked_fill(past[:, :, None], 0.0)  # (B, T, 1): all bins of a frame
-    if x.shape[2] != encoder.mels:
-        raise ValueError(f"the model expects {encoder.mels} mel bins, the corpus has {x.shape[2]}")
     if encoder.normalise == "audioset":
         return (x - AUDIOSET_MEAN) / (2 * AUDIOSET_STD)
     return x - x.mean(1, keepdim=True)  # (B, 1, F): one mean a bin
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. Augmentation of training batches; everything is drawn from torch's generator
-
+# Augmentation of training batches; everything is drawn from torch's generator.
 SPEEDS = ((1, 1), (9, 10), (11, 10))  # x1, x0.9, x1.1
 
 
@@ -553,14 +546,13 @@ def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", room
 def perturb_speed(batch, frames, classes):
     """Play each clip at one of SPEEDS. Pitch and formants move with the speed, which makes another
     speaker: label + classes * k."""
-    resample, samples = torchaudio.functional.resample, samples_of(frames)
-    x, lengths = batch.x.new_empty(len(batch.x), samples), batch.lengths.clone()
+    x, lengths = batch.x.new_empty(len(batch.x), samples_of(frames)), batch.lengths.clone()
     drawn = torch.randint(len(SPEEDS), lengths.shape, device=x.device)  # (B,)
     for k, (fast, slow) in enumerate(SPEEDS):
         rows = (drawn == k).nonzero()[:, 0]
         if len(rows):  # as if recorded at `fast` and kept at `slow`: fewer samples, higher tones
-            x[rows] = resample(batch.x[rows], fast, slow)[:, :samples]
-            lengths[rows] = (lengths[rows] * slow // fast).clamp(max=samples)
+            x[rows] = torchaudio.functional.resample(batch.x[rows], fast, slow)[:, : x.shape[1]]
+            lengths[rows] = (lengths[rows] * slow // fast).clamp(max=x.shape[1])
     return Batch(x, lengths, batch.labels + classes * drawn, batch.clips)
 
 
@@ -576,9 +568,8 @@ def reverberate(x, responses):
 def make_rooms(count, device):
     """(count, m) responses: a direct path of 1, then weaker noise that dies in 0.2 to 0.8 s."""
     seconds, weaker = torch.rand(2, count, 1, device=device)  # (count, 1) each, 0 to 1
-    instants = torch.arange(RATE // 2, device=device) / RATE  # (m,)
     tail = torch.randn(count, RATE // 2, device=device)  # (count, m)
-    tail = tail * 10 ** (-3 * instants / (0.2 + 0.6 * seconds))
+    tail *= 10 ** (-3 * torch.arange(RATE // 2, device=device) / RATE / (0.2 + 0.6 * seconds))
     tail = tail / tail.norm(dim=1, keepdim=True) / 10 ** (weaker / 2)  # 0 to 10 dB weaker
     tail[:, 0] = 1
     return tail
@@ -599,7 +590,7 @@ def draw_sounds(sounds, count, frames, anywhere):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Built-in corpora: synthetic, deterministic, offline
+# 6. Built-in corpora: synthetic, deterministic, offline
 
 VERSION = 2  # raise it when a generator changes: packed files are made anew
 TIME = np.arange(RATE) / RATE  # one second
@@ -778,7 +769,7 @@ def voice(clip):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Corpora: each lists its clips as (path below the root, class, split)
+# 7. Corpora: each lists its clips as (path below the root, class, split)
 
 
 @dataclass
@@ -800,8 +791,7 @@ class Source:
 def table(path, *forms):
     """Rows of a CSV file as tuples: each form with the columns it names, as "audio/{filename}"."""
     with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: Excel's first three bytes
-        rows = [{column: text for column, text in row.items() if text is not None}
-                for row in csv.DictReader(file)]
+        rows = [{k: v for k, v in row.items() if v is not None} for row in csv.DictReader(file)]
     if not rows:
         raise ValueError(f"{path}: no rows")
     try:
@@ -879,9 +869,8 @@ CORPORA = {
     "voxceleb": Source(  # VoxCeleb1, VoxCeleb2 or both, at any depth
         lambda root: [(clip, clip.split("/")[-3], "any") for clip in find_audio(root)
                       if clip.count("/") > 1 and clip.split("/")[-3].startswith("id")],
-        "ROOT/veri_test2.txt, list_test_all2.txt, list_test_hard2.txt, and anywhere "
-        "below ROOT\nid10270/x6uYqmx31kE/00001.wav, ... (VoxCeleb1), id00012/21Uxsk56VDQ/00001.m4a"
-        f", ... (VoxCeleb2)\nAsk for the audio by the form at {VOXCELEB}",
+        "ROOT/veri_test2.txt, list_test_all2.txt, list_test_hard2.txt, and anywhere below ROOT\n"
+        f"id10270/x6uYqmx31kE/00001.wav or .m4a, ...\nAsk for the audio by the form at {VOXCELEB}",
         address=VOXCELEB + "meta/", recipe=dict(frames=200),
         lists={"o": ("veri_test2.txt", 37611), "e": ("list_test_all2.txt", 579818),
                "h": ("list_test_hard2.txt", 550894)}),
@@ -891,12 +880,11 @@ CORPORA = {
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. The command line: getting, checking and drawing a corpus
+# 8. The command line: getting, checking and drawing a corpus
 
 
 def download(address, path, sha256=""):
     """Bring `address` to `path`, unless it is there; return the path, or raise a sentence."""
-    path = Path(path)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:  # to a temporary name, then renamed
@@ -949,7 +937,6 @@ def check_figure(path):
 def figure(path, rows=1, columns=1, size=(7, 4)):
     """Give matplotlib axes (an array of them if there are several); write them to `path`."""
     from matplotlib.figure import Figure  # not pyplot, which wants a screen
-
     sheet = Figure(figsize=size, layout="constrained")
     yield sheet.subplots(rows, columns)
     sheet.savefig(path, dpi=90)
@@ -991,18 +978,15 @@ def main(argv=None):
             corpus = opened()  # without skip_bad, so that what is bad is read again
         except ValueError:
             corpus = opened(skip_bad=True)
-        print(f"{args.name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or training "
-              "speakers; shortest / median / longest clip")
+        print(f"{args.name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or speakers")
         for split in sorted(set(corpus.splits)):
             clips = corpus.pick(split)
             seconds = corpus.length[clips] / (100 if corpus.mels else RATE)  # frames or samples
             counts = Counter(corpus.labels[clips].tolist()).values()
-            print(f"  {split:7s} {len(clips):7,} clips  {min(counts)} to {max(counts)} a class  "
-                  f"{seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s  "
-                  f"{seconds.sum() / 3600:.2f} h")
+            print(f"  {split:7s} {len(clips):7,} clips, {min(counts)} to {max(counts)} a class, "
+                  f"{seconds.min():.2f} to {seconds.max():.2f} s, {seconds.sum() / 3600:.2f} h")
         for split, pairs in corpus.trials.items():
-            same = sum(label for label, _, _ in pairs)
-            print(f"  {split} trials: {len(pairs):,}, {same:,} of one speaker")
+            print(f"  {split} trials: {len(pairs):,}, {sum(t[0] for t in pairs):,} of one speaker")
         for fault in [*corpus.notes, *corpus.bad] or ["none"]:
             print(f"  fault: {fault}")
         if args.figure:

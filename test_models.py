@@ -296,7 +296,7 @@ def test_damage_is_named_by_the_check_and_stops_training_or_is_left_out(tmp_path
     for sentence in (
             *(f"fault: .*{clip}.*{sentence}" for clip, sentence in said.items()),
             "fault: expected 2,000 clips, found 50", "fault: 10 unusable clips",
-            "train .* 18 to 18 a class .*0.19 / 0.19 / 0.19 s", "bad .*10 clips"):
+            "train .* 18 to 18 a class, 0.19 to 0.19 s", "bad .*10 clips"):
         assert re.search(sentence, printed), (sentence, printed)
     arguments = (f"--data esc50 --root {root} --cache {tmp_path}/cache --out {tmp_path}/out "
                  "--init none --epochs 1 --steps 1 --frames 20 --rank 1").split()

@@ -403,8 +403,8 @@ def load_checkpoint(path, device="cpu"):
 def pretrained_file(cfg):
     """Return the checkpoint a model starts from: a file, AudioSet's, our nano AST, or None."""
     if cfg.init in ast_adapters.AUDIOSET:  # downloaded once
-        address, sha256 = ast_adapters.AUDIOSET[cfg.init]
-        return on_first_rank(lambda: data.download(address, f"{cfg.cache}/{cfg.init}.pth", sha256))
+        url, sha256 = ast_adapters.AUDIOSET[cfg.init]
+        return on_first_rank(lambda: data.download(url, Path(cfg.cache, f"{cfg.init}.pth"), sha256))
     if cfg.init or cfg.speaker:
         return None if cfg.init in ("", "none") else cfg.init
     file = Path(cfg.cache) / f"ast-nano-v{data.VERSION}.pt"
