@@ -376,7 +376,10 @@ def build_model(cfg, corpus):
     model = make_model(cfg, corpus.classes, corpus.mels, corpus.trials, settings, start)
     if cfg.speaker and start:
         saved = load_checkpoint(start)[2]
-        model.encoder.load_state_dict(saved["encoder"])
+        try:
+            model.encoder.load_state_dict(saved["encoder"])
+        except RuntimeError as error:
+            raise ValueError(f"--init {start} holds another model or width") from error
         if saved["classes"] == corpus.classes:  # of speakers at three speeds, those at their own
             for ours, theirs in zip(model.head.parameters(), saved["head"].values()):
                 ours.data[: len(theirs)] = theirs[: len(ours)]
@@ -423,8 +426,7 @@ def pretrained_file(cfg):
 
 
 def save(path, value):
-    """Write text or tensors, in the first process alone. Whatever happens on the way, a full disk
-    or kill -9, `path` is the old file or the new one, whole."""
+    """Write text or tensors, in the first process; kill -9 leaves the old file or the new one."""
     if not RANK:
         content, part = io.BytesIO(), path.with_suffix(path.suffix + ".part")
         content.write(value.encode()) if isinstance(value, str) else torch.save(value, content)
@@ -562,7 +564,6 @@ def test_once(cfg, corpus, out):
     _, model, best = load_checkpoint(out / "best.pt", cfg.device)
     results = evaluate(cfg, corpus, model, "test", threshold=best["threshold"])
     print(f"tested once, with the weights of epoch {best['epoch']}: {numbers(results)}")
-    del results["score"]
     if corpus.trials:
         save(out / "scores.txt", "".join(
             f"{corpus.ids[a]} {corpus.ids[b]} {score:.6f} {label}\n"
@@ -628,6 +629,10 @@ def study(cfg, typed):
     print(f"\n{markdown(table)}\n{folder}")
     if cfg.figure:
         draw_table(table, cfg.figure, f"{folder.name}, {cfg.model}")
+    else:  # a bar a row, of the first score
+        for label, results in table.items():
+            score = np.mean([next(iter(result.values())) for result in results])
+            print(f"{label:>24} {'#' * round(score / 2)}")
 
 
 def mean_and_deviation(values, digits):
