@@ -639,7 +639,7 @@ BLIND = re.compile(r"attn\.k\.(linear\.|layer\.)?(bias|shift)|depthwise\.bias")
 def steps(ast, x):
     """Two optimiser steps that pull the embedding somewhere."""
     torch.manual_seed(1)
-    optimiser = torch.optim.SGD([p for p in ast.parameters() if p.requires_grad], lr=0.05)
+    optimiser = torch.optim.SGD([p for p in ast.parameters() if p.requires_grad], lr=0.5)
     target = torch.randn(len(x), ast.embed_dim)
     for _ in range(2):
         optimiser.zero_grad()
