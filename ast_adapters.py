@@ -197,7 +197,7 @@ class AST(nn.Module):
 
 
 class LinearHead(nn.Linear):
-    """The classifier, one Linear as in P1: (B, E) -> (B, C). Only a speaker's head reads `labels`."""
+    """The classifier, one Linear as in P1: (B, E) -> (B, C). Heads for speakers read labels."""
 
     def forward(self, embedding, labels=None):
         return super().forward(embedding)
@@ -217,8 +217,8 @@ class Model(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # 2. Methods: units, each one idea in one small module, and behind them how they go into the blocks.
-# An added path starts at zero, added tokens do not. What all blocks share, an insertion makes; if it
-# is random and frozen, from a seed of its own, for an adapter's file holds only what was trained.
+# An added path starts at zero, added tokens do not. What all blocks share an insertion makes; if it
+# is random and frozen, from a seed of its own: an adapter's file holds only what was trained.
 
 
 def wrap(ast, names, unit, *args):
