@@ -667,9 +667,9 @@ def draw_table(table, path, title):
         axes.errorbar(x, y, deviations, fmt="o-" if swept else "o", capsize=3)
         axes.set(xscale="linear" if swept else "log", ylabel=f"{key}, %", title=title,
                  xlabel=label.partition("=")[0] if swept else "trainable parameters, no head")
-        for n, (score, _, place, label) in enumerate([] if swept else sorted(points)):
-            axes.annotate(f"  {label}  ", (place, score), va="center", fontsize=8,
-                          ha="right" if n % 2 else "left")  # in turns, so labels seldom meet
+        for n, (score, _, place, label) in enumerate(named := [] if swept else sorted(points)):
+            left = place < named[min(n ^ 1, len(named) - 1)][2] + n % 2  # so that few labels meet
+            axes.annotate(f"  {label}  ", (place, score), ha=("left", "right")[left], fontsize=8)
 
 
 # --------------------------------------------------------------------------------------------------
