@@ -97,8 +97,8 @@ def read_audio(path):
         try:
             wave, rate = torchaudio.load(str(path))
         except (ImportError, RuntimeError, OSError, ValueError) as error:
-            raise ValueError(f"{path}: not readable as audio. All but WAV needs FFmpeg and a pip "
-                             f"install torchcodec, or convert it: {error!r:.99}") from error
+            raise ValueError(f"{path}: not readable as audio. All but WAV needs FFmpeg and "
+                             f"torchcodec (pip install torchcodec): {error!s:.200}") from error
     wave = np.asarray(wave).mean(0)  # (channels, n) -> (n,)
     samples = math.ceil(len(wave) * RATE / rate)  # after resampling, which fails on an empty wave
     if samples < WINDOW or not np.isfinite(wave).all():
@@ -825,7 +825,7 @@ def open_features(root):
 
 VOXCELEB = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/"
 CORPORA = {
-    "sounds": Source(partial(sound_rows, "sounds"), read=sound, recipe=dict(frames=100, epochs=6)),
+    "sounds": Source(partial(sound_rows, "sounds"), read=sound, recipe=dict(frames=100, epochs=7)),
     "sounds-source": Source(partial(sound_rows, "sounds-source"), read=sound,
                             recipe=dict(frames=100, epochs=7)),
     "voices": Source(  # nobody is in two splits, so a test is of strangers

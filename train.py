@@ -312,7 +312,7 @@ def infer(cfg, encoder, layer, batch):
 
 def class_probabilities(cfg, corpus, model, clips, frames):
     """Return (clips, C): the mean over a clip's windows of `frames` frames, side by side."""
-    frames = min(frames, int(corpus.length.max()))  # a frozen output is one frame
+    frames = frames if corpus.length.max() > 1 else 1  # a frozen output is one frame
     windows, owner = data.cut_windows(corpus, clips, frames)  # owner (windows,): row of the clip
     total = torch.zeros(len(clips), len(model.eval().head.weight))  # (clips, C)
     for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
@@ -405,7 +405,7 @@ def load_checkpoint(path, device="cpu"):
 
 def pretrained_file(cfg):
     """Return the checkpoint a model starts from: a file, AudioSet's, our nano AST, or None."""
-    if cfg.init in ast_adapters.AUDIOSET:  # downloaded once
+    if cfg.init in ast_adapters.AUDIOSET and not cfg.speaker:  # downloaded once
         url, sha256 = ast_adapters.AUDIOSET[cfg.init]
         return on_first_rank(lambda: data.download(url, Path(cfg.cache, f"{cfg.init}.pth"), sha256))
     if cfg.init or cfg.speaker:
@@ -493,6 +493,7 @@ def with_preset(cfg):
         cfg.model.removeprefix("ast-"), cfg.method)) | data.CORPORA[cfg.data].recipe
     if cfg.speaker and cfg.data == "voices":  # hosts of 200,000 parameters learn it in two minutes
         preset |= dict(width=dict(amcrn=32, resnet34=8).get(cfg.model, 64), embed_dim=128)
+    preset["gain"] *= not cfg.speaker  # its features have no level: each bin's mean is removed
     return replace(cfg, **{k: v for k, v in preset.items() if getattr(cfg, k) is None})
 
 
@@ -607,7 +608,7 @@ def variants(cfg, typed):
         words = {"true": [f"--{name}"], "false": [f"--no-{name}"]}
         value, swept = parse(words.get(text, [f"--{name}={text}"]))
         row = replace(cfg, **{k: getattr(value, k) for k in swept})
-        check(row, swept)
+        check(row, swept | typed - (set(METHOD_OPTIONS) - set(METHODS[row.method][1])))
         rows[text if name == "method" else f"{name}={text}"] = row
     return "quick-start" if quick else f"compare-{cfg.data}", rows
 
@@ -628,11 +629,10 @@ def study(cfg, typed):
     save(folder / "compare.md", markdown(table))
     print(f"\n{markdown(table)}\n{folder}")
     if cfg.figure:
-        draw_table(table, cfg.figure, f"{folder.name}, {cfg.model}")
+        draw_table(table, cfg.figure, f"{folder.name}, {(cfg.model, cfg.name)['method' in typed]}")
     else:  # a bar a row, of the first score
         for label, results in table.items():
-            score = np.mean([next(iter(result.values())) for result in results])
-            print(f"{label:>24} {'#' * round(score / 2)}")
+            print(f"{label:>24}", "#" * round(np.mean([[*r.values()][0] for r in results]) / 2))
 
 
 def mean_and_deviation(values, digits):
