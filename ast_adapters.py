@@ -520,7 +520,7 @@ def count(module):
     return trainable, total - trainable, total
 
 
-def training_memory(model, clips, frames):
+def training_memory(model, clips, frames, bf16):
     """Return the MB that a training step of so many clips needs beside the weights: what is kept
     for the backward pass, gradients and AdamW's two moments. Counted, so equal on every device."""
     x = model.head.weight.new_zeros(clips, frames, model.encoder.mels)  # (B, T, F)
@@ -530,7 +530,8 @@ def training_memory(model, clips, frames):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # the tensor itself holds the graph that holds it: never freed
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with hooks, torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         model.train()(x, x.new_zeros(clips, dtype=torch.long)).sum().backward()
     activations = sum(size for place, size in kept.items() if place not in weights)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

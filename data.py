@@ -465,7 +465,7 @@ def fbank(waves, mels=128):
     # On the CPU in parts of some 400 frames, which stay in its cache: twice as fast.
     size = max(1, 400 // int(frames_of(waves.shape[1]))) if waves.is_cpu else len(waves)
     parts = []
-    # Evaluation may sit in bfloat16 autocast, whose three digits would change the features.
+    # A caller may sit in bfloat16 autocast, whose three digits would change the features.
     with torch.autocast(waves.device.type, enabled=False):
         for part in waves.split(size):
             frames = part.unfold(1, WINDOW, HOP)  # (B, T, 400)

@@ -56,7 +56,7 @@ from tqdm import tqdm
 import ast_adapters
 import data
 import lightweight_sv
-from ast_adapters import AST, METHODS, LinearHead, Model, adapt
+from ast_adapters import AST, METHODS, LinearHead, Model, adapt, training_memory
 
 RANK = int(os.environ.get("RANK", 0))  # the number of this process; torchrun sets both
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
@@ -396,6 +396,7 @@ def load_checkpoint(path, device="cpu"):
         model.encoder.adaptation = saved["adaptation"]  # with the real backbone's fingerprint
         model.encoder.load_state_dict(saved["encoder"])
         model.head.load_state_dict(saved["head"])
+        saved["epoch"], saved["threshold"]
     except Exception as error:  # what a wrong file raises depends on what it holds
         raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
                          f"is never run ({error!r:.99})") from error
@@ -430,8 +431,11 @@ def save(path, value):
     if not RANK:
         content, part = io.BytesIO(), path.with_suffix(path.suffix + ".part")
         content.write(value.encode()) if isinstance(value, str) else torch.save(value, content)
-        part.write_bytes(content.getbuffer())
-        os.replace(part, path)
+        try:
+            part.write_bytes(content.getbuffer())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)  # of a full disk
 
 
 def checkpoint(cfg, corpus, model, epoch, valid):
@@ -576,10 +580,8 @@ def test_once(cfg, corpus, out):
                                       head=model.head.state_dict(), classes=corpus.classes,
                                       config=asdict(cfg)))
         results["adapter_kb"] = round(on_first_rank((out / "adapter.pt").stat).st_size / 1024)
-    clips = min(cfg.batch_size, len(corpus.pick("train")))
-    with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):  # last: it moves BatchNorm
-        memory = ast_adapters.training_memory(model, clips, cfg.frames)
-    return results | dict(memory_mb=memory)
+    clips = min(cfg.batch_size, len(corpus.pick("train")))  # the count is last: it moves BatchNorm
+    return results | dict(memory_mb=training_memory(model, clips, cfg.frames, cfg.bf16))
 
 
 def numbers(values):
@@ -679,16 +681,15 @@ def draw_table(table, path, title):
 def evaluate_checkpoint(cfg, typed):
     """--evaluate: test a best.pt on its corpus, on another of equal classes, or on any trials."""
     trained, model, saved = load_checkpoint(cfg.evaluate, cfg.device)
-    elsewhere = "data" in typed
     tested = replace(trained, few_shot=0, **{k: getattr(cfg, k) for k in typed - {"device"}})
-    corpus, table, strangers = open_corpus(tested, train=not elsewhere), {}, None
+    corpus, table, strangers = open_corpus(tested, train="data" not in typed), {}, None
     if not (saved["trials"] and corpus.trials) and corpus.classes != saved["classes"]:
         raise ValueError(f"{cfg.evaluate} knows {len(saved['classes'])} classes, --data "
                          f"{tested.data} has {len(corpus.classes)}, or others: they must be equal")
     if (cfg.figure or cfg.as_norm) and not corpus.trials:
         raise ValueError(f"--figure, --as-norm: --data {tested.data} has no trials, but classes")
     if cfg.as_norm:  # speakers that trained the model, wherever it is tested
-        strangers = cohort(trained, open_corpus(trained) if elsewhere else corpus, model)
+        strangers = cohort(trained, open_corpus(trained) if "data" in typed else corpus, model)
     threshold = None if cfg.as_norm else saved["threshold"]  # which is one of cosines
     for length in cfg.durations or ["full"]:
         frames = None if length == "full" else round(100 * float(length))
@@ -810,10 +811,9 @@ def profile(cfg):
             sys.settrace(None)
     ms = {line: np.mean(times[len(times) // 4 :]) for line, times in spent.items()}
     step = sum(ms[line] for line, times in spent.items() if len(times) >= 13)
-    autocast = torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16)
-    with FlopCounterMode(display=False) as counter, autocast:
-        memory = ast_adapters.training_memory(model, clips, cfg.frames)
-    square = torch.randn(2048, 2048, device=cfg.device).to(torch.bfloat16 if cfg.bf16 else None)
+    with FlopCounterMode(display=False) as counter:
+        memory = training_memory(model, clips, cfg.frames, cfg.bf16)
+    square = torch.randn(2048, 2048, device=cfg.device, dtype=torch.bfloat16 if cfg.bf16 else None)
     taken = timeit.repeat(lambda: (square @ square)[0, 0].item(), number=1, repeat=7)  # it waits
     floor = counter.get_total_flops() / 2 / 2048**3 * 1000 * np.median(taken)
     for line, mean in sorted(ms.items()):
