@@ -211,16 +211,16 @@ class BasicBlock(nn.Module):
         conv = partial(nn.Conv2d, bias=False, groups=groups)
         self.conv1, self.norm1 = conv(d_in, d_out, 3, stride, padding=1), nn.BatchNorm2d(d_out)
         self.conv2, self.norm2 = conv(d_out, d_out, 3, padding=1), nn.BatchNorm2d(d_out)
-        self.stride, self.shortcut = stride, nn.Identity()
+        self.shortcut = nn.Identity()
         if stride != 1 or d_in != d_out:
-            self.shortcut = nn.Sequential(conv(d_in, d_out, 1), nn.BatchNorm2d(d_out))
+            # pooling takes the stride: in torch 2.11 a 1x1 convolution with a stride and less than
+            # 16 channels corrupts memory (CPU, channels_last, backward pass)
+            self.shortcut = nn.Sequential(nn.AvgPool2d(1, stride), conv(d_in, d_out, 1),
+                                          nn.BatchNorm2d(d_out))
 
     def forward(self, x):
         y = self.norm1(self.conv1(x)).relu_()
-        # the shortcut's stride is taken here, because a 1x1 convolution with a stride and less
-        # than 16 channels corrupts memory in torch 2.11 (CPU, channels_last, backward pass)
-        x = self.shortcut(x[:, :, ::self.stride, ::self.stride])
-        return self.norm2(self.conv2(y)).add_(x).relu_()
+        return self.norm2(self.conv2(y)).add_(self.shortcut(x)).relu_()
 
 
 class ResNet34(nn.Module):
