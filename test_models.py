@@ -1145,7 +1145,7 @@ BAD_COMMANDS = [  # command, part of the sentence that answers
     ("--rank 99", "at most 64"), ("--evaluate x --predict y", "by predict, not by"),
     ("--sweep rank=2,many", "invalid int"), ("--sweep batch-size=8,0", "0: expected at least 1"),
     ("--evaluate x --epochs 7", "read by train, compare, sweep, profile, not by evaluate"),
-    ("--evaluate x --fold 2", "has no folds"),
+    ("--evaluate x --fold 2", "has no folds"), ("--evaluate x --durations inf", "above 0, or full"),
     ("--as-norm", "not by train"), ("--lr -1", "expected at least 0"), ("--lr nan", "expected"),
     ("--margin 3", "expected at least 0 and at most 1.5"), ("--snr 3", "nothing without --noise"),
     ("--fold 1", "sounds has no folds"), ("--trials e", "sounds has no lists"),

@@ -295,8 +295,8 @@ def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=N
     pairs = rows.reshape(2, -1).T  # (trials, 2) rows of the embeddings
     unit = embeddings(cfg, corpus, model, clips, frames)  # (clips, E)
     scores = (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1).double().numpy()  # cosines
-    if strangers is not None:
-        scores = lightweight_sv.adaptive_s_norm(scores, pairs, unit, strangers)
+    if strangers is not None:  # a threshold is one of cosines
+        scores, threshold = lightweight_sv.adaptive_s_norm(scores, pairs, unit, strangers), None
     if split == "valid":
         threshold = lightweight_sv.threshold_at(scores, labels)
     results = lightweight_sv.error_rates(scores, labels, threshold)
@@ -690,13 +690,11 @@ def evaluate_checkpoint(cfg, typed):
         raise ValueError(f"--figure, --as-norm: --data {tested.data} has no trials, but classes")
     if cfg.as_norm:  # speakers that trained the model, wherever it is tested
         strangers = cohort(trained, open_corpus(trained) if "data" in typed else corpus, model)
-    threshold = None if cfg.as_norm else saved["threshold"]  # which is one of cosines
     for length in cfg.durations or ["full"]:
-        frames = None if length == "full" else round(100 * float(length))
-        results = evaluate(tested, corpus, model, "test", frames, threshold, strangers)
+        frames = None if length == "full" else max(1, round(100 * float(length)))
+        results = evaluate(tested, corpus, model, "test", frames, saved["threshold"], strangers)
         print(f"  {f'{length} s' if frames else length:>6}  {numbers(results)}")
-        if frames:
-            table[f"seconds={length}"] = [results]
+        table |= {f"seconds={length}": [results]} if frames else {}
     if cfg.figure and table:
         draw_table(table, cfg.figure, f"{cfg.evaluate} on {tested.data}")
     elif cfg.figure:
@@ -863,6 +861,8 @@ def check(cfg, typed):
             broken = f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
         elif "least" in rule and not rule["least"] <= value <= rule.get("most", math.inf):
             broken = f"expected at least {rule['least']} and at most {rule.get('most', 'infinity')}"
+        elif f.name == "durations" and not all(0 < float(s) < 1e6 for s in {*value} - {"full"}):
+            broken = "expected seconds above 0, or full"
         elif "needs" in rule and not any(getattr(cfg, other) for other in rule["needs"].split()):
             broken = "does nothing without --" + " or --".join(rule["needs"].split())
         elif "corpus" in rule and value and not getattr(data.CORPORA[cfg.data], rule["corpus"]):
