@@ -299,8 +299,8 @@ class SqueezeExcite(nn.Module):
         self.up = Conv(groups * bottleneck, channels, groups)
 
     def forward(self, x):
-        gate = self.up(self.down(x.mean(dim=-1, keepdim=True)).relu_())     # (B, D, 1, 1)
-        return x * torch.sigmoid(gate)
+        mean = x.sum(dim=-1, keepdim=True) / x.shape[-1]    # a sum, as in TransformationModule
+        return x * torch.sigmoid(self.up(self.down(mean).relu_()))          # gate (B, D, 1, 1)
 
 
 class SERes2Block(nn.Module):
