@@ -241,14 +241,11 @@ class ResNet34(nn.Module):
         self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         block = partial(lighten, BasicBlock, subsets=subsets, share=share, fusion=fusion)
-        layers, d_in = [], width
-        for stage, depth in enumerate((3, 4, 6, 3)):
-            d_out = width * 2**stage
-            for i in range(depth):
-                layers.append(block(d_in, d_out, stride=2 if stage and not i else 1))
-                d_in = d_out
-        self.trunk = nn.Sequential(*layers)
-        self.embed = nn.Linear(2 * d_in * -(-mels // 8), embed_dim)     # rows: mels / 8, upwards
+        widths = [width * 2**i for i, depth in enumerate((3, 4, 6, 3)) for _ in range(depth)]
+        # a block that doubles the width halves the map
+        self.trunk = nn.Sequential(*(block(d_in, d_out, stride=d_out // d_in)
+                                     for d_in, d_out in zip([width, *widths], widths)))
+        self.embed = nn.Linear(16 * width * -(-mels // 8), embed_dim)   # rows: mels / 8, upwards
 
     def forward(self, x):
         x = as_map(x, self.mels).transpose(2, 3).contiguous()       # (B, F, T, 1)
