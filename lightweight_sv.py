@@ -245,7 +245,8 @@ class ResNet34(nn.Module):
         # a block that doubles the width halves the map
         self.trunk = nn.Sequential(*(block(d_in, d_out, stride=d_out // d_in)
                                      for d_in, d_out in zip([width, *widths], widths)))
-        self.embed = nn.Linear(16 * width * -(-mels // 8), embed_dim)   # rows: mels / 8, upwards
+        rows = -(-mels // 8)    # of the last map: mels / 8, rounded up
+        self.embed = nn.Linear(2 * widths[-1] * rows, embed_dim)
 
     def forward(self, x):
         x = as_map(x, self.mels).transpose(2, 3).contiguous()       # (B, F, T, 1)

@@ -396,7 +396,7 @@ def load_checkpoint(path, device="cpu"):
         model.encoder.adaptation = saved["adaptation"]  # with the real backbone's fingerprint
         model.encoder.load_state_dict(saved["encoder"])
         model.head.load_state_dict(saved["head"])
-        saved["epoch"], saved["threshold"]
+        saved["epoch"], saved["threshold"]  # read later; if they lack, refused here
     except Exception as error:  # what a wrong file raises depends on what it holds
         raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
                          f"is never run ({error!r:.99})") from error
