@@ -836,17 +836,17 @@ def test_groups_hear_of_each_other_by_fusion_alone_and_may_share_their_weights(
     before, after = module(x).chunk(2, dim=1), module(changed).chunk(2, dim=1)
     assert torch.equal(before[1], after[1]) and not torch.allclose(before[0], after[0])
     assert count(module)[2] == 2 * count(block(d_in // 2, d_out // 2, **options))[2]
-    light = sv.Lightened(block, d_in, d_out, 2, True, "none", **options).eval()
+    light = sv.lighten(block, d_in, d_out, 2, True, "none", **options).eval()
     half = x[:, :d_in // 2]
-    assert_close(light(torch.cat([half, half], 1)), light.block(half).repeat(1, 2, 1, 1))
+    assert_close(light(torch.cat([half, half], 1)), light[1].block(half).repeat(1, 2, 1, 1))
 
 
 def test_convolutions_are_torchs_and_pooling_is_worked_by_hand():
     x, context = torch.randn(1, 8, 1, 20), torch.randn(1, 16)
     for kernel, dilation, groups in ((1, 1, 1), (1, 1, 4), (3, 4, 2)):
-        conv = sv.Conv(8, 16, groups, kernel, dilation)
-        for mode in (conv.train, conv.eval):  # single utterances go another way then
-            assert_close(mode()(x).squeeze(2), nn.Conv1d.forward(conv, x.squeeze(2)))
+        brick = sv.ConvReluNorm(8, 16, groups, kernel, dilation, norm=False)
+        for mode in (brick.train, brick.eval):  # frames in rows of four; single utterances
+            assert_close(mode()(x).squeeze(2), nn.Conv1d.forward(brick.conv, x.squeeze(2)).relu())
     conv, beside = sv.ContextConv(24, 5), context[:, :, None].expand(-1, -1, 20)
     expected = nn.Conv1d.forward(conv, torch.cat([x.squeeze(2), beside], dim=1))
     assert_close(conv(x, context).squeeze(2), expected)
