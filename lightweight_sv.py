@@ -170,9 +170,9 @@ class ContextConv(Conv):
 
 
 def mean_and_std(x, weights=None):
-    """Mean and deviation over time, side by side; `weights` (none: equal) sum to one. Of maps in
-    float32, under autocast too: a difference of squares needs all the digits."""
-    total, weighted = (x.shape[-1], x) if weights is None else (1, x * weights)
+    """Mean and deviation over time, side by side; `weights` (none: equal) sum to one."""
+    x = x.float()       # under autocast too: a difference of squares needs all the digits
+    total, weighted = (x.shape[-1], x) if weights is None else (1, x * weights.float())
     mean, square = weighted.sum(dim=-1) / total, (weighted * x).sum(dim=-1) / total     # (B, D, H)
     # the clamp keeps the root's gradient finite where a channel is constant
     std = (square - mean * mean).clamp(min=1e-7).sqrt()
@@ -190,7 +190,7 @@ class AttentivePooling(nn.Module):
         self.up = Conv(bottleneck, channels, bias=False)
 
     def forward(self, x):
-        frames = x.float()
+        frames = x.float()                                          # once, not in each mean_and_std
         context = mean_and_std(frames).to(x.dtype)                  # (B, 2*D)
         scores = self.up(torch.tanh(self.down(x, context)))         # (B, D, 1, T)
         # in the order of the memory, (B, T, 1, D), the softmax makes no copy
@@ -249,7 +249,7 @@ class ResNet34(nn.Module):
     def forward(self, x):
         x = as_map(x, self.mels).transpose(2, 3).contiguous()       # (B, F, T, 1)
         x = self.norm(self.stem(x.movedim(3, 1))).relu_()           # (B, D, F, T)
-        return self.embed(mean_and_std(self.trunk(x).float()))      # (B, 8*D, F/8, T/8) -> (B, E)
+        return self.embed(mean_and_std(self.trunk(x)))              # (B, 8*D, F/8, T/8) -> (B, E)
 
 
 # -----------------------------------------------------------------------------
