@@ -1,15 +1,16 @@
-"""Train, compare, test and use every model of this project: one Config, one loop.
+"""Train, compare, test and use every model of this project: one Config, one table of recipes, one
+loop.
 
     python train.py                     # quick start: a nano AST learns new sounds, offline
-    python train.py --compare           # every method on the same data, one table
+    python train.py compare             # every method on the same data, one table
     python train.py --data fsdd --root DIR --method lora --rank 4
-    python train.py --model ecapa-tdnn --subsets 4 --data features --root DIR
-    python train.py --evaluate out/RUN/best.pt
-    python train.py --predict a.wav DIR --checkpoint out/RUN/best.pt
+    python train.py --model ecapa-tdnn --subsets 4 --data voices
+    python train.py evaluate out/RUN
+    python train.py predict out/RUN a.wav DIR
     torchrun --nproc_per_node=2 train.py ...            # the same loop in several processes
 
-Sections  1 settings, 2 the loop, 3 evaluation, 4 the model, 5 a run and its files, 6 tables of
-          runs, 7 using a checkpoint, 8 the machine, 9 the command line
+Sections  1 settings, 2 recipes, 3 the loop, 4 evaluation, 5 the model, 6 a run and its files,
+          7 tables of runs, 8 using a run, 9 the machine, 10 commands
 Axes      B batch, T frames, F mel bins, D width, E embedding, C classes or speakers
 
 Differs from P1's code: validation selects, the test split is scored once, with a copy of the best
@@ -18,8 +19,10 @@ Does not: split one model over several GPUs, search hyper-parameters, or log to 
 """
 
 import argparse
+import copy
 import csv
 import ctypes
+import difflib
 import inspect
 import io
 import itertools
@@ -38,25 +41,23 @@ from pathlib import Path
 
 # Threads that wait for each other spin, and so take the cores from other programs: beside one, a
 # nano step took 400 ms instead of 25. Let them spin shortly, then sleep (GNU; Intel and LLVM).
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# These two must be set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("KMP_BLOCKTIME", "1")
-# glibc gives big blocks back to the system at once and gets new ones, page by page, at each step:
-# with these two (M_MMAP_MAX, M_TRIM_THRESHOLD) a light ResNet34's step takes 0.75 of the time.
-if sys.platform == "linux":
-    for option, value in ((-4, 0), (-1, 2**31 - 1)):
-        ctypes.CDLL(None).mallopt(option, value)
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ast_adapters
 import data
 import lightweight_sv
-from ast_adapters import AST, METHODS, LinearHead, Model, adapt, training_memory
+from ast_adapters import AST, METHODS, LinearHead, adapt
 
 RANK = int(os.environ.get("RANK", 0))  # the number of this process; torchrun sets both
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
@@ -64,107 +65,98 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 progress = partial(tqdm, leave=False, disable=True if RANK else None)
 
 # --------------------------------------------------------------------------------------------------
-# 1. Settings: one Config is their only source; `--help` prints the comments behind its fields
+# 1. Settings: one Config is their only source; each field has its default, its help and its rules
 
 MODELS = [f"ast-{size}" for size in ast_adapters.SIZES] + list(lightweight_sv.MODELS)
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)  # None: only a CPU
 DEVICES = ["auto", "cpu"] + ([ACCELERATOR.type] if ACCELERATOR else [])
 FOLDS = ("all", *map(str, range(1, 11)))
-METHOD_OPTIONS = sorted({name for _, options in METHODS.values() for name in options})
-SPEAKER_OPTIONS = ("subsets", "share", "fusion", "width", "embed_dim")
-MODES = ("compare", "sweep", "profile", "evaluate", "predict", "verify", "embed")  # or: train
-RUNS = ("train", "compare", "sweep")
-TRAINING, TEST, ANY = (*RUNS, "profile"), (*RUNS, "profile", "evaluate"), ("train", *MODES)
+PLACES = "Places and machine: these may differ when a run goes on"  # the last group of Config
 
 
-def opt(default, **rules):
-    """A field of Config with rules for what is typed: `choices`, `least`, `most`, `item` (type in a
-    list), `modes` that read it (else TRAINING), the kind of `model` that reads it, `needs` (one of
-    these flags), `corpus` (what that must have), `passing` (may differ when a run goes on)."""
-    return field(default=default, metadata=rules)
+def flag(default, help, **rules):
+    """A field of Config. Rules for what is typed: `choices`, `least`, `most`, `item` (type in a
+    list), the kind of `model` that reads it, `needs` (one of these flags), `corpus` (what that must
+    have). `shown` is the default that --help prints, `group` the title of this and what follows."""
+    return field(default=default, metadata=dict(rules, help=help))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. None: the preset of method and corpus, or the model, decides. The
-    comment behind a field is its help: a field without one is no flag."""
+    """Every setting of a training. None: the recipe, the method or the model decides."""
 
-    # What to train: the model, and whether one run or a table of runs
-    model: str = opt("ast-nano", choices=MODELS)  # the encoder
-    method: str = opt("conformer", choices=METHODS, model="ast")  # how to adapt an AST
-    init: str = ""  # start from this checkpoint, audioset, audioset-16 or none; empty: our nano
-    compare: bool = opt(False, model="ast")  # run every method and print one table
-    sweep: str = ""  # FIELD=v1,v2,...: one run a value, one table
-    profile: bool = False  # print where the time of a training step goes; nothing is written
-    seeds: int = opt(1, least=1, modes=RUNS, passing=True)  # so many runs: mean and deviation
-    out: str = opt("", modes=(*RUNS, "embed"), passing=True)  # folder; empty: out/ and a name
-    resume: bool = opt(False, modes=RUNS, passing=True)  # go on where the run in --out stopped
-    # Data: needed for every corpus but the built-in sounds
-    data: str = opt("sounds", choices=data.CORPORA, modes=TEST)  # the corpus
-    root: str = opt("", modes=TEST, passing=True)  # folder of the corpus
-    download: bool = opt(False, passing=True)  # bring it to --root first, where that is free
-    cache: str = opt("cache", modes=TEST, passing=True)  # for packed corpora and the nano AST
-    fold: str = opt(None, choices=FOLDS, modes=TEST, corpus="folds")  # the one that tests
-    valid: bool = True  # select the best epoch on validation clips; else these train too
-    trials: str = opt("o", choices=("o", "e", "h"), modes=TEST, corpus="lists")  # VoxCeleb's list
-    few_shot: int = opt(0, least=0)  # train on so many clips a class, drawn by the seed; 0: all
-    skip_bad: bool = opt(False, modes=TEST)  # go on without clips that cannot be read
-    # Training: leave these out to get the paper's recipe, or ours
-    epochs: int = opt(None, least=1)  # passes over the training clips
-    steps: int = opt(None, least=1)  # end every epoch after so many batches, not after all clips
-    batch_size: int = opt(None, least=1)  # clips a step, over all processes
-    lr: float = opt(None, least=0, most=10)  # highest learning rate
-    warmup: float = opt(None, least=0, most=0.9)  # share of the steps in which the rate rises
-    weight_decay: float = opt(None, least=0)  # AdamW's, of matrices and kernels
-    frames: int = opt(None, least=16)  # length of a training segment, in frames of 10 ms
-    seed: int = opt(0, least=0)  # of weights, order, crops and drawn splits
-    # Augmentation of training clips: against learning them by heart
-    spec_f: int = opt(None, least=0)  # SpecAugment: widest mask, in mel bins
-    spec_t: int = opt(None, least=0)  # SpecAugment: widest mask, in frames
-    shift: int = opt(None, least=0)  # roll by up to so many frames
-    gain: float = opt(None, least=0, most=60, model="ast", corpus="rows")  # up to so many dB
-    speed_perturb: bool = opt(False, corpus="rows")  # play x1, x0.9 and x1.1, as other speakers
-    noise: str = opt("", corpus="rows")  # a folder of noises, such as MUSAN's, or generated
-    reverb: str = opt("", corpus="rows")  # a folder of impulse responses of rooms, or generated
-    distorted: float = opt(0.6, least=0, most=1, needs="noise reverb")  # share of clips with either
-    snr: list = opt((0.0, 15.0), item=float, needs="noise")  # signal-to-noise ratio in dB: from, to
-    # Options of AST and its methods: for ablations
-    rank: int = opt(None, model="ast")  # adapters, LoRA: width of the bottleneck
-    where: str = opt(None, model="ast")  # adapters: ffn, mhsa or both
-    form: str = opt(None, model="ast")  # adapters: parallel or sequential
-    at: str = opt(None, model="ast")  # sequential adapters: before or after the sub-layer
-    residual: bool = opt(None, model="ast")  # sequential adapters: add their input
-    kernel: int = opt(None, model="ast")  # Conformer adapter: taps of the depthwise convolution
-    tokens: int = opt(None, model="ast")  # prompts a layer; prefix: keys and values together
-    alpha: float = opt(None, model="ast")  # LoRA: scale is alpha / rank
-    targets: str = opt(None, model="ast")  # LoRA: which of q, k, v, o, such as qv
-    experts: int = opt(None, model="ast")  # mixtures: adapters a layer
-    slots: int = opt(None, model="ast")  # Soft-MoA: slots an expert
-    pos_embed: str = opt("crop", choices=("crop", "zero"), model="ast")  # zero: as P1's code has it
-    pool: str = opt("mean", choices=("mean", "cls"), model="ast")  # embedding: of all tokens or two
-    # Speaker models: how light, and how hard the training task
-    subsets: int = opt(1, least=1, model="speaker")  # feature subsets S; 1 is the plain host
-    share: bool = opt(False, model="speaker")  # one set of weights for all subsets
-    fusion: str = opt("module", choices=lightweight_sv.FUSIONS, model="speaker")  # between subsets
-    width: int = opt(None, least=1, model="speaker")  # channels
-    embed_dim: int = opt(None, least=1, model="speaker")  # size of the embedding
-    margin: float = opt(0.2, least=0, most=1.5)  # AAM-softmax: angular margin in radians
-    margin_rise: float = opt(0.0, least=0, most=1)  # share of the steps in which it rises from 0
-    # Machine: seldom needed, for the fastest that is safe is chosen
-    device: str = opt("auto", choices=DEVICES, modes=ANY, passing=True)  # where to compute
-    bf16: bool = opt(None, modes=TEST)  # autocast to bfloat16; left out: where it is fast
-    compile: bool = opt(False, passing=True)  # torch.compile: slow first step, faster epochs
-    checkpointing: bool = opt(False, model="ast")  # less memory: compute blocks again, 1.4 x time
-    # Use of a checkpoint: after training
-    evaluate: str = ""  # test this best.pt
-    durations: list = opt((), modes=("evaluate",))  # seconds of a test; full: whole utterances
-    as_norm: bool = opt(False, modes=("evaluate",))  # s-norm, its cohort from training speakers
-    predict: list = opt((), needs="checkpoint")  # name the classes of these files or folders
-    verify: list = opt((), needs="checkpoint")  # is the last of these files the others' speaker?
-    embed: list = opt((), needs="checkpoint")  # write the embeddings of these files or folders
-    checkpoint: str = opt("", modes=("predict", "verify", "embed"))  # the best.pt they use
-    csv: str = opt("", modes=("predict",))  # write the predictions to this file too
-    figure: str = opt("", modes=(*RUNS, "evaluate", "predict"), passing=True)  # draw the result
+    model: str = flag("ast-nano", "the encoder", choices=MODELS, group="What to train")
+    method: str = flag("conformer", "how to adapt an AST", choices=METHODS, model="ast")
+    init: str = flag("", "start from this checkpoint, audioset, audioset-16, dinov2 or none",
+                     shown="our nano AST")
+
+    data: str = flag("sounds", "the corpus", choices=data.CORPORA, group="Data")
+    fold: str = flag("1", "the fold that tests", choices=FOLDS, corpus="folds")
+    trials: str = flag("o", "VoxCeleb's list", choices=("o", "e", "h"), corpus="lists")
+    valid: bool = flag(True, "select the best epoch on validation clips; no: these train too")
+    few_shot: int = flag(0, "train on so many clips a class, drawn by the seed; 0: all", least=0)
+    skip_bad: bool = flag(False, "go on without clips that cannot be read")
+
+    epochs: int = flag(None, "passes over the training clips", least=1, group="Training")
+    steps: int = flag(None, "end every epoch after so many batches", least=1, shown="all clips")
+    batch_size: int = flag(None, "clips a step, over all processes", least=1)
+    lr: float = flag(None, "highest learning rate", least=0, most=10)
+    warmup: float = flag(None, "share of the steps in which the rate rises", least=0, most=0.9)
+    weight_decay: float = flag(None, "AdamW's, of matrices and kernels", least=0)
+    frames: int = flag(None, "length of a training segment, in frames of 10 ms", least=16)
+    seed: int = flag(0, "of weights, order, crops and drawn splits", least=0)
+    bf16: bool = flag(None, "autocast to bfloat16", shown="where it is fast")
+    checkpointing: bool = flag(False, "less memory: compute blocks again, 1.4 x time", model="ast")
+
+    spec_f: int = flag(None, "SpecAugment: widest mask, in mel bins", least=0,
+                       group="Augmentation of training clips: against learning them by heart")
+    spec_t: int = flag(None, "SpecAugment: widest mask, in frames", least=0)
+    shift: int = flag(None, "roll by up to so many frames", least=0)
+    gain: float = flag(None, "louder or softer by up to so many dB", least=0, most=60, model="ast")
+    speed_perturb: bool = flag(False, "play x1, x0.9 and x1.1, as other speakers")
+    noise: str = flag("", "a folder of noises, such as MUSAN's, or: generated")
+    reverb: str = flag("", "a folder of rooms' impulse responses, or: generated")
+    distorted: float = flag(0.6, "share of the clips that get noise or a room", least=0, most=1,
+                            needs="noise reverb")
+    snr: tuple = flag((0.0, 15.0), "signal-to-noise ratio in dB: lowest and highest", item=float,
+                      needs="noise")
+
+    rank: int = flag(None, "adapters, LoRA: width of the bottleneck", model="ast",
+                     group="Options of AST and its methods: for ablations")
+    where: str = flag(None, "adapters: ffn, mhsa or both", model="ast")
+    form: str = flag(None, "adapters: parallel or sequential", model="ast")
+    at: str = flag(None, "sequential adapters: before or after the sub-layer", model="ast")
+    residual: bool = flag(None, "sequential adapters: add their input", model="ast")
+    kernel: int = flag(None, "Conformer adapter: taps of the depthwise convolution", model="ast")
+    tokens: int = flag(None, "prompts a layer; prefix: keys and values together", model="ast")
+    alpha: float = flag(None, "LoRA: scale is alpha / rank", model="ast")
+    targets: str = flag(None, "LoRA: which of q, k, v, o, such as qv", model="ast")
+    experts: int = flag(None, "mixtures: adapters a layer", model="ast")
+    slots: int = flag(None, "Soft-MoA: slots an expert", model="ast")
+    pos_embed: str = flag("crop", "zero: no positions, as P1's code has it",
+                          choices=("crop", "zero"), model="ast")
+    pool: str = flag("mean", "the embedding: mean of all tokens, or of CLS and DIST",
+                     choices=("mean", "cls"), model="ast")
+
+    subsets: int = flag(1, "feature subsets S; 1 is the plain host", least=1, model="speaker",
+                        group="Speaker models: how light, and how hard the training task")
+    share: bool = flag(False, "one set of weights for all subsets", model="speaker")
+    fusion: str = flag("module", "what passes between subsets", choices=lightweight_sv.FUSIONS,
+                       model="speaker")
+    width: int = flag(None, "channels", least=1, model="speaker")
+    embed_dim: int = flag(None, "size of the embedding", least=1, model="speaker")
+    margin: float = flag(0.2, "AAM-softmax: angular margin in radians", least=0, most=1.5)
+    margin_rise: float = flag(0.0, "share of the steps in which it rises from 0", least=0, most=1)
+
+    root: str = flag("", "folder of the corpus; the built-in ones need none", group=PLACES)
+    download: bool = flag(False, "bring the corpus to --root first, where that is free")
+    cache: str = flag("cache", "folder for packed corpora and the nano AST")
+    out: str = flag("", "folder of the run", shown="out/ and a name")
+    resume: bool = flag(False, "go on where the run in --out stopped")
+    seeds: int = flag(1, "so many runs, from --seed on: mean and deviation", least=1)
+    figure: str = flag("", "draw the result into this .png, .svg or .pdf")
+    device: str = flag("auto", "where to compute", choices=DEVICES)
+    compile: bool = flag(False, "torch.compile: slow first step, faster epochs")
 
     @property
     def speaker(self):
@@ -175,55 +167,233 @@ class Config:
         return self.model if self.speaker else f"{self.model}-{self.method}"
 
 
+FIELDS = {f.name: f for f in fields(Config)}
+METHOD_OPTIONS = sorted({name for _, options in METHODS.values() for name in options})
+
+
+def host_options(model):
+    """Return the keywords of a speaker model; each is a field of Config."""
+    return [name for name in inspect.signature(lightweight_sv.MODELS[model]).parameters
+            if name != "mels"]
+
+
+def groups():
+    """Return {title: names of its fields}."""
+    titles = {}
+    for f in fields(Config):
+        title = f.metadata.get("group", title)
+        titles.setdefault(title, []).append(f.name)
+    return titles
+
+
+def as_config(values):
+    """Return the Config of a file. It may be older: what it lacks has its default, what is no
+    setting any more is left out."""
+    known = {name: value for name, value in values.items() if name in FIELDS}
+    lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+    return Config(**known | lists)
+
+
+def check(cfg, typed):
+    """Refuse, before anything is opened, what is typed and breaks a rule of its field."""
+    kind = "speaker" if cfg.speaker else "ast"
+    for f in (FIELDS[name] for name in FIELDS if name in typed):
+        rules = f.metadata
+        value = getattr(cfg, f.name)
+        broken = None
+        if rules.get("model", kind) != kind:
+            broken = f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
+        elif "least" in rules and not rules["least"] <= value <= rules.get("most", math.inf):
+            broken = f"expected at least {rules['least']} and at most {rules.get('most', 'any')}"
+        elif "needs" in rules and not any(getattr(cfg, name) for name in rules["needs"].split()):
+            broken = "does nothing without --" + " or --".join(rules["needs"].split())
+        elif "corpus" in rules and not getattr(data.CORPORA[cfg.data], rules["corpus"]):
+            broken = f"--data {cfg.data} has no {rules['corpus']}"
+        if broken:
+            raise ValueError(f"--{f.name.replace('_', '-')} {value}: {broken}")
+
+
+def check_training(cfg, typed):
+    """Refuse a training whose start, method or batch cannot be, before its corpus is opened."""
+    check(cfg, typed)
+    if not cfg.speaker:
+        starts = {"": ("ast-nano",), "dinov2": tuple(f"ast-{s}" for s in ast_adapters.DINOV2)}
+        starts |= dict.fromkeys(ast_adapters.AUDIOSET, ("ast-base",))
+        fitting = starts.get(cfg.init, (cfg.model,))
+        if cfg.model not in fitting:
+            raise ValueError(f"--model {cfg.model} needs --init FILE (none: random weights); to "
+                             f"start from {cfg.init or 'our nano AST'}, add --model {fitting[0]}")
+        options = {name: getattr(cfg, name) for name in METHOD_OPTIONS if name in typed}
+        ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, options)
+    check_batch(cfg, with_recipe(cfg).batch_size)
+
+
+def check_batch(cfg, clips):
+    """Refuse a batch of one where a BatchNorm has one value a channel: it needs two clips."""
+    synchronised = cfg.device == "cuda" and WORLD > 1
+    if clips // WORLD != 1 or synchronised or not cfg.speaker:
+        return
+    with torch.device("meta"):  # shapes without memory
+        encoder = make_encoder(with_recipe(cfg))
+        try:
+            encoder(torch.empty(1, 200, encoder.mels))
+        except ValueError as error:
+            raise ValueError(f"--batch-size {cfg.batch_size}: a step of one clip cannot train "
+                             f"{cfg.model}, its BatchNorm needs two or more") from error
+
+
 # --------------------------------------------------------------------------------------------------
-# 2. The loop: batch -> features -> forward -> loss -> backward -> step -> log -> evaluate -> save
+# 2. Recipes: what a setting is if nobody types it; what is typed wins
+
+RECIPES = {  # (corpus, method, model or its kind): settings. Of the rows that fit, later ones win.
+    ("*", "*", "*"): dict(epochs=30, batch_size=32, frames=500, warmup=0.0, weight_decay=0.1,
+                          spec_f=0, spec_t=0, shift=0, gain=0.0),
+    # ASTs: P1's rates (section 3.1).
+    ("*", "*", "ast"): dict(lr=5e-3),
+    ("*", "full", "ast"): dict(lr=5e-5),
+    ("*", "linear", "ast"): dict(lr=1e-3),
+    ("*", "prompt-shallow", "ast"): dict(lr=1e-2),
+    ("*", "prompt-deep", "ast"): dict(lr=1e-2),
+    ("*", "prefix", "ast"): dict(lr=1e-2),
+    # The nano AST is four hundred times smaller than AST-base, and P1's 300 prompts are more than
+    # its 50 tokens. Rates and epochs were chosen on validation clips of `sounds`.
+    ("*", "*", "nano"): dict(lr=1e-2, warmup=0.1, batch_size=16, frames=100),
+    ("*", "full", "nano"): dict(lr=1.5e-3),
+    ("*", "prompt-shallow", "nano"): dict(tokens=32),
+    ("*", "prompt-deep", "nano"): dict(tokens=8),
+    ("*", "prefix", "nano"): dict(tokens=8),
+    # Speaker models: ours.
+    ("*", "*", "speaker"): dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3,
+                                weight_decay=0.05),
+    # Corpora: P1's four, then ours.
+    ("esc50", "*", "*"): dict(frames=500, epochs=50, spec_f=24, spec_t=80),
+    ("urbansound8k", "*", "*"): dict(frames=400, epochs=30, spec_f=24, spec_t=80),
+    ("speechcommands", "*", "*"): dict(frames=100, epochs=75, batch_size=128),
+    ("fluentspeech", "*", "*"): dict(frames=400, epochs=75),
+    ("fsdd", "*", "*"): dict(frames=64, epochs=40, spec_f=16, spec_t=8, shift=6, gain=10.0),
+    ("fsdd", "*", "speaker"): dict(gain=0.0),  # each bin's mean is removed, and so the level
+    ("voxceleb", "*", "*"): dict(frames=200),
+    ("sounds", "*", "*"): dict(frames=100, epochs=9),
+    ("sounds", "full", "nano"): dict(lr=3e-3),
+    ("sounds-source", "*", "*"): dict(frames=100, epochs=7),
+    ("voices", "*", "*"): dict(frames=150, epochs=6, batch_size=32),
+    # Hosts of 200,000 parameters learn `voices` in two minutes.
+    ("voices", "*", "speaker"): dict(width=64, embed_dim=128),
+    ("voices", "*", "amcrn"): dict(width=32),
+    ("voices", "*", "resnet34"): dict(width=8),
+}
+
+
+def with_recipe(cfg):
+    """Fill every None that a recipe has."""
+    kind = "speaker" if cfg.speaker else "nano" if cfg.model == "ast-nano" else "ast"
+    recipe = {}
+    for (corpus, method, model), settings in RECIPES.items():
+        fits = corpus in ("*", cfg.data) and method in ("*", cfg.method)
+        if fits and model in ("*", kind, cfg.model):
+            recipe |= settings
+    return replace(cfg, **{k: v for k, v in recipe.items() if getattr(cfg, k) is None})
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The loop: batch -> features -> forward -> loss -> backward -> step -> log -> evaluate -> save
 
 
 def fit(cfg, corpus, model, augment_waves, out):
     """Train `model`; leave last.pt, best.pt and log.jsonl in `out`. Return the seconds it took."""
     optimiser = make_optimiser(cfg, model)
     state = load_last(out, corpus, model, optimiser)  # a new run's, or where --resume goes on
-    inputs, frames = cache_inputs(cfg, corpus, model)  # the corpus, or its features
-    forward, clips = parallel_model(cfg, model), corpus.pick("train")
-    per_epoch = min(cfg.steps or 10**9, max(1, len(clips) // cfg.batch_size))
+    forward = parallel_model(cfg, model)
+    clips = corpus.pick("train")
+    per_epoch = steps_an_epoch(cfg, clips)
+    steps = cfg.epochs * per_epoch
     for epoch in range(state["epoch"], cfg.epochs):
         # A resumed epoch draws what it would have drawn; each process draws its own.
         torch.manual_seed(1000 * cfg.seed + epoch + 10**9 * RANK)
         model.train()
-        start, losses = time.time(), []
-        batches = data.batches(inputs, clips, cfg.batch_size, frames, cfg.seed, epoch,
-                               repeat=cfg.speaker, shard=(RANK, WORLD), steps=cfg.steps)
+        start = time.time()
+        losses = []
+        batches = named("data", data.batches(
+            corpus, clips, cfg.batch_size, frames_to_cut(cfg), cfg.seed, epoch,
+            repeat=cfg.speaker, shard=(RANK, WORLD), steps=cfg.steps))
         for i, batch in enumerate(progress(batches, f"epoch {epoch + 1}", per_epoch)):
-            step, steps = epoch * per_epoch + i, cfg.epochs * per_epoch
+            # The learning rate follows the step; so does the margin of a speaker head.
+            step = epoch * per_epoch + i
+            lr = learning_rate(cfg, step, steps)
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate(cfg, step, steps)
+                group["lr"] = lr
             model.head.margin = cfg.margin * min(1, (step + 1) / max(1, cfg.margin_rise * steps))
-
-            batch = augment_waves(batch.to(cfg.device))  # speed, gain, noise, rooms
-            x, y = data.features(batch, model.encoder), batch.labels  # (B, T, F), (B,)
-            x = data.augment_features(x, cfg.shift, cfg.spec_f, cfg.spec_t)
-            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
-                loss = F.cross_entropy(forward(x, y), y)
-            check_loss(loss, batch, corpus)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            losses.append(loss.item())
-        speed = per_epoch * min(cfg.batch_size, len(clips)) / (time.time() - start)
-        valid = evaluate(cfg, inputs, model, "valid")
-        score = valid.get("score", epoch)  # nothing to select on: the last epoch is the best
-        if score > state["best"]:
-            state["best"] = score
-            save(out / "best.pt", checkpoint(cfg, corpus, model, epoch + 1, valid))
-        state["seconds"] += time.time() - start
-        loss = float(sum_over_ranks(torch.tensor(losses)).mean()) / WORLD
-        line = dict(epoch=epoch + 1, loss=loss, valid=valid.get("score"), best=state["best"],
-                    lr=group["lr"], clips_per_second=speed,
-                    eta=state["seconds"] / (epoch + 1) * (cfg.epochs - epoch - 1))
-        state["epoch"], state["log"] = epoch + 1, state["log"] + [line]
-        save_last(out, model, optimiser, state)
-        print(numbers(line), flush=True)
+            # Waves become features on the device that trains; both are augmented.
+            with record_function("augmentation"):
+                batch = augment_waves(batch.to(cfg.device))  # speed, gain, noise, rooms
+            with record_function("features"):
+                x = data.features(batch, model.encoder)  # (B, T, F)
+            with record_function("augmentation"):
+                x = data.augment_features(x, cfg.shift, cfg.spec_f, cfg.spec_t)
+            # Forward, backward, step.
+            with record_function("forward"), autocast(cfg):
+                loss = F.cross_entropy(forward(x, batch.labels), batch.labels)
+            with record_function("backward"):
+                optimiser.zero_grad()
+                loss.backward()
+            with record_function("optimiser"):
+                optimiser.step()
+            # A loss is looked at one step late, when a GPU has it: nothing waits for this one.
+            check_loss(losses[-1:], corpus)
+            losses.append((loss.detach(), batch.clips))
+        check_loss(losses[-1:], corpus)
+        end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start)
     return state["seconds"]
+
+
+def end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start):
+    """Validate, keep the best weights, write the log and last.pt; tell what a person wants."""
+    # The mean loss comes first: it waits for the GPU, so the time that follows is whole.
+    mean = sum_over_ranks(torch.stack([loss for loss, _ in losses]).mean()).item() / WORLD
+    speed = WORLD * sum(len(clips) for _, clips in losses) / (time.time() - start)
+    epoch = state["epoch"] + 1
+    valid = evaluate(cfg, corpus, model, "valid")
+    score = valid.get("score", epoch)  # nothing to select on: the last epoch is the best
+    if score >= state["best"]:  # of equal epochs the later one has seen more
+        state["best"] = score
+        save(out / "best.pt", checkpoint(cfg, corpus, model, epoch, valid))
+    state["seconds"] += time.time() - start
+    left = state["seconds"] / epoch * (cfg.epochs - epoch)
+    line = dict(epoch=epoch, loss=mean, valid=valid.get("score"), best=state["best"], lr=lr,
+                clips_per_second=speed, eta=left)
+    state |= dict(epoch=epoch, log=state["log"] + [line])
+    save_last(out, model, optimiser, state)
+    told = "" if not valid else f"  validation {numbers(valid)}"
+    print(f"epoch {epoch} of {cfg.epochs}  loss {mean:.4g}{told}  {speed:,.0f} clips/s  "
+          f"{left:.0f} s left", flush=True)
+
+
+def named(name, batches):
+    """Yield the batches; the time that each takes has a name in a profile."""
+    batches = iter(batches)
+    while True:
+        with record_function(name):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def steps_an_epoch(cfg, clips):
+    """Whole batches, at least one, at most --steps."""
+    return min(cfg.steps or 10**9, max(1, len(clips) // cfg.batch_size))
+
+
+def frames_to_cut(cfg):
+    """Frames of a crop: a clip that may be played faster needs a tenth more."""
+    if cfg.speed_perturb:
+        return math.ceil(1.1 * data.samples_of(cfg.frames) / data.HOP)
+    return cfg.frames
+
+
+def autocast(cfg):
+    """bfloat16 where cfg.bf16 wants it."""
+    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16)
 
 
 def learning_rate(cfg, step, steps):
@@ -234,106 +404,116 @@ def learning_rate(cfg, step, steps):
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
+# Vectors that are stored with more axes: the tokens of an AST, the magnitudes of DoRA.
+VECTORS = ("cls_token", "dist_token", "m")
+
+
 def make_optimiser(cfg, model):
-    """AdamW on what trains. Only matrices, kernels and the like decay: weight decay would pull
-    scales that start at one (LayerNorm, SSF, IA3, DoRA's magnitude) towards zero."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trained if p.squeeze().ndim > 1]),
-              dict(params=[p for p in trained if p.squeeze().ndim < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-6,
+    """AdamW on what trains. Matrices, kernels, positions and prompts decay. Biases and scales that
+    start at one (LayerNorm, SSF, IA3, DoRA's magnitude) do not: it would pull them to zero."""
+    matrices, vectors = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            vector = p.ndim < 2 or name.rpartition(".")[2] in VECTORS
+            (vectors if vector else matrices).append(p)
+    settings = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(settings, cfg.lr, betas=(0.9, 0.98), eps=1e-6,
                              weight_decay=cfg.weight_decay, fused=True)
 
 
-def check_loss(loss, batch, corpus):
-    """Stop at a loss that is not finite, with the names of the clips."""
-    if not loss.isfinite():
-        names = ", ".join(corpus.ids[i] for i in batch.clips[:5])
-        raise ValueError(f"the loss became {loss.item()} in a batch with {names}: lower --lr?")
-
-
-def cache_inputs(cfg, corpus, model):
-    """Return (what the loop reads, its frames): the corpus, or inputs that no epoch changes. For
-    `linear` these are all frozen outputs (46 times as fast), if no feature is augmented; else
-    the features, up to half a gigabyte. Crops and waves that are drawn anew are not kept."""
-    size = cfg.frames if corpus.mels else data.samples_of(cfg.frames)
-    encoder, clips = model.encoder.eval(), len(corpus.ids)
-    frozen = cfg.method == "linear" and not (cfg.speaker or cfg.spec_f or cfg.spec_t or cfg.shift)
-    rows, width = (1, encoder.embed_dim) if frozen else (cfg.frames, encoder.mels)
-    if (cfg.speed_perturb or cfg.gain or cfg.noise or cfg.reverb or corpus.trials
-            or corpus.length.max() > size or 4 * clips * rows * width > 2**29):
-        return corpus, math.ceil(1.1 * size / data.HOP) if cfg.speed_perturb else cfg.frames
-    store = np.zeros((clips, rows, width), np.float32)
-    for batch in progress(data.batches(corpus, np.arange(clips), 64, cfg.frames, train=False,
-                                       repeat=cfg.speaker), "features, once"):
-        x = infer(cfg, encoder, encoder.pooled if frozen else torch.nn.Identity(), batch)
-        store[batch.clips] = x.reshape(-1, rows, width)  # (B, D) or (B, T, F)
-    return replace(corpus, store=store.reshape(-1, width), start=rows * np.arange(clips),
-                   length=np.full(clips, rows)), rows
+def check_loss(last, corpus):
+    """Stop at a loss that is not finite, with the names of the clips. `last`: [(loss, clips)]."""
+    for loss, clips in last:
+        if not loss.isfinite():
+            names = ", ".join(corpus.ids[i] for i in clips[:5])
+            raise ValueError(f"the loss became {loss.item()} in a batch with {names}: lower --lr?")
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Evaluation: accuracy of a split, or error rates of its trials; processes share the work
+# 4. Evaluation: accuracy of a split, or error rates of its trials; processes share the work
 
 
 def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=None):
     """Return the results of one split, {} of an empty one; "score" is what selection maximises.
-    `frames` cuts clips into windows of so many, utterances of trials to so many (None: whole).
-    `threshold` judges test trials (validation trials give one); `strangers` are a cohort."""
+    `frames` is the length of a test: of the windows of a clip, of an utterance of trials."""
+    if split in corpus.trials:
+        return evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers)
+    if len(corpus.pick(split)) and not corpus.trials:
+        return evaluate_classes(cfg, corpus, model, split, frames or cfg.frames)
+    return {}
+
+
+def evaluate_classes(cfg, corpus, model, split, frames):
+    """Return accuracies in %: of all clips, and of classes told apart by order in time alone."""
     clips = corpus.pick(split)
-    if not corpus.trials and len(clips):
-        chances = class_probabilities(cfg, corpus, model, clips, frames or cfg.frames)  # (clips, C)
-        right = 100.0 * (chances.argmax(1).numpy() == corpus.labels[clips])
-        results = dict(accuracy=right.mean(), score=right.mean())
-        ordered = np.array([">" in corpus.classes[label] for label in corpus.labels[clips]])
-        if ordered.any():  # `sounds`: classes told apart only by order in time
-            results |= dict(content=right[~ordered].mean(), order=right[ordered].mean())
-        return {name: float(value) for name, value in results.items()}
-    if split not in corpus.trials:
-        return {}
+    labels = corpus.labels[clips]
+    chances = class_probabilities(cfg, corpus, model, clips, frames)  # (clips, C)
+    right = 100.0 * (chances.argmax(1).numpy() == labels)
+    results = dict(accuracy=right.mean(), score=right.mean())
+    ordered = np.array([">" in corpus.classes[label] for label in labels])
+    if ordered.any():  # of `sounds`
+        results |= dict(content=right[~ordered].mean(), order=right[ordered].mean())
+    return {name: float(value) for name, value in results.items()}
+
+
+def evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers):
+    """Return error rates of the trials, and their scores. Validation trials give a threshold, at
+    which test trials are judged; `strangers` are a cohort for s-norm."""
     labels, left, right = (np.array(column) for column in zip(*corpus.trials[split]))
-    clips, rows = np.unique([left, right], return_inverse=True)  # each is embedded once
-    pairs = rows.reshape(2, -1).T  # (trials, 2) rows of the embeddings
+    clips, numbers = np.unique([left, right], return_inverse=True)  # each is embedded once
+    pairs = numbers.reshape(2, -1).T  # (trials, 2): rows of the embeddings
     unit = embeddings(cfg, corpus, model, clips, frames)  # (clips, E)
     scores = (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1).double().numpy()  # cosines
-    if strangers is not None:  # a threshold is one of cosines
-        scores, threshold = lightweight_sv.adaptive_s_norm(scores, pairs, unit, strangers), None
+    if strangers is not None:
+        scores = lightweight_sv.adaptive_s_norm(scores, pairs, unit, strangers)
+        threshold = None  # it was one of cosines
     if split == "valid":
         threshold = lightweight_sv.threshold_at(scores, labels)
     results = lightweight_sv.error_rates(scores, labels, threshold)
     return results | dict(score=-results["eer"], scores=scores)
 
 
-def infer(cfg, encoder, layer, batch):
-    """Return what `layer` makes of the features of a batch, (B, ...) float32 on the CPU."""
-    x = data.features(batch.to(cfg.device), encoder)  # (B, T, F)
-    with torch.inference_mode(), torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+def infer(cfg, model, layer, batch):
+    """Return what `layer`, the model or its encoder, makes of a batch: float32 on the CPU."""
+    x = data.features(batch.to(cfg.device), model.encoder)  # (B, T, F)
+    with torch.inference_mode(), autocast(cfg):
         return layer(x).float().cpu()
 
 
 def class_probabilities(cfg, corpus, model, clips, frames):
     """Return (clips, C): the mean over a clip's windows of `frames` frames, side by side."""
-    frames = frames if corpus.length.max() > 1 else 1  # a frozen output is one frame
+    model.eval()
     windows, owner = data.cut_windows(corpus, clips, frames)  # owner (windows,): row of the clip
-    total = torch.zeros(len(clips), len(model.eval().head.weight))  # (clips, C)
+    total = torch.zeros(len(clips), len(model.head.weight))  # (clips, C)
     for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
                               repeat=cfg.speaker, shard=(RANK, WORLD)):
-        logits = infer(cfg, model.encoder, model, batch)  # (B, C)
+        logits = infer(cfg, model, model, batch)  # (B, C)
         total.index_add_(0, owner[batch.clips], logits.softmax(1))
     return sum_over_ranks(total) / owner.bincount()[:, None]
 
 
+MINUTE = 6000  # frames
+
+
 def embeddings(cfg, corpus, model, clips, frames=None):
-    """Return unit embeddings (clips, E) of utterances, cut to `frames` if they are longer (None:
-    whole), padded to the 16 that an AST needs. Those of one length share a batch."""
-    unit = torch.zeros(len(clips), model.eval().encoder.embed_dim)
-    whole = corpus.length[clips] if corpus.mels else data.frames_of(corpus.length[clips])
-    lengths = np.clip(whole, 16, frames)
-    groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
-    parts = [part for rows in groups for part in np.split(rows, range(64, len(rows), 64))]
-    for part in parts[RANK::WORLD]:
-        batch = data.load_batch(corpus, clips[part], int(lengths[part[0]]), repeat=cfg.speaker)
-        unit[part] = F.normalize(infer(cfg, model.encoder, model.encoder, batch), dim=1)  # (B, E)
-    return sum_over_ranks(unit)
+    """Return unit embeddings (clips, E) of utterances, cut to `frames` if they are longer. A longer
+    one than a minute, for an AST than its training segments, is the mean of its windows."""
+    model.eval()
+    if frames:
+        corpus = replace(corpus, length=np.minimum(corpus.length, data.samples_of(frames)))
+    longest = MINUTE if cfg.speaker else cfg.frames
+    windows, owner = data.cut_windows(corpus, clips, longest)  # owner (windows,): row of the clip
+    lengths = np.maximum(16, data.frames_of(windows.length))  # an AST needs 16
+    total = torch.zeros(len(clips), model.encoder.embed_dim)
+    batches = []  # windows of one length share a batch, of a minute at most
+    for length in np.unique(lengths):
+        size = max(1, min(64, MINUTE // length))
+        same = np.flatnonzero(lengths == length)
+        batches += np.split(same, range(size, len(same), size))
+    for part in batches[RANK::WORLD]:
+        batch = data.load_batch(windows, part, int(lengths[part[0]]), repeat=cfg.speaker)
+        total.index_add_(0, owner[part], infer(cfg, model, model.encoder, batch))  # (B, E)
+    return F.normalize(sum_over_ranks(total), dim=1)
 
 
 def cohort(cfg, corpus, model, each=20):
@@ -345,37 +525,82 @@ def cohort(cfg, corpus, model, each=20):
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. The model: an encoder and a head, new or out of a checkpoint
+# 5. The model: an encoder and a head, new or out of a checkpoint
 
 
-def make_model(cfg, classes, mels, trials, settings, start=None):
-    """Return an encoder and a head, with new weights or, of an AST, those of the file `start`. The
-    other arguments are as best.pt has them: what the corpus has, and the `settings` of an AST.
-    With trials the head is AAM-softmax, where each speed of a speaker is a class."""
-    names = SPEAKER_OPTIONS if cfg.speaker else METHODS[cfg.method][1]
+class Model(nn.Module):
+    """Encoder and head: (B, T, F) and, for a head of speakers, labels (B,) -> logits (B, C)."""
+
+    def __init__(self, encoder, head):
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, x, labels=None):
+        return self.head(self.encoder(x), labels)
+
+
+def training_memory(model, clips, frames, bf16):
+    """Return the MB that a training step of so many clips needs beside the weights: what is kept
+    for the backward pass, gradients and AdamW's two moments. Counted, not measured: the same on
+    every device in one precision."""
+    x = model.head.weight.new_zeros(clips, frames, model.encoder.mels)  # (B, T, F)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # the tensor itself holds the graph that holds it: never freed
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    model.train()
+    with hooks, torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        model(x, x.new_zeros(clips, dtype=torch.long)).sum().backward()
+    activations = sum(size for address, size in kept.items() if address not in weights)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return round((activations + 3 * trained) / 2**20, 2)
+
+
+def ast_settings(cfg):
+    """Return what AST(...) takes."""
+    return dict(size=cfg.model.removeprefix("ast-"), pos_embed=cfg.pos_embed, pool=cfg.pool)
+
+
+def make_encoder(cfg, settings=None, start=None):
+    """Return an encoder with new weights or, of an AST, those of the file `start`. `settings` are
+    those of an AST that was saved."""
+    names = host_options(cfg.model) if cfg.speaker else METHODS[cfg.method][1]
     options = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
     torch.manual_seed(cfg.seed)
     if cfg.speaker:
-        encoder = lightweight_sv.MODELS[cfg.model](mels=mels or 80, **options)
-    else:
-        encoder = AST(**settings)
-        if start:
-            print(ast_adapters.load_pretrained(encoder, start))
-        adapt(encoder, cfg.method, **options)
-        encoder.checkpointing = cfg.checkpointing
-    size = encoder.embed_dim, len(classes) * (len(data.SPEEDS) if cfg.speed_perturb else 1)
+        return lightweight_sv.MODELS[cfg.model](**options)
+    encoder = AST(**settings or ast_settings(cfg))
+    if start:
+        encoder, sentence = ast_adapters.load_pretrained(encoder, start)
+        print(sentence)
+    adapt(encoder, cfg.method, **options)
+    encoder.checkpointing = cfg.checkpointing
+    return encoder
+
+
+def make_head(cfg, size, classes, trials):
+    """Return a Linear for classes. With trials it is AAM-softmax, where each speed of a speaker is
+    a class."""
     torch.manual_seed(cfg.seed)  # so every method starts from the same head
-    return Model(encoder, lightweight_sv.AAMSoftmax(*size) if trials else LinearHead(*size))
+    if not trials:
+        return LinearHead(size, len(classes))
+    speeds = len(data.SPEEDS) if cfg.speed_perturb else 1
+    return lightweight_sv.AAMSoftmax(size, speeds * len(classes))
 
 
 def build_model(cfg, corpus):
     """Return the model that a training starts with. A speaker model takes over the weights of
     --init best.pt, for equal classes those of its head too."""
-    settings = dict(size=cfg.model.removeprefix("ast-"), pos_embed=cfg.pos_embed, pool=cfg.pool)
     start = pretrained_file(cfg)
-    model = make_model(cfg, corpus.classes, corpus.mels, corpus.trials, settings, start)
+    encoder = make_encoder(cfg, start=None if cfg.speaker else start)
+    model = Model(encoder, make_head(cfg, encoder.embed_dim, corpus.classes, corpus.trials))
     if cfg.speaker and start:
-        saved = load_checkpoint(start)[2]
+        saved = load_run(start).saved
         try:
             model.encoder.load_state_dict(saved["encoder"])
         except RuntimeError as error:
@@ -386,32 +611,19 @@ def build_model(cfg, corpus):
     return model
 
 
-def load_checkpoint(path, device="cpu"):
-    """Read best.pt; return the Config of its training (bfloat16 only where that is fast here), its
-    model in eval mode, and what it holds."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        cfg = Config(**saved["config"])
-        model = make_model(cfg, *(saved[k] for k in ("classes", "mels", "trials", "settings")))
-        model.encoder.adaptation = saved["adaptation"]  # with the real backbone's fingerprint
-        model.encoder.load_state_dict(saved["encoder"])
-        model.head.load_state_dict(saved["head"])
-        saved["epoch"], saved["threshold"]  # read later; if they lack, refused here
-    except Exception as error:  # what a wrong file raises depends on what it holds
-        raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
-                         f"is never run ({error!r:.99})") from error
-    cfg = on_this_machine(replace(cfg, bf16=None if cfg.bf16 else False), device)
-    return cfg, model.to(cfg.device).eval(), saved
-
-
 def pretrained_file(cfg):
-    """Return the checkpoint a model starts from: a file, AudioSet's, our nano AST, or None."""
-    if cfg.init in ast_adapters.AUDIOSET and not cfg.speaker:  # downloaded once
-        url, sha256 = ast_adapters.AUDIOSET[cfg.init]
-        return on_first_rank(lambda: data.download(url, Path(cfg.cache, f"{cfg.init}.pth"), sha256))
+    """Return the checkpoint a model starts from: a file, a published one, our nano AST, or None."""
+    size = cfg.model.removeprefix("ast-")
+    published = dict(ast_adapters.AUDIOSET)
+    if size in ast_adapters.DINOV2:
+        published["dinov2"] = ast_adapters.DINOV2[size]
+    if cfg.init in published and not cfg.speaker:  # downloaded once
+        url, sha256 = published[cfg.init]
+        file = Path(cfg.cache, f"{cfg.init}-{size}.pth")
+        return on_first_rank(lambda: data.download(url, file, sha256))
     if cfg.init or cfg.speaker:
         return None if cfg.init in ("", "none") else cfg.init
-    file = Path(cfg.cache) / f"ast-nano-v{data.VERSION}.pt"
+    file = Path(cfg.cache) / f"ast-nano-v{data.VERSION}-16.pt"  # 16: the stride
     if not on_first_rank(file.exists):
         print("making the nano AST: training on the source classes of `sounds`, once")
         with tempfile.TemporaryDirectory(dir=cfg.cache) as out:  # two programs may make it at once
@@ -422,28 +634,84 @@ def pretrained_file(cfg):
     return file
 
 
+@dataclass
+class Run:
+    """A trained model, ready for use."""
+
+    settings: Config
+    model: Model  # in eval mode
+    classes: list
+    threshold: float  # of cosines, between two speakers; None without validation trials
+    saved: dict  # all that its file holds
+
+
+def load_run(path, backbone=None, device="cpu"):
+    """Return the Run of a folder, of its best.pt, or of an adapter.pt and the checkpoint it started
+    from, `backbone`."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "best.pt"
+    if not path.exists():
+        raise ValueError(f"no such file: {path} (expected a run's folder, or its best.pt)")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        cfg = as_config(saved["config"])
+        classes = saved["classes"]
+        encoder = saved_encoder(cfg, saved, path, backbone)
+        head = make_head(cfg, encoder.embed_dim, classes, saved["trials"])
+        head.load_state_dict(saved["head"])
+        run = Run(cfg, Model(encoder, head).eval(), classes, saved["threshold"], saved)
+    except ValueError:  # a sentence already
+        raise
+    except Exception as error:  # what a wrong file raises depends on what it holds
+        raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
+                         f"is never run ({error!r:.99})") from error
+    run.settings = on_this_machine(replace(cfg, device=device, bf16=None if cfg.bf16 else False))
+    run.model.to(run.settings.device)
+    return run
+
+
+def saved_encoder(cfg, saved, path, backbone):
+    """Return the encoder of a best.pt or, with its backbone, of an adapter.pt."""
+    if "adapter" not in saved:
+        encoder = make_encoder(cfg, saved["settings"])
+        encoder.adaptation = saved["adaptation"]  # with the real backbone's fingerprint
+        encoder.load_state_dict(saved["encoder"])
+        return encoder
+    if not backbone:
+        raise ValueError(f"{path} holds an adapter alone: say backbone=, the checkpoint it started "
+                         "from (for ast-nano the one in cache/)")
+    plain, _ = ast_adapters.load_pretrained(AST(**ast_settings(cfg)), backbone)
+    return ast_adapters.load_adapter(plain, saved["adapter"])
+
+
 # --------------------------------------------------------------------------------------------------
-# 5. A run: its files, the papers' recipes, corpus and model; train, select, test once
+# 6. A run: its files, its corpus and model; train, select, test once
 
 
 def save(path, value):
     """Write text or tensors, in the first process; kill -9 leaves the old file or the new one."""
-    if not RANK:
-        content, part = io.BytesIO(), path.with_suffix(path.suffix + ".part")
-        content.write(value.encode()) if isinstance(value, str) else torch.save(value, content)
-        try:
-            part.write_bytes(content.getbuffer())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)  # of a full disk
+    if RANK:
+        return
+    content = io.BytesIO()
+    if isinstance(value, str):
+        content.write(value.encode())
+    else:
+        torch.save(value, content)
+    part = path.with_suffix(path.suffix + ".part")
+    try:
+        part.write_bytes(content.getbuffer())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # of a full disk
 
 
 def checkpoint(cfg, corpus, model, epoch, valid):
     """Return everything that using the model needs, no more: plain values and tensors."""
     about = {name: getattr(model.encoder, name, {}) for name in ("settings", "adaptation")}
-    return dict(about, config=asdict(cfg), classes=corpus.classes, mels=corpus.mels,
-                trials=bool(corpus.trials), encoder=model.encoder.state_dict(),
-                head=model.head.state_dict(), epoch=epoch, threshold=valid.get("threshold"))
+    return dict(about, config=asdict(cfg), classes=corpus.classes, trials=bool(corpus.trials),
+                encoder=model.encoder.state_dict(), head=model.head.state_dict(), epoch=epoch,
+                threshold=valid.get("threshold"))
 
 
 def save_last(out, model, optimiser, state):
@@ -464,79 +732,110 @@ def load_last(out, corpus, model, optimiser):
     return saved
 
 
-def run_folder(cfg, name):
-    """Make the folder of a run and return it: --out, or out/ and the first free name. Raises
-    ValueError where it holds another run, or this one without --resume: nothing is overwritten."""
-    names = (f"out/{name}" + f"-{n}" * (n > 1) for n in itertools.count(1))
-    free = next(path for path in names if cfg.resume or not Path(path).exists())
-    out = Path(cfg.out or on_first_rank(lambda: free))
+def run_folder(cfg, name, table=None):
+    """Make the folder of a run, or of a table of these rows, and return it: --out, or out/ and the
+    first free name. Nothing is overwritten: a folder with another run raises ValueError."""
+    out = Path(cfg.out or on_first_rank(lambda: free_name(f"out/{name}", cfg.resume)))
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: expected a folder, or a new name")
     if not RANK and (out / "config.json").exists():
-        theirs = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        mine = json.loads(json.dumps(asdict(cfg)))  # JSON makes lists of tuples
-        changes = [f"{f.name} {theirs.get(f.name)!r} -> {mine[f.name]!r}" for f in fields(Config)
-                   if not f.metadata.get("passing") and theirs.get(f.name) != mine[f.name]]
+        saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        theirs = asdict(with_recipe(as_config(saved))) | dict(table=saved.get("table"))
+        mine = asdict(with_recipe(cfg)) | dict(table=table)
+        changes = [f"{key} {theirs[key]!r} -> {value!r}" for key, value in mine.items()
+                   if key not in groups()[PLACES] and theirs[key] != value]
         if changes or not cfg.resume:
             raise ValueError(f"--out {out} holds a run already: --resume goes on with it, in the "
                              f"same configuration ({', '.join(changes) or 'as here'})")
     out.mkdir(parents=True, exist_ok=True)
-    save(out / "config.json", json.dumps(asdict(cfg), indent=1))
+    save(out / "config.json", json.dumps(asdict(cfg) | dict(table=table), indent=1))
     return out
 
 
-# What an AST's size and method change stands in ast_adapters.recipe, a corpus in data.CORPORA.
-RECIPE = dict(spec_f=0, spec_t=0, shift=0, gain=0.0, epochs=30, batch_size=32, frames=500,
-              warmup=0.0, weight_decay=0.1)
-SPEAKER_RECIPE = dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3, weight_decay=0.05)
+def free_name(path, resume):
+    """Return path, path-2, path-3, ...: the first that is free. To resume, path itself."""
+    free = path
+    n = 1
+    while Path(free).exists() and not resume:
+        n += 1
+        free = f"{path}-{n}"
+    return free
 
 
-def with_preset(cfg):
-    """Fill every None that has a preset; what is typed wins."""
-    preset = RECIPE | (SPEAKER_RECIPE if cfg.speaker else ast_adapters.recipe(
-        cfg.model.removeprefix("ast-"), cfg.method)) | data.CORPORA[cfg.data].recipe
-    if cfg.speaker and cfg.data == "voices":  # hosts of 200,000 parameters learn it in two minutes
-        preset |= dict(width=dict(amcrn=32, resnet34=8).get(cfg.model, 64), embed_dim=128)
-    preset["gain"] *= not cfg.speaker  # its features have no level: each bin's mean is removed
-    return replace(cfg, **{k: v for k, v in preset.items() if getattr(cfg, k) is None})
-
-
-def run(cfg):
-    """Train, select, test once; return the flat results, which results.json holds too."""
+def run(cfg, position=""):
+    """Train, select, test once; return the flat results, which results.json holds too. `position`
+    in a table is such as "2 of 3: conformer"."""
     cfg, corpus, augment_waves, model = prepare(cfg)
     out = run_folder(cfg, f"{cfg.data}-{cfg.name}")
     if (out / "results.json").exists():
         print(f"{out} is finished already")
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     else:
-        trainable, _, total = ast_adapters.count(model.encoder)
-        clips = {split: len(corpus.pick(split)) for split in ("train", "valid", "test")}
-        print(f"\n{out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {cfg.device} x {WORLD}, torch "
-              f"{torch.__version__}; trains {trainable:,} of {total:,} parameters and the head",
-              f"{len(corpus.classes)} classes, clips {clips}",
-              ", ".join(f"{k} {getattr(cfg, k)}" for k in ("lr", "bf16", *RECIPE)),
-              *corpus.notes, sep="\n  ")
-        seconds = fit(cfg, corpus, model, augment_waves, out)
-        results = test_once(cfg, corpus, out) | dict(
+        cost = measure_step(cfg, corpus, model)
+        print(f"\n{position or cfg.name}, about {cost.pop('seconds'):.0f} s")
+        trainable, total = ast_adapters.count(model.encoder)
+        tell_plan(cfg, corpus, out, trainable, total)
+        try:
+            seconds = fit(cfg, corpus, model, augment_waves, out)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(out) from None
+        results = test_once(cfg, corpus, out) | cost | dict(
             trainable=trainable, parameters=total, share=100 * trainable / total,
             seconds=round(seconds, 2), epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1))
+        results |= dict(peak_mb=peak_memory(cfg.device))
         save(out / "results.json", json.dumps(results, indent=1))
     if cfg.figure:
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        with data.figure(cfg.figure, 2) as axes:
-            for axis, key, name in zip(axes, ("loss", "valid"), ("loss", "validation score, %")):
-                axis.plot([line["epoch"] for line in log], [line[key] for line in log], "o-")
-                axis.set(xlabel="epoch", ylabel=name)
+        draw_log(out, cfg.figure)
     return results
 
 
+def tell_plan(cfg, corpus, out, trainable, total):
+    """Print what is about to happen."""
+    clips = {split: len(corpus.pick(split)) for split in ("train", "valid", "test")}
+    settings = ("lr", "bf16", *RECIPES["*", "*", "*"])
+    print(f"  {out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {cfg.device} x {WORLD}, torch "
+          f"{torch.__version__}",
+          f"trains {trainable:,} of {total:,} parameters and the head",
+          f"{len(corpus.classes)} classes, clips {clips}",
+          ", ".join(f"{name} {getattr(cfg, name)}" for name in settings),
+          *corpus.notes, sep="\n  ")
+
+
+def measure_step(cfg, corpus, model):
+    """Return the memory of a training step and the seconds that all steps will take, measured on a
+    copy: a step moves BatchNorm's means."""
+    clips = corpus.pick("train")
+    batch = min(cfg.batch_size, len(clips))
+    twin = copy.deepcopy(model)
+    for _ in range(2):  # the first sets things up
+        start = time.perf_counter()
+        memory = training_memory(twin, batch, cfg.frames, cfg.bf16)
+        seconds = (time.perf_counter() - start) / WORLD
+    steps = cfg.epochs * steps_an_epoch(cfg, clips)
+    return dict(memory_mb=memory, seconds=steps * seconds)
+
+
+def peak_memory(device):
+    """Return the MB that this program has held at most: a GPU's, else all memory of the process.
+    None on Windows, which does not tell."""
+    if device == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
 def prepare(cfg):
-    """Return what `fit` takes: settings with their preset, corpus, augmentation, model."""
-    cfg = on_this_machine(with_preset(cfg), cfg.device)
+    """Return what `fit` takes: settings with their recipe, corpus, augmentation, model."""
+    cfg = on_this_machine(with_recipe(cfg))
     if RANK:
         dist.barrier()  # the first process packs what is new; the others find it packed
     corpus = open_corpus(cfg)
-    noise, rooms = (data.open_sounds(of, cfg.cache, cfg.skip_bad) for of in (cfg.noise, cfg.reverb))
+    noise = data.open_sounds(cfg.noise, cfg.cache, cfg.skip_bad)
+    rooms = data.open_sounds(cfg.reverb, cfg.cache, cfg.skip_bad)
     if WORLD > 1 and not RANK:
         dist.barrier()
     check_corpus(cfg, corpus)
@@ -548,206 +847,340 @@ def prepare(cfg):
 
 def open_corpus(cfg, train=True):
     """Return the corpus of --data, as the settings want it."""
-    return data.open_corpus(cfg.data, cfg.root, cfg.cache, cfg.seed, cfg.fold and int(cfg.fold),
-                            cfg.few_shot, cfg.skip_bad, cfg.valid, cfg.trials, train)
+    return data.open_corpus(cfg.data, cfg.root, cache=cfg.cache, seed=cfg.seed,
+                            fold=int(cfg.fold or 1), few_shot=cfg.few_shot, skip_bad=cfg.skip_bad,
+                            valid=cfg.valid, trials=cfg.trials, train=train)
 
 
 def check_corpus(cfg, corpus):
     """Refuse settings that this corpus cannot follow."""
     lengths = corpus.length[corpus.pick("train")]
-    longest = lengths.max() if corpus.mels else data.frames_of(lengths.max())
+    longest = data.frames_of(lengths.max())
     if longest < cfg.frames / 10:  # clips may be padded, within reason
         raise ValueError(f"--frames {cfg.frames}: the longest training clip has {longest} frames")
     if not corpus.trials and (cfg.speed_perturb, cfg.margin, cfg.margin_rise) != (False, 0.2, 0):
         raise ValueError(f"--speed-perturb and --margin: --data {cfg.data} has no trials")
-    if (clips := min(cfg.batch_size, len(lengths))) % WORLD:  # else some would weigh more
+    clips = min(cfg.batch_size, len(lengths))
+    if clips % WORLD:  # else some would weigh more
         raise ValueError(f"{clips} clips a step do not divide among {WORLD} processes")
+    check_batch(cfg, clips)
 
 
 def test_once(cfg, corpus, out):
     """Test the best weights; write adapter.pt or scores.txt; return what was measured."""
-    _, model, best = load_checkpoint(out / "best.pt", cfg.device)
-    results = evaluate(cfg, corpus, model, "test", threshold=best["threshold"])
-    print(f"tested once, with the weights of epoch {best['epoch']}: {numbers(results)}")
+    best = load_run(out, device=cfg.device)
+    model = best.model
+    results = evaluate(cfg, corpus, model, "test", threshold=best.threshold)
+    print(f"tested once, with the weights of epoch {best.saved['epoch']}: {numbers(results)}")
     if corpus.trials:
+        rows = zip(corpus.trials["test"], results.pop("scores"))
         save(out / "scores.txt", "".join(
-            f"{corpus.ids[a]} {corpus.ids[b]} {score:.6f} {label}\n"
-            for (label, a, b), score in zip(corpus.trials["test"], results.pop("scores"))))
-    if cfg.speaker:
-        results |= lightweight_sv.complexity(model.encoder, cfg.frames)
+            f"{corpus.ids[a]} {corpus.ids[b]} {score:.6f} {label}\n" for (label, a, b), score in rows))
     else:
-        save(out / "adapter.pt", dict(adapter=ast_adapters.adapter_state(model.encoder),
-                                      head=model.head.state_dict(), classes=corpus.classes,
-                                      config=asdict(cfg)))
-        results["adapter_kb"] = round(on_first_rank((out / "adapter.pt").stat).st_size / 1024)
-    clips = min(cfg.batch_size, len(corpus.pick("train")))  # the count is last: it moves BatchNorm
-    return results | dict(memory_mb=training_memory(model, clips, cfg.frames, cfg.bf16))
+        results["chance"] = 100 / len(corpus.classes)
+    if cfg.speaker:
+        return results | lightweight_sv.complexity(model.encoder, cfg.frames)
+    adapter = {key: best.saved[key] for key in best.saved if key not in ("encoder", "adaptation")}
+    save(out / "adapter.pt", adapter | dict(adapter=ast_adapters.adapter_state(model.encoder)))
+    size = on_first_rank(lambda: (out / "adapter.pt").stat().st_size)
+    return results | dict(adapter_kb=round(size / 1024))
+
+
+PERCENT = ("accuracy", "content", "order", "eer", "miss", "false_alarm")
 
 
 def numbers(values):
-    """Return "loss 0.512  valid 83.3  ..." for a person; the files have every digit."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items()
-                     if value is not None and name not in ("score", "scores"))
+    """Return "accuracy 83.3 %  content 91.2 %  ..." for a person; the files have every digit."""
+    told = []
+    for name, value in values.items():
+        if name not in ("score", "scores"):
+            unit = " %" if name in PERCENT else ""
+            told.append(f"{name} {value:.4g}{unit}")
+    return "  ".join(told)
+
+
+def draw_log(out, path):
+    """Draw loss and validation score of each epoch; of an older log what it has."""
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    with data.figure(path, 2) as axes:
+        for axis, key, name in zip(axes, ("loss", "valid"), ("loss", "validation score, %")):
+            values = np.array([line.get(key) for line in log], float)  # of None: not a number
+            axis.plot([line["epoch"] for line in log], values, "o-")
+            axis.set(xlabel="epoch", ylabel=name)
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Tables of runs: methods, values, folds, seeds
+# 7. Tables of runs: methods, values, folds, seeds
 
-COLUMNS = {"accuracy": 2, "content": 2, "order": 2, "eer": 2, "min_dcf_0.01": 3, "min_dcf_0.05": 3,
-           "trainable": 0, "share": 2, "macs": 0, "latency_ms": 1, "seconds": 1, "memory_mb": 1,
-           "adapter_kb": 0}  # key of the results: digits behind the point
+COLUMNS = {  # key of the results: (title, digits behind the point)
+    "accuracy": ("accuracy %", 2), "content": ("content %", 2), "order": ("order %", 2),
+    "eer": ("EER %", 2), "min_dcf_0.01": ("minDCF 0.01", 3), "min_dcf_0.05": ("minDCF 0.05", 3),
+    "trainable": ("trainable", 0), "share": ("share %", 2), "macs": ("MACs", 0),
+    "latency_ms": ("latency ms", 1), "seconds": ("seconds", 1), "memory_mb": ("memory MB", 1),
+    "peak_mb": ("peak MB", 0), "adapter_kb": ("adapter KB", 0)}
+MEMORY = ("memory: what a training step keeps for the backward pass, gradients and AdamW's moments; "
+          "peak: all that this program has held so far")
 
 
-def variants(cfg, typed):
-    """Return (name of the table, {row: Config}): a row a method or value, or only one."""
-    quick = not typed & {"compare", "sweep", "data", "model", "method", "init", *METHOD_OPTIONS}
-    sweep = ("method=linear,conformer,full" if quick else
-             "method=" + ",".join(METHODS) if cfg.compare else cfg.sweep)
-    if not sweep:
-        return f"{cfg.data}-{cfg.name}", {cfg.name: cfg}
-    (name, _, values), rows = sweep.partition("="), {}
+def table_rows(cfg, typed, values):
+    """Return {row: Config}, a row a value of FIELD=v1,v2,... Each value is read as if typed: same
+    types, same refusals."""
+    name, equals, values = values.partition("=")
+    if not equals:
+        raise ValueError(f"sweep {name}: expected FIELD=v1,v2,..., such as rank=1,4,16")
+    name = name.replace("_", "-")
+    rows = {}
     for text in values.split(","):
-        words = {"true": [f"--{name}"], "false": [f"--no-{name}"]}
-        value, swept = parse(words.get(text, [f"--{name}={text}"]))
-        row = replace(cfg, **{k: getattr(value, k) for k in swept})
-        check(row, swept | typed - (set(METHOD_OPTIONS) - set(METHODS[row.method][1])))
+        words = {"true": f"--{name}", "false": f"--no-{name}"}
+        _, swept, _ = parse(["train", words.get(text, f"--{name}={text}")])
+        row = replace(cfg, **swept)
+        of_others = set(METHOD_OPTIONS) - set(METHODS[row.method][1])
+        check_training(row, swept.keys() | typed - of_others)
         rows[text if name == "method" else f"{name}={text}"] = row
-    return "quick-start" if quick else f"compare-{cfg.data}", rows
+    return rows
 
 
-def study(cfg, typed):
-    """Do what the command line asks for: one run, or a table of rows, each of folds and seeds."""
-    title, rows = variants(cfg, typed)
-    folds = [cfg.fold] if cfg.fold != "all" else FOLDS[1 : 1 + data.CORPORA[cfg.data].folds]
+def study(cfg, title, rows):
+    """Do one run, or fill a table: of each row all folds and seeds. Return {row: results}."""
+    folds = [cfg.fold]
+    if cfg.fold == "all":
+        folds = FOLDS[1 : 1 + data.CORPORA[cfg.data].folds]
     if len(rows) == len(folds) == cfg.seeds == 1:
-        return run(*rows.values())
-    table, folder = {label: [] for label in rows}, run_folder(cfg, title)
-    for (label, row), fold, n in itertools.product(rows.items(), folds, range(cfg.seeds)):
-        row = replace(row, seed=row.seed + n, fold=fold, resume=True, figure="")
-        name = label + f"-fold{fold}" * (len(folds) > 1) + f"-seed{row.seed}" * (cfg.seeds > 1)
+        return {label: [run(row)] for label, row in rows.items()}
+    folder = run_folder(cfg, title, list(rows))
+    table = {label: [] for label in rows}
+    plan = list(itertools.product(rows.items(), folds, range(cfg.seeds)))
+    for number, ((label, row), fold, n) in enumerate(plan, 1):
+        name = label
+        if len(folds) > 1:
+            name += f"-fold{fold}"
+        if cfg.seeds > 1:
+            name += f"-seed{row.seed + n}"
         out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
-        table[label].append(run(replace(row, out=str(out))))
+        row = replace(row, seed=row.seed + n, fold=fold, out=str(out), resume=True, figure="")
+        try:
+            table[label].append(run(row, f"{number} of {len(plan)}: {name}"))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(folder) from None
     save(folder / "compare.json", json.dumps(table, indent=1))
     save(folder / "compare.md", markdown(table))
-    print(f"\n{markdown(table)}\n{folder}")
+    print(f"\n{markdown(table)}\n{MEMORY}\n{folder}")
     if cfg.figure:
-        draw_table(table, cfg.figure, f"{folder.name}, {(cfg.model, cfg.name)['method' in typed]}")
+        draw_table(table, cfg.figure, f"{', '.join(rows)} on {cfg.data}")
     else:  # a bar a row, of the first score
         for label, results in table.items():
-            print(f"{label:>24}", "#" * round(np.mean([[*r.values()][0] for r in results]) / 2))
+            key = next(key for key in COLUMNS if key in results[0])
+            print(f"{label:>24}", "#" * round(np.mean([r[key] for r in results]) / 2))
+    return table
 
 
 def mean_and_deviation(values, digits):
     """Return "93.12 ± 1.04"; of equal values the mean alone, of none nothing."""
-    mean = f"{np.mean(values):,.{digits}f}" if values else ""
-    return mean + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(set(values)) > 1 else "")
+    if not values:
+        return ""
+    mean = f"{np.mean(values):,.{digits}f}"
+    if len(set(values)) == 1:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def markdown(table):
     """Return {label: results} as a table for a README."""
-    keys = [key for key in COLUMNS if any(key in r for results in table.values() for r in results)]
-    rows = [["", *keys]] + [
-        [label, *(mean_and_deviation([r[key] for r in results if key in r], COLUMNS[key])
-                  for key in keys)] for label, results in table.items()]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    columns = [["", *table]]  # cells from the top down
+    for key, (title, digits) in COLUMNS.items():
+        cells = []
+        for results in table.values():
+            values = [r[key] for r in results if r.get(key) is not None]
+            cells.append(mean_and_deviation(values, digits))
+        if any(cells):
+            columns.append([title, *cells])
+    widths = [max(map(len, column)) for column in columns]
+    rows = list(zip(*columns))
     rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths)) + " |\n"
-                   for row in rows)
+    lines = ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths)) + " |\n" for row in rows]
+    return "".join(lines)
 
 
 def draw_table(table, path, title):
-    """Draw each row's score: over its number or, with its name, over its trainable parameters."""
+    """Draw each row's score over its number or, if it has none, over its trainable parameters."""
     swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
-    points = []  # (score, deviation, place, label)
-    for label, results in table.items():
-        key = "eer" if "eer" in results[0] else "accuracy"
-        scores = [result[key] for result in results]
-        place = float(label.partition("=")[2]) if swept else results[0]["trainable"]
-        points.append((np.mean(scores), np.std(scores, ddof=len(scores) > 1), place, label))
-    y, deviations, x, _ = zip(*points)
+    results = [results for results in table.values()]
+    key = "eer" if "eer" in results[0][0] else "accuracy"
+    scores = [[r[key] for r in of_row] for of_row in results]
+    x = [of_row[0]["trainable"] for of_row in results] if not swept else [
+        float(label.partition("=")[2]) for label in table]
+    y = [np.mean(values) for values in scores]
+    deviations = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in scores]
     with data.figure(path) as axes:
         axes.errorbar(x, y, deviations, fmt="o-" if swept else "o", capsize=3)
-        axes.set(xscale="linear" if swept else "log", ylabel=f"{key}, %", title=title,
-                 xlabel=label.partition("=")[0] if swept else "trainable parameters, no head")
-        for n, (score, _, place, label) in enumerate(named := [] if swept else sorted(points)):
-            left = place < named[min(n ^ 1, len(named) - 1)][2] + n % 2  # so that few labels meet
-            axes.annotate(f"  {label}  ", (place, score), ha=("left", "right")[left], fontsize=8)
+        axes.set(ylabel=f"{COLUMNS[key][0]}", title=title, xlabel=next(iter(table)).partition("=")[0]
+                 if swept else "trainable parameters, without the head")
+        if 0 < 8 * min(x) < max(x):
+            axes.set_xscale("log")
+        if "full" in table:
+            axes.axhline(y[list(table).index("full")], color="grey", linestyle="--")
+        if "chance" in results[0][0]:
+            axes.axhline(results[0][0]["chance"], color="grey", linestyle=":")
+        for n, i in enumerate([] if swept else np.argsort(y)):  # names in a column: none meet
+            axes.annotate(list(table)[i], (x[i], y[i]), (1.03, (n + 0.5) / len(y)), fontsize=8,
+                          textcoords="axes fraction", va="center",
+                          arrowprops=dict(arrowstyle="-", color="lightgrey"))
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Using a checkpoint: test it, or give it audio files
+# 8. Using a run: from a script of one's own, or by commands
 
 
-def evaluate_checkpoint(cfg, typed):
-    """--evaluate: test a best.pt on its corpus, on another of equal classes, or on any trials."""
-    trained, model, saved = load_checkpoint(cfg.evaluate, cfg.device)
-    tested = replace(trained, few_shot=0, **{k: getattr(cfg, k) for k in typed - {"device"}})
-    corpus, table, strangers = open_corpus(tested, train="data" not in typed), {}, None
-    if not (saved["trials"] and corpus.trials) and corpus.classes != saved["classes"]:
-        raise ValueError(f"{cfg.evaluate} knows {len(saved['classes'])} classes, --data "
-                         f"{tested.data} has {len(corpus.classes)}, or others: they must be equal")
-    if (cfg.figure or cfg.as_norm) and not corpus.trials:
+def corpus_of(sound, rate):
+    """Return a corpus of one sound: a path, or samples (n,) or (channels, n) and their rate."""
+    if isinstance(sound, (str, os.PathLike)):
+        corpus = data.corpus_of_files([sound])
+    else:
+        corpus = data.corpus_of_waves({"the array": (np.asarray(sound), rate)})
+    if corpus.bad:
+        raise ValueError("\n".join(corpus.bad))
+    return corpus
+
+
+def classify(run, sound, rate=None):
+    """Return [(class, chance)] of a file or an array, the likeliest first."""
+    return likeliest(run, corpus_of(sound, rate))[0]
+
+
+def embed(run, sound, rate=None):
+    """Return the unit embedding (E,) of a file or an array."""
+    return embed_all(run, corpus_of(sound, rate))[0]
+
+
+def likeliest(run, corpus):
+    """Return [(class, chance)] of each clip, the likeliest first."""
+    clips = np.arange(len(corpus.ids))
+    chances = class_probabilities(run.settings, corpus, run.model, clips, run.settings.frames)
+    chances = chances.unflatten(1, (-1, len(run.classes))).sum(1)  # (clips, C): at all speeds
+    ordered = chances.sort(descending=True)
+    return [[(run.classes[c], p) for c, p in zip(*row)]
+            for row in zip(ordered.indices.tolist(), ordered.values.tolist())]
+
+
+def embed_all(run, corpus):
+    """Return the unit embeddings (clips, E)."""
+    return embeddings(run.settings, corpus, run.model, np.arange(len(corpus.ids)))
+
+
+def report_bad(corpus):
+    """Name the files that could not be read; return the program's exit status."""
+    for reason in corpus.bad:
+        print(f"not read: {reason}", file=sys.stderr)
+    return 1 if corpus.bad else 0
+
+
+def evaluate_command(cfg, typed, own):
+    """Test a run on its corpus, on another of equal classes, or on any trials."""
+    path = own["run"]
+    run = load_run(path, device=cfg.device)
+    changes = {name: getattr(cfg, name) for name in typed - {"device"}}
+    tested = on_this_machine(replace(run.settings, few_shot=0, **changes))
+    check(tested, typed)
+    corpus = open_corpus(tested, train="data" not in typed)
+    if not (run.saved["trials"] and corpus.trials) and corpus.classes != run.classes:
+        raise ValueError(f"{path} knows {len(run.classes)} classes, --data {tested.data} has "
+                         f"{len(corpus.classes)}, or others: they must be equal")
+    if (cfg.figure or own["as_norm"]) and not corpus.trials:
         raise ValueError(f"--figure, --as-norm: --data {tested.data} has no trials, but classes")
-    if cfg.as_norm:  # speakers that trained the model, wherever it is tested
-        strangers = cohort(trained, open_corpus(trained) if "data" in typed else corpus, model)
-    for length in cfg.durations or ["full"]:
-        frames = None if length == "full" else max(1, round(100 * float(length)))
-        results = evaluate(tested, corpus, model, "test", frames, saved["threshold"], strangers)
-        print(f"  {f'{length} s' if frames else length:>6}  {numbers(results)}")
-        table |= {f"seconds={length}": [results]} if frames else {}
+    strangers = None
+    if own["as_norm"]:  # speakers that trained the model, wherever it is tested
+        trained = open_corpus(run.settings) if "data" in typed else corpus
+        strangers = cohort(run.settings, trained, run.model)
+    table = {}
+    for seconds in own["durations"]:
+        frames = seconds and max(1, round(100 * seconds))
+        results = evaluate(tested, corpus, run.model, "test", frames, run.threshold, strangers)
+        print(f"  {f'{seconds:g} s' if seconds else 'full':>6}  {numbers(results)}")
+        if seconds:
+            table[f"seconds={seconds:g}"] = [results]
     if cfg.figure and table:
-        draw_table(table, cfg.figure, f"{cfg.evaluate} on {tested.data}")
+        draw_table(table, cfg.figure, f"{path} on {tested.data}")
     elif cfg.figure:
         with data.figure(cfg.figure, size=(5, 5)) as axes:
             lightweight_sv.draw_det(axes, results["scores"], [t[0] for t in corpus.trials["test"]])
 
 
-def use_checkpoint(cfg):
-    """--predict, --verify, --embed: give the files, and those below the folders, to the model."""
-    trained, model, saved = load_checkpoint(cfg.checkpoint, cfg.device)
-    if saved["mels"] or (cfg.figure and trained.speaker):
-        raise ValueError(f"{cfg.checkpoint} reads no audio, or holds no AST for --figure to draw")
-    corpus, rows = data.corpus_of_files(cfg.predict or cfg.verify or cfg.embed), []
-    clips, classes, threshold = np.arange(len(corpus.ids)), saved["classes"], saved["threshold"]
-    if cfg.predict:
-        chances = class_probabilities(trained, corpus, model, clips, trained.frames)
-        chances = chances.unflatten(1, (-1, len(classes))).sum(1)  # (files, C): at all speeds
-        for file, row in zip(corpus.ids, chances):
-            best = zip(*row.topk(min(3, len(classes))))  # (chance, class), the likeliest first
-            rows.append([file, *(text for p, c in best for text in (classes[c], f"{p:.4f}"))])
-            print(*rows[-1], sep="  ")
-        if cfg.csv:
-            with open(cfg.csv, "w", newline="", encoding="utf-8") as out:
-                csv.writer(out).writerows(rows)
-        if cfg.figure:
-            batch = data.load_batch(corpus, clips[:1], trained.frames).to(trained.device)
-            x = data.features(batch, model.encoder)  # (1, T, F)
-            with data.figure(cfg.figure, 2) as axes:
-                ast_adapters.draw_attention(axes, model.encoder, x, corpus.ids[0])
-        return
-    unit = embeddings(trained, corpus, model, clips)  # (files, E)
-    if cfg.embed:
+def predict_command(cfg, typed, own):
+    """Name the three likeliest classes of each file; those that cannot be read are named too."""
+    if own["csv"] and not Path(own["csv"]).parent.is_dir():
+        raise ValueError(f"--csv {own['csv']}: there is no folder {Path(own['csv']).parent}")
+    run = load_run(own["run"], device=cfg.device)
+    if cfg.figure and run.settings.speaker:
+        raise ValueError(f"--figure draws an AST's attention; {own['run']} holds no AST")
+    corpus = data.corpus_of_files(own["files"])
+    rows = []
+    for file, ranked in zip(corpus.ids, likeliest(run, corpus) if corpus.ids else []):
+        rows.append([file])
+        for name, chance in ranked[:3]:
+            rows[-1] += [name, f"{chance:.4f}"]
+        print(*rows[-1], sep="  ")
+    if own["csv"] and not RANK:
+        with open(own["csv"], "w", newline="", encoding="utf-8") as file:
+            header = ["file", "class", "chance", "class2", "chance2", "class3", "chance3"]
+            csv.writer(file).writerows([header, *rows])
+    if cfg.figure and rows:
+        batch = data.load_batch(corpus, np.arange(1), run.settings.frames)
+        x = data.features(batch.to(run.settings.device), run.model.encoder)  # (1, T, F)
+        with data.figure(cfg.figure, 2) as axes:
+            ast_adapters.draw_attention(axes, run.model.encoder, x, corpus.ids[0])
+    return report_bad(corpus)
+
+
+def verify_command(cfg, typed, own):
+    """Is the last of these files the speaker of the others?"""
+    run = load_run(own["run"], device=cfg.device)
+    corpus = data.corpus_of_files(own["files"])
+    if corpus.bad or len(corpus.ids) < 2:
+        raise ValueError("\n".join(["verify: expected two readable files or more, the last of them "
+                                    "to be judged", *corpus.bad]))
+    unit = embed_all(run, corpus)  # (files, E)
+    score = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1])
+    if run.threshold is None:
+        print(f"score {score:.4f}, no threshold: no validation trials")
+    else:
+        verdict = "same" if score >= run.threshold else "different"
+        print(f"score {score:.4f}, threshold {run.threshold:.4f}: {verdict} speaker")
+
+
+def embed_command(cfg, typed, own):
+    """Write the embeddings of the files, and their names."""
+    run = load_run(own["run"], device=cfg.device)
+    corpus = data.corpus_of_files(own["files"])
+    if corpus.ids:
+        unit = embed_all(run, corpus)
         out = run_folder(cfg, "embeddings")
         save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
         on_first_rank(lambda: np.save(out / "embeddings.npy", unit.numpy()))
-        return print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
-    if len(unit) < 2:
-        raise ValueError("--verify: expected two files or more, the last of them to be judged")
-    score = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1])
-    print(f"score {score:.4f}, " + ("no threshold: no validation trials" if threshold is None else
-          f"threshold {threshold:.4f}: {'same' if score >= threshold else 'different'} speaker"))
+        print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
+    return report_bad(corpus)
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The machine: its device, the processes that torchrun starts, and the time of each line
+# 9. The machine: its memory and device, the processes that torchrun starts, where the time goes
 
 
-def on_this_machine(cfg, device):
+def keep_freed_memory():
+    """Tell glibc to keep big blocks that are freed: it gives them back to the system at once and
+    gets new ones, page by page, at each step. A light ResNet34's step takes 0.75 of the time."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def on_this_machine(cfg):
     """Fill in the device (auto: a GPU; of several processes each has the one of its number) and,
     where it is open, whether bfloat16 is fast there: neither emulated nor, as on Macs, untried."""
-    if device == "cpu" or not ACCELERATOR or (WORLD > 1 and ACCELERATOR.type == "mps"):
-        device, able = "cpu", torch.cpu.get_capabilities()
+    if cfg.device == "cpu" or not ACCELERATOR or (WORLD > 1 and ACCELERATOR.type == "mps"):
+        device = "cpu"
+        able = torch.cpu.get_capabilities()
         fast = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+        if cfg.bf16 and not fast:
+            print("--bf16: this CPU has no bfloat16; emulated, a step takes about 8 times as long")
     else:
         device = ACCELERATOR.type
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -761,9 +1194,9 @@ def parallel_model(cfg, model):
     """Return what the loop calls: the model, compiled if asked, with gradients that are the mean
     over all processes. Evaluation and checkpoints use the plain model, whose weights these are."""
     if WORLD > 1 and cfg.device == "cuda":  # on CPUs each process has its own BatchNorm
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = torch.compile(model) if cfg.compile else model
-    return torch.nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
+    return nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
 
 
 def on_first_rank(work):
@@ -781,129 +1214,237 @@ def sum_over_ranks(total):
     return total
 
 
+PHASES = ("data", "augmentation", "features", "forward", "backward", "optimiser")
+
+
 def profile(cfg):
-    """--profile: print the milliseconds of each line of `fit`, and the floor: a step's
-    multiply-accumulates over the rate of this machine's own product of two matrices. Each line
-    waits for the device, so a GPU's lines do not overlap. Three of 13 times warm up."""
+    """Print the milliseconds of each phase of `fit`, and the floor: a step's multiply-accumulates
+    over the rate of this machine's own product of two matrices. With --figure, write a trace."""
     cfg, corpus, augment_waves, model = prepare(cfg)
     clips = min(cfg.batch_size, len(corpus.pick("train")))  # in a step
-    epochs = math.ceil(13 / min(13, len(corpus.pick("train")) // clips))
-    code, first = inspect.getsourcelines(fit)
-    spent, last = {}, [first, time.perf_counter()]  # {line: ms of each time}; a line, its start
-
-    def trace(frame, event, _):
-        """Python calls this where a function begins and, if it returns itself, at each line."""
-        if frame.f_code is not fit.__code__:
-            return None
-        if ACCELERATOR:
-            torch.accelerator.synchronize()
-        spent.setdefault(last[0], []).append(1000 * (time.perf_counter() - last[1]))
-        last[:] = frame.f_lineno, time.perf_counter()
-        return trace
-
-    with tempfile.TemporaryDirectory() as out:
-        sys.settrace(trace)
-        try:
-            fit(replace(cfg, steps=13, epochs=epochs), corpus, model, augment_waves, Path(out))
-        finally:
-            sys.settrace(None)
-    ms = {line: np.mean(times[len(times) // 4 :]) for line, times in spent.items()}
-    step = sum(ms[line] for line, times in spent.items() if len(times) >= 13)
+    short = replace(cfg, steps=10, epochs=1)
+    with tempfile.TemporaryDirectory() as out:  # it warms up
+        fit(short, corpus, model, augment_waves, Path(out))
+    with tempfile.TemporaryDirectory() as out, torch.profiler.profile() as profiler:
+        fit(short, corpus, model, augment_waves, Path(out))
+    spent = dict.fromkeys(PHASES, 0.0)  # ms a step
+    steps = steps_an_epoch(short, corpus.pick("train"))
+    for event in profiler.key_averages():
+        if event.key in spent:  # a GPU has the name twice: launching, and its own work
+            taken = max(event.cpu_time_total, event.device_time_total) / 1000 / steps
+            spent[event.key] = max(spent[event.key], taken)
+    step = sum(spent.values())
     with FlopCounterMode(display=False) as counter:
         memory = training_memory(model, clips, cfg.frames, cfg.bf16)
     square = torch.randn(2048, 2048, device=cfg.device, dtype=torch.bfloat16 if cfg.bf16 else None)
     taken = timeit.repeat(lambda: (square @ square)[0, 0].item(), number=1, repeat=7)  # it waits
     floor = counter.get_total_flops() / 2 / 2048**3 * 1000 * np.median(taken)
-    for line, mean in sorted(ms.items()):
-        if mean > step / 200:
-            share = f"{mean / step:6.1%}" if len(spent[line]) >= 13 else "epoch "
-            print(f"{mean:9.2f} ms {share}  {code[line - first].strip()}")
-    print(f"{step:9.2f} ms 100.0%  a step; {1000 * clips / step:.1f} clips a second\n"
-          f"{floor:9.2f} ms {floor / step:6.1%}  its products alone, at this machine's rate\n"
-          f"memory: {memory} MB for the backward pass, gradients and moments"
-          + f"; peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MB" * (cfg.device == "cuda"))
+    for phase, ms in [*spent.items(), ("a step", step), ("its products alone", floor)]:
+        print(f"{ms:9.2f} ms {ms / step:6.1%}  {phase}")
+    print(f"{1000 * clips / step:.1f} clips a second\n{MEMORY}\nmemory {memory} MB, "
+          f"peak {peak_memory(cfg.device)} MB")
+    if cfg.figure:
+        profiler.export_chrome_trace(cfg.figure)
+        print(f"{cfg.figure}: open it at https://ui.perfetto.dev")
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. The command line
+# 10. Commands: `train` is meant where none is typed
+
+QUICK = "method=linear,conformer,full"
+TASK = {"data", "model", "method", "init", *METHOD_OPTIONS}  # none typed: the quick start
 
 
-def parse(argv=None):
-    """Return (Config, names of the flags that were typed) of a command line."""
+def quick_start(cfg, typed):
+    """Adapt the nano AST to new sounds in three ways; say what their table shows."""
+    study(cfg, "quick-start", table_rows(cfg, typed, QUICK))
+    print("""
+What you see: `order` counts sounds that differ only in the order of their two parts. There guessing
+gives 50 % (one of two), and of all twelve classes 8.3 %. The frozen model with a new last layer
+(linear) hears what a sound is made of; an adapter with a convolution (conformer) also hears the
+order, with far fewer trained parameters than training all (full).
+Try next: python train.py sweep rank=1,4,16 --method lora""")
+
+
+def train_command(cfg, typed, own):
+    if own["bare"] and not typed & TASK:
+        check_training(cfg, typed)
+        return quick_start(cfg, typed)
+    check_training(cfg, typed)
+    study(cfg, f"{cfg.data}-{cfg.name}", {cfg.name: cfg})
+
+
+def compare_command(cfg, typed, own):
+    if cfg.speaker:
+        raise ValueError(f"compare: {cfg.model} has no methods, being no AST; try sweep")
+    study(cfg, f"compare-{cfg.data}", table_rows(cfg, typed, "method=" + ",".join(METHODS)))
+
+
+def sweep_command(cfg, typed, own):
+    study(cfg, f"sweep-{cfg.data}", table_rows(cfg, typed, own["values"]))
+
+
+def profile_command(cfg, typed, own):
+    check_training(cfg, typed)
+    profile(cfg)
+
+
+def seconds(text):
+    """A duration that is typed: seconds, or None for "full"."""
+    if text == "full":
+        return None
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text}: expected seconds above 0, or full")
+    return value
+
+
+RUN = ("run", dict(metavar="RUN", help="a run's folder, or its best.pt"))
+FILES = ("files", dict(metavar="FILE", nargs="+", help="sound files, or folders of them"))
+TEST = ("data", "root", "cache", "fold", "trials", "skip_bad", "bf16", "device")
+NEVER = {"train": (), "compare": ("method",), "sweep": (), "profile": ("seeds", "out", "resume")}
+COMMANDS = {  # name: (function, what it does, example, its own arguments, fields of Config)
+    "train": (train_command, "train a model; with nothing typed at all, the quick start",
+              "--data fsdd --root DIR --method lora --rank 4", [], None),
+    "compare": (compare_command, "train every method on the same data: one table",
+                "--data fsdd --root DIR --seeds 3", [], None),
+    "sweep": (sweep_command, "train once for each value of a setting: one table",
+              "rank=1,4,16 --method lora",
+              [("values", dict(metavar="FIELD=v1,v2,...", help="a setting and its values"))], None),
+    "profile": (profile_command, "print where the time of a training step goes (--figure "
+                "trace.json: all of it, for a browser)", "--model ast-base --init none", [], None),
+    "evaluate": (evaluate_command, "test a run on its corpus, or on another",
+                 "out/RUN --durations 1 2 3 full",
+                 [RUN, ("--durations", dict(type=seconds, nargs="+", default=[None],
+                                            help="seconds of a test; full: whole utterances")),
+                  ("--as-norm", dict(action="store_true", help="compare each score with those of "
+                   "strangers, the training speakers (adaptive s-norm)"))], (*TEST, "figure")),
+    "predict": (predict_command, "name the classes of sound files", "out/RUN a.wav DIR",
+                [RUN, FILES, ("--csv", dict(default="", help="write them to this file too"))],
+                ("device", "figure")),
+    "verify": (verify_command, "is the last file's speaker the one of the others?",
+               "out/RUN enrol1.wav enrol2.wav test.wav", [RUN, FILES], ("device",)),
+    "embed": (embed_command, "write the embeddings of sound files", "out/RUN DIR",
+              [RUN, FILES], ("device", "out")),
+}
+
+
+def default_of(f):
+    """Return the default of a field as --help prints it, or where it comes from."""
+    if "shown" in f.metadata:
+        return f.metadata["shown"]
+    if f.default is None:
+        if f.name in METHOD_OPTIONS:
+            return "the method's"
+        return "the model's" if f.metadata.get("model") == "speaker" else "the recipe's"
+    if isinstance(f.default, bool):
+        return "yes" if f.default else "no"
+    return "none" if f.default == "" else f.default
+
+
+def add_field(parser, f):
+    """Add the flag of a field of Config; return its name."""
+    name = "--" + f.name.replace("_", "-")
+    rules = dict(help=f"{f.metadata['help']} (default: {default_of(f)})", default=argparse.SUPPRESS)
+    if f.type is bool:
+        rules["action"] = argparse.BooleanOptionalAction
+    elif f.type is tuple:
+        rules |= dict(type=f.metadata["item"], nargs="+")
+    else:
+        rules |= dict(type=f.type, choices=f.metadata.get("choices"))
+    parser.add_argument(name, **rules)
+    return name
+
+
+def parse(argv):
+    """Return (command, {field of Config: typed value}, {its other arguments}) of a command line."""
+    bare = not argv or argv[0].startswith("-")
+    command, *rest = ["train", *argv] if bare else argv
+    if command not in COMMANDS:
+        raise ValueError(f"unknown command {command!r}{nearest(command, COMMANDS)}; the commands "
+                         f"are {', '.join(COMMANDS)}")
+    _, what, example, arguments, names = COMMANDS[command]
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], usage="python train.py [--FLAG VALUE ...], or --help",
-        epilog="examples:\n" + __doc__.split("\n\n")[1], allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for line in inspect.getsource(Config).splitlines():  # its comments are groups and helps
-        if title := re.fullmatch(r"    # (.+): (.+)", line):
-            group = parser.add_argument_group(*title.groups())
-        elif found := re.match(r"    (\w+): .*?  # (.+)", line):
-            f = Config.__dataclass_fields__[found[1]]
-            rules = {bool: dict(action=argparse.BooleanOptionalAction),
-                     list: dict(type=f.metadata.get("item", str), nargs="+")}.get(
-                         f.type, dict(type=f.type, choices=f.metadata.get("choices")))
-            words = {None: "of preset, method or model", "": "empty", (): "none"}
-            group.add_argument("--" + f.name.replace("_", "-"), **rules,
-                               help=f"{found[2]} (default: {words.get(f.default, f.default)})")
-    typed = vars(parser.parse_args(argv))
-    return Config(**typed), set(typed)
+        description=what[0].upper() + what[1:] + ".", allow_abbrev=False,
+        usage=f"python train.py {command} ...", epilog=f"example: python train.py {command} {example}")
+    flags = [parser.add_argument(name, **rules).dest for name, rules in arguments]
+    for title, members in groups().items():
+        group = parser.add_argument_group(*title.split(": "))
+        for name in members:
+            if names is None and name not in NEVER[command] or names is not None and name in names:
+                flags.append(add_field(group, FIELDS[name]))
+    values, unknown = parser.parse_known_args(rest)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}"
+                     + nearest(unknown[0].partition("=")[0], [*flags, *COMMANDS]))
+    typed = {}
+    own = dict(bare=bare)
+    for name, value in vars(values).items():
+        is_field = name in FIELDS
+        (typed if is_field else own)[name] = tuple(value) if is_field and isinstance(value, list) else value
+    return command, typed, own
 
 
-def check(cfg, typed):
-    """Refuse, before anything is opened, what is typed and breaks a rule of `opt` or of an AST."""
-    mode = next((mode for mode in MODES if getattr(cfg, mode)), "train")
-    for f in (f for f in fields(Config) if f.name in typed):
-        value, rule, broken = getattr(cfg, f.name), f.metadata, None
-        modes = [f.name] if f.name in MODES else rule.get("modes", TRAINING)
-        if mode not in modes:
-            broken = f"read by {', '.join(modes)}, not by {mode}"
-        elif mode in TRAINING and "model" in rule and (rule["model"] == "speaker") != cfg.speaker:
-            broken = f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
-        elif "least" in rule and not rule["least"] <= value <= rule.get("most", math.inf):
-            broken = f"expected at least {rule['least']} and at most {rule.get('most', 'infinity')}"
-        elif f.name == "durations" and not all(0 < float(s) < 1e6 for s in {*value} - {"full"}):
-            broken = "expected seconds above 0, or full"
-        elif "needs" in rule and not any(getattr(cfg, other) for other in rule["needs"].split()):
-            broken = "does nothing without --" + " or --".join(rule["needs"].split())
-        elif "corpus" in rule and value and not getattr(data.CORPORA[cfg.data], rule["corpus"]):
-            broken = f"--data {cfg.data} has no {rule['corpus'].replace('rows', 'audio')}"
-        if broken:
-            raise ValueError(f"--{f.name.replace('_', '-')} {value}: {broken}")
-    if cfg.figure:
-        data.check_figure(cfg.figure)
-    if mode in TRAINING and not cfg.speaker:
-        known = dict.fromkeys(ast_adapters.AUDIOSET, "ast-base") | {"": "ast-nano"}
-        if cfg.model != (fits := known.get(cfg.init, cfg.model)):
-            raise ValueError(f"--model {cfg.model} needs --init FILE (none: random weights); to "
-                             f"start from {cfg.init or 'our nano AST'}, add --model {fits}")
-        options = {name: getattr(cfg, name) for name in METHOD_OPTIONS if name in typed}
-        ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, options)
+def nearest(word, known):
+    """Return ": did you mean ...?" if something known is near."""
+    near = difflib.get_close_matches(word, known, 3)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def check_fields():
+    """Every option of a method and of a speaker model must be a field of Config: a flag."""
+    wanted = dict.fromkeys(METHOD_OPTIONS, "METHODS")
+    for model in lightweight_sv.MODELS:
+        wanted |= dict.fromkeys(host_options(model), model)
+    missing = wanted.keys() - FIELDS.keys()
+    if missing:
+        name = min(missing)
+        raise ValueError(f"{wanted[name]} has an option {name!r} that is no flag: add a field of "
+                         "this name to Config")
 
 
 def main(argv=None):
-    cfg, typed = parse(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the code page lacks is printed escaped
+            stream.reconfigure(errors="backslashreplace")
+    if argv in (["-h"], ["--help"]):
+        print(__doc__.partition("\n\nSections")[0] + "\n\ncommands:")
+        for name, (_, what, *_) in COMMANDS.items():
+            print(f"    {name:10s} {what}")
+        return print("\npython train.py COMMAND --help lists the flags of one.")
     try:
+        check_fields()
+        command, typed, own = parse(argv)
+        cfg = Config(**typed)
         if WORLD > 1:  # torchrun started this; a process that dies ends the others at once
             nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
             dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo",
                                     timeout=timedelta(days=1))  # while the first packs a corpus
-        check(cfg, typed)
         if RANK:  # the first process alone prints, draws and writes
-            sys.stdout, cfg = open(os.devnull, "w"), replace(cfg, figure="", csv="")
+            sys.stdout = open(os.devnull, "w")
+            cfg = replace(cfg, figure="")
+        check_figure(command, cfg.figure)
         if cfg.download:
             on_first_rank(lambda: data.download_corpus(cfg.data, cfg.root, cfg.cache))
-        if cfg.evaluate:
-            evaluate_checkpoint(cfg, typed)
-        elif cfg.checkpoint:
-            use_checkpoint(cfg)
-        elif cfg.profile:
-            profile(cfg)
-        else:
-            study(cfg, typed)
+        status = COMMANDS[command][0](cfg, typed.keys(), own)
     except (ValueError, OSError) as error:
-        sys.exit(f"error{f' in process {RANK}' * bool(RANK)}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume and --out RUN goes on" * (not RANK))
+        sys.exit(f"error{f' in process {RANK}' if RANK else ''}: {error}")
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            sys.exit(f"stopped; the same command with --resume --out {stop} goes on")
+        sys.exit("stopped")
+    if status:
+        sys.exit(status)
+
+
+def check_figure(command, path):
+    """Refuse a figure that cannot be drawn, before any work."""
+    if command != "profile" and path:
+        data.check_figure(path)
+    elif path and not path.endswith(".json"):
+        raise ValueError(f"--figure {path}: of a profile it is a trace, expected FILE.json")
 
 
 if __name__ == "__main__":
