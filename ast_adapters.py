@@ -356,11 +356,6 @@ def insert_adapters(unit, ast, where, form, at, residual, **options):
         block.norm2.requires_grad_(where != "mhsa")
 
 
-def insert_convpass(ast, **options):
-    """Convpass also has to know the grid's rows."""
-    insert_adapters(partial(Convpass, rows=ast.rows), ast, **options)
-
-
 class LoRA(nn.Module):
     """Low-rank update of a Linear (Hu et al., 2106.09685): W x + b + (alpha / r) B A x."""
 
@@ -440,11 +435,6 @@ class Prefixed(nn.Module):
         return torch.cat([self.prefix.expand(len(x), -1, -1), self.linear(x)], dim=1)
 
 
-def insert_prefixes(ast, tokens):
-    """Half of the tokens for the keys of every block, half for the values."""
-    wrap(ast, ["attn.k", "attn.v"], Prefixed, tokens // 2)
-
-
 class Prompted(nn.Module):
     """A block that reads p learned tokens behind CLS and DIST (VPT, Jia et al., 2203.12119).
     With `replace` they take the place of the previous block's prompts."""
@@ -487,23 +477,21 @@ METHODS = {  # name: (insertion, its options with the defaults of P1's Table 1)
     "bitfit": (train_biases, {}),
     "prompt-shallow": (partial(insert_prompts, deep=False), dict(tokens=300)),
     "prompt-deep": (partial(insert_prompts, deep=True), dict(tokens=25)),
-    "prefix": (insert_prefixes, dict(tokens=24)),
+    "prefix": (lambda ast, tokens: wrap(ast, ["attn.k", "attn.v"], Prefixed, tokens // 2),
+               dict(tokens=24)),  # half of the tokens for the keys, half for the values
     "lora": (partial(insert_low_rank, LoRA), dict(rank=6, alpha=None, targets="qv")),
     "adapter": (partial(insert_adapters, Bottleneck), dict(rank=12, **PLACE)),
     "conformer": (partial(insert_adapters, Conformer), dict(rank=8, kernel=31, **PLACE)),
-    "convpass": (insert_convpass, dict(rank=8, **PLACE)),
+    "convpass": (lambda ast, **options: insert_adapters(partial(Convpass, rows=ast.rows), ast,
+                                                        **options), dict(rank=8, **PLACE)),
     "dense-moa": (partial(insert_adapters, DenseMoA), dict(rank=6, experts=7, **PLACE)),
     "soft-moa": (partial(insert_adapters, SoftMoA), dict(rank=6, experts=7, slots=1, **PLACE)),
     "dora": (partial(insert_low_rank, DoRA), dict(rank=6, alpha=None, targets="qv")),  # beyond P1
     "ssf": (partial(insert_scales, names=SSF, shift=True), {}),
     "ia3": (partial(insert_scales, names=IA3, shift=False), {}),
 }
-CHOICES = {  # of the options that are no numbers
-    "where": SITES,
-    "form": ("parallel", "sequential"),
-    "at": ("before", "after"),
-    "residual": (True, False),
-}
+CHOICES = dict(where=SITES, form=("parallel", "sequential"), at=("before", "after"),
+               residual=(True, False))
 
 
 def adapt(ast, method, **options):
@@ -526,30 +514,23 @@ def adapt(ast, method, **options):
 def check_options(size, method, options):
     """Raise a sentence for an unknown method, and for options that do not fit it or this size."""
     check_known("method", method, METHODS)
-    _, defaults = METHODS[method]
+    width, _, _, _, grid = SIZES[size]
+    limits = dict(rank=width, kernel=2 + math.prod(grid))
     for name, value in options.items():
-        check_known(f"option of {method!r}", name, defaults)
+        check_known(f"option of {method!r}", name, METHODS[method][1])
         if name in CHOICES:
             check_known(name, value, CHOICES[name])
         elif name == "targets":
             if not value or len(set(value) & set("qkvo")) < len(value):
-                raise ValueError(f"targets {value!r}: name some of q, k, v, o, each once, "
-                                 "such as 'qv'")
-        elif name != "alpha":
-            check_number(size, name, value)
+                raise ValueError(f"targets {value!r}: name some of q, k, v, o once, such as 'qv'")
+        elif name != "alpha" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} {value}: expected a whole number, at least 1")
+        elif name in limits and value > limits[name]:
+            raise ValueError(f"{name} {value}: expected at most {limits[name]} on AST-{size}")
     if method == "prefix" and options.get("tokens", 0) % 2:
         raise ValueError(f"tokens {options['tokens']} is odd: half are keys, half are values")
     if {"at", "residual"} & options.keys() and options.get("form") != "sequential":
         raise ValueError("`at` and `residual` are for form='sequential': parallel has no order")
-
-
-def check_number(size, name, value):
-    """Raise a sentence if `rank`, `tokens` or the like is no whole number that fits this size."""
-    width, _, _, _, grid = SIZES[size]
-    most = {"rank": width, "kernel": 2 + math.prod(grid)}.get(name, math.inf)
-    if not isinstance(value, int) or not 1 <= value <= most:
-        limit = "" if most == math.inf else f" and at most {most} on AST-{size}"
-        raise ValueError(f"{name} {value}: expected a whole number, at least 1{limit}")
 
 
 def check_known(what, name, known):
@@ -571,18 +552,16 @@ def count(module):
 
 # Checkpoints as their authors link them. No checksum is published. If you know one, put it here.
 # Stride 16 is for laptops: 514 tokens instead of 1,214 for 10 s, 0.442 mAP instead of 0.459.
-DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"  # Vision Transformers, Apache 2.0; not tried here
+DROPBOX = "https://www.dropbox.com/s/"  # of AST's authors
+DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"  # Apache 2.0; not tried here
 DOWNLOADS = {  # (name, AST size): (address, sha256)
-    ("audioset", "base"): (
-        "https://www.dropbox.com/s/ca0b1v2nlxzyeb4/audioset_10_10_0.4593.pth?dl=1", ""),
-    ("audioset-16", "base"): (
-        "https://www.dropbox.com/s/mdsa4t1xmcimia6/audioset_16_16_0.4422.pth?dl=1", ""),
+    ("audioset", "base"): (DROPBOX + "ca0b1v2nlxzyeb4/audioset_10_10_0.4593.pth?dl=1", ""),
+    ("audioset-16", "base"): (DROPBOX + "mdsa4t1xmcimia6/audioset_16_16_0.4422.pth?dl=1", ""),
     ("dinov2", "small"): (DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth", ""),
     ("dinov2", "base"): (DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth", ""),
 }
 AUDIOSET = {name: DOWNLOADS[name, "base"] for name in ("audioset", "audioset-16")}
-MEAN_STD = {  # of the corpora on which AST's authors fine-tuned: a word in the file's name
-    "audioset": AUDIOSET_MEAN_STD,
+MEAN_STD = {  # of the corpora that AST's authors fine-tuned on: a word in a file's name
     "esc50": (-6.6268077, 5.358466),
     "speechcommands": (-6.845978, 5.5654526),
 }
@@ -606,48 +585,43 @@ HEADS = r"^(mlp_head|head|head_dist|classifier)\."  # AudioSet's and ImageNet's:
 
 
 def load_pretrained(ast, path):
-    """Load a checkpoint of a plain AST's size; return a new AST with its weights, and a sentence.
-    It takes AST's `.pth`, Hugging Face's `.bin` or `.safetensors`, pictures' DeiT and DINOv2, and
-    our files. The layout says LayerNorm's eps: with near-zero tokens the wrong one moves outputs
-    by 1e-2. The position embedding says grid and stride."""
+    """Return a new AST, like the plain `ast` but with the weights of a file, and a sentence about
+    it. Its size must be the same: AST's `.pth`, Hugging Face's `.bin` or `.safetensors`, a DeiT or
+    DINOv2 that learned from pictures, or a file of ours."""
     if ast.adaptation:  # the new AST would be plain
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
     state, own = read_weights(path)
-    layout = layout_of(state)
-    state = to_our_names(state)
-    missing = {"pos_embed", "patch.weight"} - state.keys()
-    size = ast.settings["size"]
-    if missing:
-        raise ValueError(f"{path} is not an AST-{size}: it has no {' and no '.join(missing)}")
+    keys = " ".join(state)
+    layout = "our"
+    found = dict(picture="ls1.gamma" in keys, eps=1e-6)
+    if found["picture"]:
+        layout = "DINOv2"
+    elif "qkv" in keys:
+        layout = "original"  # also DeiT's
+    elif "layernorm" in keys:
+        layout = "Hugging Face"
+        found["eps"] = 1e-12  # with near-zero tokens the wrong one moves outputs by 1e-2
     try:
-        if layout == "DINOv2":
+        state = to_our_names(state)
+        if found["picture"]:
             state = from_dinov2(state)
-        settings = ast.settings | infer_settings(ast, state, layout, path) | own  # own wins
+        found["stride"], found["grid"] = infer_grid(ast, state, found["picture"])
+        found["normalise"] = infer_mean_std(Path(path), layout) or ast.normalise
         with torch.device("meta"):  # without drawing random weights
-            loaded = AST(**settings)
-        if settings["pos_embed"] == "zero":
+            loaded = AST(**ast.settings | found | own)  # what a file of ours says wins
+        if ast.settings["pos_embed"] == "zero":
             state["pos_embed"] = torch.zeros_like(state["pos_embed"])
         # A picture has three colours, and grey is the same in all three: add their weights.
         state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)  # -> (D, 1, 16, 16)
         loaded.to_empty(device="cpu").load_state_dict(state)
-    except (LookupError, RuntimeError) as error:  # keys are missing or unexpected, shapes differ
-        raise ValueError(f"{path} is not an AST-{size}: {error}") from error
-    (f, t), (mean, std) = loaded.grid, loaded.normalise
-    return loaded, (f"{Path(path).name}: {layout} layout, {len(state)} tensors, positions {f} x {t}"
-                    f", stride {loaded.stride}, eps {loaded.norm.eps:g}, input of mean {mean:.3f} "
-                    f"and std {std:.3f}")
-
-
-def layout_of(state):
-    """Name the program whose keys these are."""
-    keys = " ".join(state)
-    if "ls1.gamma" in keys:
-        return "DINOv2"
-    if "qkv" in keys:
-        return "original"  # of AST's authors and of DeiT
-    if "layernorm" in keys:
-        return "Hugging Face"
-    return "our"
+    except KeyError as error:
+        raise ValueError(f"{path} is not an AST: it has no {error.args[0]}") from error
+    except (IndexError, RuntimeError) as error:  # keys too many or too few, shapes that differ
+        raise ValueError(f"{path} is not an AST-{ast.settings['size']}: {error}") from error
+    mean, std = loaded.normalise
+    return loaded, (f"{Path(path).name}: {layout} layout, {len(state)} tensors, positions "
+                    f"{loaded.grid[0]} x {loaded.grid[1]}, stride {loaded.stride}, "
+                    f"eps {loaded.norm.eps:g}, input normalised by mean {mean:.3f}, std {std:.3f}")
 
 
 def to_our_names(state):
@@ -667,8 +641,8 @@ def to_our_names(state):
 
 
 def from_dinov2(state):
-    """Make a Vision Transformer with LayerScale and 14 x 14 patches an AST: the scale of a branch
-    goes into the Linear before it, and DIST starts as a copy of CLS."""
+    """Turn a picture's Vision Transformer, 14 x 14 patches and LayerScale, into an AST's weights:
+    each scale goes into the Linear before it, DIST starts as a copy of CLS."""
     state = {key: value.float() for key, value in state.items() if key != "mask_token"}
     for key in list(state):
         if key.endswith(".gamma"):
@@ -686,62 +660,41 @@ def from_dinov2(state):
     return state
 
 
-def infer_settings(ast, state, layout, path):
-    """Return the settings that belong to a checkpoint whose file does not name them itself."""
-    _, colours, _, _ = state["patch.weight"].shape
+def infer_grid(ast, state, picture):
+    """Return stride and grid. A picture has three colours and a square grid; its patches do not
+    overlap. A sound has the AST's own grid, or that of AudioSet's 1024 frames (each stride has
+    another number of patches), or the rows that a published stride gives."""
     patches = state["pos_embed"].shape[1] - 2
-    if layout == "DINOv2":
-        stride, grid = PATCH, square_grid(patches)  # its patches did not overlap
-    elif colours == 3:
-        stride, grid = ast.stride, square_grid(patches)
-    else:
-        stride, grid = sound_grid(ast, patches)
-    return dict(stride=stride, grid=grid, picture=layout == "DINOv2",
-                eps=1e-12 if layout == "Hugging Face" else 1e-6,
-                normalise=mean_std_of(path, layout) or ast.normalise)
-
-
-def square_grid(patches):
-    """Return the grid of a picture with so many patches."""
     side = math.isqrt(patches)
-    if side * side != patches:
-        raise LookupError(f"{patches} positions are no square, as a picture's are")
-    return side, side
-
-
-def sound_grid(ast, patches):
-    """Return stride and grid of a log-mel with so many patches: the AST's own; those of AudioSet's
-    1024 frames (each stride has another number); else as many columns as fill the rows."""
-    sizes = [(ast.stride, ast.grid)]
+    grids = [(ast.stride, ast.grid)]
     for stride in range(16, 7, -1):
-        sizes.append((stride, ((ast.mels - PATCH) // stride + 1, (1024 - PATCH) // stride + 1)))
-    for stride in (ast.stride, 10, 12, 14, 16):  # the published ones
         rows = (ast.mels - PATCH) // stride + 1
-        sizes.append((stride, (rows, patches // rows)))
-    for stride, grid in sizes:
+        grids.append((stride, (rows, (1024 - PATCH) // stride + 1)))
+    for stride in (ast.stride, 10, 12, 14, 16):
+        rows = (ast.mels - PATCH) // stride + 1
+        grids.append((stride, (rows, patches // rows)))
+    if state["patch.weight"].shape[1] == 3:
+        grids = []
+    grids.append((PATCH if picture else ast.stride, (side, side)))  # or one whose colours are added
+    for stride, grid in grids:
         if math.prod(grid) == patches:
             return stride, grid
-    return ast.stride, square_grid(patches)  # a picture's, whose colours somebody has added
+    raise IndexError(f"{patches} positions are no grid of patches")
 
 
-def mean_std_of(path, layout):
-    """Return mean and std of a checkpoint's input: from Hugging Face's file beside it, else by
-    name as AST's recipes name their files and folders; None: nothing is known."""
-    path = Path(path)
+def infer_mean_std(path, layout):
+    """Return mean and std of the input: Hugging Face's file beside the weights, else by name."""
     beside = path.with_name("preprocessor_config.json")
     if layout == "Hugging Face" and beside.is_file():
         try:
             config = json.loads(beside.read_text())
-            if not config.get("do_normalize", True):
-                return 0.0, 0.5  # (x - 0) / (2 * 0.5) = x
-            if "mean" in config:
-                return float(config["mean"]), float(config["std"])
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{beside}: expected numbers `mean` and `std`, ({error})") from error
+            return float(config["mean"]), float(config["std"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{beside}: expected numbers `mean` and `std`") from error
     name = path.name
-    if re.search(r"^(best_)?audio_model|^(pytorch_)?model\.", name):  # the folder's name says more
+    if "model." in name:  # best_audio_model.pth, model.safetensors: the folders' names say more
         name = str(path)
-    name = re.sub(r"[-_]", "", name.lower())
+    name = re.sub("[-_]", "", name.lower())
     for corpus, mean_std in MEAN_STD.items():
         if corpus in name:
             return mean_std
@@ -772,13 +725,13 @@ def read_weights(path):
 
 
 def harmless():
-    """Return the types that a training state holds beside weights and that run no code: settings
-    of argparse, paths, numpy's numbers and arrays."""
-    allowed = [argparse.Namespace, type(Path()), np.dtype, np.ndarray]
-    allowed += [type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"]
-    number = np.float64(0).__reduce__()[0]
+    """Return the types that training states hold beside weights: argparse's settings, paths,
+    numpy's numbers and arrays. None of them runs code when it is read."""
+    number = np.float64(0).__reduce__()[0]  # the function that makes one again
     array = np.zeros(0).__reduce__()[0]
-    for package in ("numpy.core", "numpy._core"):  # as numpy 1 and 2 write it
+    allowed = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+    allowed += [argparse.Namespace, type(Path()), np.dtype, np.ndarray]
+    for package in ("numpy.core", "numpy._core"):  # of numpy 1 and 2
         allowed.append((number, f"{package}.multiarray.scalar"))
         allowed.append((array, f"{package}.multiarray._reconstruct"))
     return allowed
