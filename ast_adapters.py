@@ -3,7 +3,8 @@
 Papers   AST: Gong, Chung, Glass, "AST: Audio Spectrogram Transformer", arXiv 2104.01778.
          P1:  Cappellazzo et al., "Parameter-Efficient Transfer Learning of Audio Spectrogram
               Transformers", arXiv 2312.03694; its follow-up on mixtures of adapters, 2402.00828.
-Sections 1 the AST, 2 methods, 3 adapt, 4 pretrained weights, 5 adapter files, 6 demo
+Sections 1 the AST, 2 methods, 3 adapt, 4 pretrained weights, 5 adapter files, 6 demo,
+         7 faster on a CPU
 Axes     B batch, T frames, F mel bins, N tokens, D width, H heads, E embedding size, C classes,
          r rank, f x t the grid of patches (rows of frequency x columns of time).
 
@@ -11,7 +12,7 @@ A method is surgery on a plain AST: the Transformer block stays the textbook one
 some of its layers. To add a method write it in section 2 and put one line into METHODS.
 
     ast = AST("base")                                    # log-mel, 128 bins, 16 frames or more
-    print(load_pretrained(ast, "audioset_10_10_0.4593.pth"))
+    ast, sentence = load_pretrained(ast, "audioset_10_10_0.4593.pth")
     adapt(ast, "lora", rank=8, targets="qv")             # freezes, inserts, unfreezes
     embedding = ast(torch.randn(4, 500, 128))            # (B, T, F) -> (B, E) = (4, 768)
 
@@ -27,6 +28,7 @@ Differs from P1's published code (its defects: README, section 9):
 Does not: pre-train on AudioSet, pad (data.py does), or combine two methods in one AST.
 """
 
+import argparse
 import copy
 import hashlib
 import json
@@ -35,6 +37,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,26 +46,14 @@ from torch.utils.checkpoint import checkpoint
 # --------------------------------------------------------------------------------------------------
 # 1. The AST: a Vision Transformer over 16 x 16 patches of a log-mel spectrogram
 
-SIZES = {  # width D, depth, heads H, grid (f, t) on which the position embedding is kept
-    "nano": (64, 4, 2, (12, 9)),  # for laptops and tests: clips of about a second
-    "tiny": (192, 12, 3, (12, 101)),  # the others: AudioSet clips of 1024 frames
-    "small": (384, 12, 6, (12, 101)),
-    "base": (768, 12, 12, (12, 101)),
+SIZES = {  # width D, depth, heads H, stride, grid (f, t) on which positions are kept
+    "nano": (64, 4, 2, 16, (8, 6)),  # for laptops and tests: clips of about a second
+    "tiny": (192, 12, 3, 10, (12, 101)),  # the others: AudioSet clips of 1024 frames
+    "small": (384, 12, 6, 10, (12, 101)),
+    "base": (768, 12, 12, 10, (12, 101)),
 }
 PATCH = 16
-
-
-def attend(q, k, v):
-    """Attention of each head, softmax(q k^T / sqrt(d)) v: (B, H, N, d = D/H) -> the same shape."""
-    scores = q.shape[2] * k.shape[2]  # of one head: N x N; prefixes make k and v longer than q
-    if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or scores > 2**21:
-        return F.scaled_dot_product_attention(q, k, v)
-    # In bf16 on a CPU the formula is two to three times as fast as torch's kernel, if only a few
-    # heads are taken at a time: their scores stay in the cache. It keeps all scores for the
-    # backward pass, so inputs of more than 1,448 tokens go to the kernel, which keeps none.
-    q_k_v = (x.flatten(0, 1).split(2**21 // scores) for x in (q * q.shape[3] ** -0.5, k, v))
-    heads = [(q @ k.mT).softmax(2) @ v for q, k, v in zip(*q_k_v)]  # each (some of B*H, N, d)
-    return torch.cat(heads).view(q.shape)
+AUDIOSET_MEAN_STD = (-4.2677393, 4.5689974)  # of AudioSet's log-mels
 
 
 class Attention(nn.Module):
@@ -72,15 +63,21 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         # Four Linears instead of one fused qkv: LoRA, IA3 and prefixes wrap them one by one.
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.o = nn.Linear(width, width)
 
     def split(self, y):
         """(B, N, D) -> (B, H, N, D/H)."""
         return y.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x):
-        q, k, v = (self.split(y) for y in (self.q(x), self.k(x), self.v(x)))
-        return self.o(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+        q = self.split(self.q(x))  # (B, H, N, D/H)
+        k = self.split(self.k(x))
+        v = self.split(self.v(x))
+        y = attend(q, k, v)  # softmax(q k^T / sqrt(D/H)) v: (B, H, N, D/H), section 7
+        return self.o(y.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class MLP(nn.Module):
@@ -101,8 +98,10 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, eps):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width, eps=eps), Attention(width, heads)
-        self.norm2, self.mlp = nn.LayerNorm(width, eps=eps), MLP(width)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -116,34 +115,42 @@ class AST(nn.Module):
     size       a key of SIZES
     mels       F, the mel bins it expects (128 in every published checkpoint)
     grid       (f, t) of the stored position embedding; None: the size's own
-    stride     distance between patches; 10 in the paper, checkpoints with 12, 14, 16 exist
+    stride     distance between patches; None: the size's own; 10 in the paper
     pool       "mean" over all tokens (P1) or "cls", the mean of CLS and DIST (AST)
     pos_embed  "crop": the checkpoint's positions, cropped or interpolated to each input;
                "zero": no positions at all, as P1's code trained (an experiment)
-    eps        of the LayerNorms; `load_pretrained` sets the one that belongs to the checkpoint
+    eps        of the LayerNorms; `load_pretrained` sets this and what follows
+    normalise  (mean, std) of the log-mels it was trained on: it reads (x - mean) / (2 std)
+    picture    the positions are a picture's: stretched over the whole clip, never cropped
     """
 
-    normalise = "audioset"  # data.py: (log-mel - mean) / (2 std), fixed mean and std
     checkpointing = False  # True: compute blocks again in the backward pass, keep them nowhere
     # (The Conformer adapter's BatchNorm then counts each batch twice: momentum 0.19, not 0.1.)
 
-    def __init__(self, size="base", mels=128, grid=None, stride=10, pool="mean", pos_embed="crop",
-                 eps=1e-6):
+    def __init__(self, size="base", mels=128, grid=None, stride=None, pool="mean",
+                 pos_embed="crop", eps=1e-6, normalise=AUDIOSET_MEAN_STD, picture=False):
         super().__init__()
-        _known("pool", pool, ("mean", "cls"))
-        _known("pos_embed", pos_embed, ("crop", "zero"))
-        width, depth, heads, own_grid = SIZES[_known("AST size", size, SIZES)]
-        self.rows = (mels - PATCH) // stride + 1  # of frequency in the grid of patches
+        check_known("AST size", size, SIZES)
+        check_known("pool", pool, ("mean", "cls"))
+        check_known("pos_embed", pos_embed, ("crop", "zero"))
+        width, depth, heads, own_stride, own_grid = SIZES[size]
+        self.embed_dim = width
+        self.mels = mels
+        self.stride = stride or own_stride
+        self.rows = (mels - PATCH) // self.stride + 1  # of frequency in the grid of patches
         self.grid = tuple(grid or own_grid)
-        self.mels, self.embed_dim, self.stride, self.pool = mels, width, stride, pool
-        self.settings = dict(size=size, mels=mels, stride=stride, pool=pool, grid=list(self.grid),
-                             pos_embed=pos_embed, eps=eps)  # AST(**settings) is this one again
+        self.pool = pool
+        self.normalise = tuple(normalise)  # data.py reads it
+        self.picture = picture
+        self.settings = dict(size=size, mels=mels, stride=self.stride, pool=pool,
+                             grid=list(self.grid), pos_embed=pos_embed, eps=eps,
+                             normalise=list(normalise), picture=picture)  # AST(**settings): again
         self.adaptation = None  # set by `adapt`: method, options, fingerprint of the backbone
 
-        self.patch = nn.Conv2d(1, width, PATCH, stride)
+        self.patch = nn.Conv2d(1, width, PATCH, self.stride)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, width))  # DeiT's second token
-        self.pos_embed = nn.Parameter(torch.zeros(1, 2 + self.grid[0] * self.grid[1], width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 2 + math.prod(self.grid), width))
         self.blocks = nn.ModuleList(Block(width, heads, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=eps)
         self.reset_parameters()
@@ -155,45 +162,48 @@ class AST(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for token, std in ((self.cls_token, 0.02), (self.dist_token, 0.02), (self.pos_embed, 0.3)):
-            nn.init.trunc_normal_(token, std=std)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.dist_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.3)
         if self.settings["pos_embed"] == "zero":
             nn.init.zeros_(self.pos_embed)
 
     def positions(self, f, t):
         """Position embedding (1, 2 + f*t, D) for an f x t grid, as the original AST makes it: the
         middle of the stored grid if that is larger, bilinear interpolation if it is smaller."""
-        top, left = (max(0, stored // 2 - n // 2) for stored, n in zip(self.grid, (f, t)))
         grid = self.pos_embed[:, 2:].transpose(1, 2).unflatten(2, self.grid)  # (1, D, f0, t0)
-        grid = grid[:, :, top : top + f, left : left + t]
+        if not self.picture:
+            top = max(0, self.grid[0] // 2 - f // 2)
+            left = max(0, self.grid[1] // 2 - t // 2)
+            grid = grid[:, :, top : top + f, left : left + t]
         if grid.shape[2:] != (f, t):
             grid = F.interpolate(grid, size=(f, t), mode="bilinear", align_corners=False)
         grid = grid.flatten(2).transpose(1, 2)  # (1, f*t, D)
         return torch.cat([self.pos_embed[:, :2], grid], dim=1)  # (1, 2 + f*t, D)
 
-    def pooled(self, x):
-        """Everything but the last LayerNorm's scale and shift: (B, T, F) -> (B, D). These commute
-        with the mean over tokens and come after it; `linear` can cache everything up to here."""
+    def tokens(self, x):
+        """CLS, DIST and the patches of a log-mel, with positions: (B, T, F) -> (B, N, D)."""
         if x.ndim != 3 or x.shape[2] != self.mels or x.shape[1] < PATCH:
             raise ValueError(f"AST expects (batch, at least {PATCH} frames, {self.mels} mel bins), "
                              f"got {tuple(x.shape)}")
         x = self.patch(x.transpose(1, 2)[:, None])  # (B, T, F) -> (B, 1, F, T) -> (B, D, f, t)
         f, t = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2)  # (B, f*t, D), frequency-major: token = row * t + column
-        tokens = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token)]
-        x = torch.cat([*tokens, x], dim=1) + self.positions(f, t)  # (B, N = 2 + f*t, D)
-        for block in self.blocks:
-            again = self.checkpointing and self.training
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
-        x = F.layer_norm(x, (self.embed_dim,), eps=self.norm.eps)  # (B, N, D)
-        return x.mean(1) if self.pool == "mean" else x[:, :2].mean(1)  # (B, D)
+        patches = x.flatten(2).transpose(1, 2)  # (B, f*t, D), frequency-major: row * t + column
+        cls = self.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
+        dist = self.dist_token.expand(len(x), -1, -1)
+        return torch.cat([cls, dist, patches], dim=1) + self.positions(f, t)  # (B, N = 2 + f*t, D)
 
     def forward(self, x):
-        return self.rescale(self.pooled(x))  # (B, E)
-
-    def rescale(self, pooled):
-        """The last LayerNorm's scale and shift: (B, D) -> (B, E). All that `linear` trains."""
-        return pooled * self.norm.weight + self.norm.bias
+        x = self.tokens(x)  # (B, T, F) -> (B, N, D)
+        for block in self.blocks:
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        x = self.norm(x)
+        if self.pool == "cls":
+            x = x[:, :2]  # CLS and DIST
+        return x.mean(dim=1)  # (B, E)
 
 
 class LinearHead(nn.Linear):
@@ -201,18 +211,6 @@ class LinearHead(nn.Linear):
 
     def forward(self, embedding, labels=None):
         return super().forward(embedding)
-
-
-class Model(nn.Module):
-    """Encoder and head: (B, T, F), or frozen outputs (B, D), and labels (B,) -> logits (B, C)."""
-
-    def __init__(self, encoder, head):
-        super().__init__()
-        self.encoder, self.head = encoder, head
-
-    def forward(self, x, labels=None):
-        embedding = self.encoder.rescale(x) if x.ndim == 2 else self.encoder(x)  # (B, E)
-        return self.head(embedding, labels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,10 +278,10 @@ class Convpass(nn.Module):
     def forward(self, x):
         quick_gelu = lambda x: x * torch.sigmoid(1.702 * x)
         x = quick_gelu(self.down(x)).transpose(1, 2)  # (B, N, D) -> (B, r, N)
-        tokens, grid = x[..., :2], x[..., 2:].unflatten(2, (self.rows, -1))  # (B, r, 2), (B,r,f,t)
         # CLS and DIST have no neighbours: each is a 1 x 1 picture, which meets the middle tap only.
-        tokens = F.conv1d(tokens, self.conv.weight[:, :, 1, 1:2], self.conv.bias)
-        x = torch.cat([tokens, self.conv(grid).flatten(2)], dim=2)  # (B, r, N)
+        tokens = F.conv1d(x[..., :2], self.conv.weight[:, :, 1, 1:2], self.conv.bias)  # (B, r, 2)
+        grid = self.conv(x[..., 2:].unflatten(2, (self.rows, -1)))  # (B, r, f, t)
+        x = torch.cat([tokens, grid.flatten(2)], dim=2)  # (B, r, N)
         return self.up(quick_gelu(x).transpose(1, 2))  # (B, N, D)
 
 
@@ -312,10 +310,10 @@ class SoftMoA(nn.Module):
 
     def forward(self, x):
         logits = x @ self.phi  # (B, N, experts * slots)
-        slots = logits.softmax(dim=1).transpose(1, 2) @ x  # (B, experts * slots, D)
-        parts = slots.chunk(len(self.experts), dim=1)  # experts x (B, slots, D)
-        slots = torch.cat([expert(part) for expert, part in zip(self.experts, parts)], dim=1)
-        return logits.softmax(dim=2) @ slots  # (B, N, D)
+        inputs = logits.softmax(dim=1).transpose(1, 2) @ x  # (B, experts * slots, D)
+        parts = inputs.chunk(len(self.experts), dim=1)  # experts x (B, slots, D)
+        outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts)], dim=1)
+        return logits.softmax(dim=2) @ outputs  # (B, N, D)
 
 
 class Placed(nn.Module):
@@ -324,28 +322,38 @@ class Placed(nn.Module):
 
     def __init__(self, layer, adapter, form, at, residual):
         super().__init__()
-        self.layer, self.adapter = layer, adapter
-        self.form, self.at, self.residual = form, at, residual
+        self.layer = layer
+        self.adapter = adapter
+        self.form = form
+        self.at = at
+        self.residual = residual
 
     def forward(self, u):
+        f = self.layer
+        a = self.adapter
         if self.form == "parallel":
-            return self.layer(u) + self.adapter(u)  # both read u
-        x = u if self.at == "before" else self.layer(u)
-        x = x + self.adapter(x) if self.residual else self.adapter(x)
-        return self.layer(x) if self.at == "before" else x  # without residual f(a(u)), a(f(u))
+            return f(u) + a(u)  # both read u
+        if self.at == "before":
+            return f(u + a(u)) if self.residual else f(a(u))
+        y = f(u)
+        return y + a(y) if self.residual else a(y)
 
 
 # One adapter a block is Pfeiffer's placement, one at each sub-layer is Houlsby's.
 SITES = {"ffn": ["mlp"], "mhsa": ["attn"], "both": ["attn", "mlp"]}
 
 
-def place(unit, ast, where, form, at, residual, **options):
+def insert_adapters(unit, ast, where, form, at, residual, **options):
     """An adapter at the FFN, the MHSA or both of every block; that sub-layer's LayerNorm trains."""
-    sites = SITES[where]
-    wrap(ast, sites, lambda f: Placed(f, unit(ast.embed_dim, **options), form, at, residual))
+
+    def place(layer):
+        adapter = unit(ast.embed_dim, **options)
+        return Placed(layer, adapter, form, at, residual)
+
+    wrap(ast, SITES[where], place)
     for block in ast.blocks:
-        block.norm1.requires_grad_("attn" in sites)
-        block.norm2.requires_grad_("mlp" in sites)
+        block.norm1.requires_grad_(where != "ffn")
+        block.norm2.requires_grad_(where != "mhsa")
 
 
 class LoRA(nn.Module):
@@ -353,7 +361,8 @@ class LoRA(nn.Module):
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
-        self.linear, self.scale = linear, alpha / rank
+        self.linear = linear
+        self.scale = alpha / rank
         self.A = nn.Parameter(torch.empty(rank, linear.in_features))  # (r, D)
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))  # (D, r), zero at the start
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
@@ -382,9 +391,12 @@ class DoRA(LoRA):
         return self.m / weight.detach().norm(dim=1, keepdim=True) * weight
 
 
-def low_rank(unit, ast, targets, rank, alpha):
+def insert_low_rank(unit, ast, targets, rank, alpha):
     """LoRA or DoRA on some of the attention's four Linears; alpha defaults to rank (scale 1)."""
-    wrap(ast, [f"attn.{name}" for name in targets], unit, rank, rank if alpha is None else alpha)
+    names = [f"attn.{name}" for name in targets]
+    if alpha is None:
+        alpha = rank
+    wrap(ast, names, unit, rank, alpha)
 
 
 class ScaleShift(nn.Module):
@@ -393,7 +405,8 @@ class ScaleShift(nn.Module):
 
     def __init__(self, layer, width, shift):
         super().__init__()
-        self.layer, self.scale = layer, nn.Parameter(torch.ones(width))
+        self.layer = layer
+        self.scale = nn.Parameter(torch.ones(width))
         self.shift = nn.Parameter(torch.zeros(width)) if shift else None
 
     def forward(self, x):
@@ -401,10 +414,12 @@ class ScaleShift(nn.Module):
         return y if self.shift is None else y + self.shift
 
 
-def scale(ast, names, shift):
+def insert_scales(ast, names, shift):
     """SSF (with a shift) or IA3 behind these layers; the FFN is four times wider inside."""
     for name in names:
-        width = ast.embed_dim * (4 if name in ("mlp.fc1", "mlp.act") else 1)
+        width = ast.embed_dim
+        if name in ("mlp.fc1", "mlp.act"):
+            width = 4 * width
         wrap(ast, [name], ScaleShift, width, shift)
 
 
@@ -426,7 +441,8 @@ class Prompted(nn.Module):
 
     def __init__(self, block, tokens, width, replace):
         super().__init__()
-        self.block, self.skip = block, tokens if replace else 0
+        self.block = block
+        self.skip = tokens if replace else 0
         self.prompts = nn.Parameter(torch.empty(1, tokens, width))
         bound = (6 / (PATCH * PATCH + width)) ** 0.5  # as for a patch embedding (VPT, appendix)
         nn.init.uniform_(self.prompts, -bound, bound)
@@ -436,13 +452,14 @@ class Prompted(nn.Module):
         return self.block(torch.cat([x[:, :2], prompts, x[:, 2 + self.skip :]], dim=1))
 
 
-def prompts(ast, tokens, deep):
+def insert_prompts(ast, tokens, deep):
     """Shallow: p tokens join before the first block. Deep: each further block gets its own."""
-    for i in range(len(ast.blocks) if deep else 1):
+    prompted = len(ast.blocks) if deep else 1
+    for i in range(prompted):
         ast.blocks[i] = Prompted(ast.blocks[i], tokens, ast.embed_dim, replace=i > 0)
 
 
-def biases(ast):
+def train_biases(ast):
     """BitFit (Zaken et al., 2106.10199): biases of Linear and LayerNorm, not of the patches."""
     for name, parameter in ast.named_parameters():
         parameter.requires_grad_(name.endswith("bias") and name != "patch.bias")
@@ -451,27 +468,30 @@ def biases(ast):
 # --------------------------------------------------------------------------------------------------
 # 3. adapt: one line a method; freezes, inserts, unfreezes, counts
 
-_PLACE = dict(where="ffn", form="parallel", at="after", residual=True)
+PLACE = dict(where="ffn", form="parallel", at="after", residual=True)
+SSF = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.fc1", "mlp.fc2", "norm1", "norm2"]
+IA3 = ["attn.k", "attn.v", "mlp.act"]
 METHODS = {  # name: (insertion, its options with the defaults of P1's Table 1)
     "full": (lambda ast: ast.requires_grad_(True), {}),
     "linear": (lambda ast: None, {}),  # the last LayerNorm, which every method trains, is all
-    "bitfit": (biases, {}),
-    "prompt-shallow": (partial(prompts, deep=False), dict(tokens=300)),
-    "prompt-deep": (partial(prompts, deep=True), dict(tokens=25)),
+    "bitfit": (train_biases, {}),
+    "prompt-shallow": (partial(insert_prompts, deep=False), dict(tokens=300)),
+    "prompt-deep": (partial(insert_prompts, deep=True), dict(tokens=25)),
     "prefix": (lambda ast, tokens: wrap(ast, ["attn.k", "attn.v"], Prefixed, tokens // 2),
                dict(tokens=24)),  # half of the tokens for the keys, half for the values
-    "lora": (partial(low_rank, LoRA), dict(rank=6, alpha=None, targets="qv")),
-    "adapter": (partial(place, Bottleneck), dict(rank=12, **_PLACE)),
-    "conformer": (partial(place, Conformer), dict(rank=8, kernel=31, **_PLACE)),
-    "convpass": (lambda ast, **options: place(partial(Convpass, rows=ast.rows), ast, **options),
-                 dict(rank=8, **_PLACE)),
-    "dense-moa": (partial(place, DenseMoA), dict(rank=6, experts=7, **_PLACE)),
-    "soft-moa": (partial(place, SoftMoA), dict(rank=6, experts=7, slots=1, **_PLACE)),
-    "dora": (partial(low_rank, DoRA), dict(rank=6, alpha=None, targets="qv")),  # beyond P1
-    "ssf": (partial(scale, names=["attn.q", "attn.k", "attn.v", "attn.o", "mlp.fc1", "mlp.fc2",
-                                  "norm1", "norm2"], shift=True), {}),
-    "ia3": (partial(scale, names=["attn.k", "attn.v", "mlp.act"], shift=False), {}),
+    "lora": (partial(insert_low_rank, LoRA), dict(rank=6, alpha=None, targets="qv")),
+    "adapter": (partial(insert_adapters, Bottleneck), dict(rank=12, **PLACE)),
+    "conformer": (partial(insert_adapters, Conformer), dict(rank=8, kernel=31, **PLACE)),
+    "convpass": (lambda ast, **options: insert_adapters(partial(Convpass, rows=ast.rows), ast,
+                                                        **options), dict(rank=8, **PLACE)),
+    "dense-moa": (partial(insert_adapters, DenseMoA), dict(rank=6, experts=7, **PLACE)),
+    "soft-moa": (partial(insert_adapters, SoftMoA), dict(rank=6, experts=7, slots=1, **PLACE)),
+    "dora": (partial(insert_low_rank, DoRA), dict(rank=6, alpha=None, targets="qv")),  # beyond P1
+    "ssf": (partial(insert_scales, names=SSF, shift=True), {}),
+    "ia3": (partial(insert_scales, names=IA3, shift=False), {}),
 }
+CHOICES = dict(where=SITES, form=("parallel", "sequential"), at=("before", "after"),
+               residual=(True, False))
 
 
 def adapt(ast, method, **options):
@@ -493,120 +513,115 @@ def adapt(ast, method, **options):
 
 def check_options(size, method, options):
     """Raise a sentence for an unknown method, and for options that do not fit it or this size."""
-    defaults = METHODS[_known("method", method, METHODS)][1]
-    width, _, _, grid = SIZES[size]
-    most = dict(rank=width, kernel=2 + math.prod(grid))
-    known = dict(where=SITES, form=("parallel", "sequential"), at=("before", "after"),
-                 residual=(True, False))
+    check_known("method", method, METHODS)
+    width, _, _, _, grid = SIZES[size]
+    limits = dict(rank=width, kernel=2 + math.prod(grid))
     for name, value in options.items():
-        _known(f"option of {method!r}", name, defaults)
-        if name in known:
-            _known(name, value, known[name])
-        elif name == "targets" and (not value or len({*value} & {*"qkvo"}) < len(value)):
-            raise ValueError(f"targets {value!r}: name some of q, k, v, o, each once, such as 'qv'")
-        elif isinstance(value, int) and not 1 <= value <= most.get(name, value):
-            raise ValueError(f"{name} {value}: expected at least 1"
-                             + f" and at most {most[name]} on AST-{size}" * (name in most))
-        elif method == "prefix" and value % 2:
-            raise ValueError(f"tokens {value} is odd: half are keys, half are values")
+        check_known(f"option of {method!r}", name, METHODS[method][1])
+        if name in CHOICES:
+            check_known(name, value, CHOICES[name])
+        elif name == "targets":
+            if not value or len(set(value) & set("qkvo")) < len(value):
+                raise ValueError(f"targets {value!r}: name some of q, k, v, o once, such as 'qv'")
+        elif name != "alpha" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} {value}: expected a whole number, at least 1")
+        elif name in limits and value > limits[name]:
+            raise ValueError(f"{name} {value}: expected at most {limits[name]} on AST-{size}")
+    if method == "prefix" and options.get("tokens", 0) % 2:
+        raise ValueError(f"tokens {options['tokens']} is odd: half are keys, half are values")
     if {"at", "residual"} & options.keys() and options.get("form") != "sequential":
         raise ValueError("`at` and `residual` are for form='sequential': parallel has no order")
 
 
-def count(module):
-    """Return the numbers of trainable, of frozen and of all parameters of a module."""
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in module.parameters())
-    return trainable, total - trainable, total
-
-
-def training_memory(model, clips, frames, bf16):
-    """Return the MB that a training step of so many clips needs beside the weights: what is kept
-    for the backward pass, gradients and AdamW's two moments. Counted, so equal on every device."""
-    x = model.head.weight.new_zeros(clips, frames, model.encoder.mels)  # (B, T, F)
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def note(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # the tensor itself holds the graph that holds it: never freed
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with hooks, torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-        model.train()(x, x.new_zeros(clips, dtype=torch.long)).sum().backward()
-    activations = sum(size for place, size in kept.items() if place not in weights)
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return round((activations + 3 * trained) / 2**20, 2)
-
-
-def recipe(size, method):
-    """Return P1's learning rate (section 3.1), or our settings for a nano AST. It is four hundred
-    times smaller than AST-base, and its 110 tokens are fewer than P1's 300 prompts."""
-    tokens = {"prompt-shallow": 32, "prompt-deep": 8, "prefix": 8}
-    if size == "nano":
-        return dict(lr=1.5e-3 if method == "full" else 1e-2, warmup=0.1, batch_size=16,
-                    frames=100, tokens=tokens.get(method))
-    return dict(lr={"full": 5e-5, "linear": 1e-3}.get(method, 1e-2 if method in tokens else 5e-3))
-
-
-def _known(what, name, known):
-    """Return `name` if it is among `known`, else raise a sentence that lists the valid ones."""
+def check_known(what, name, known):
+    """Raise a sentence that lists the valid names if `name` is not among them."""
     if name not in known:
         hint = "choose from " + ", ".join(map(str, known)) if known else "it has none"
         raise ValueError(f"unknown {what} {name!r}: {hint}")
-    return name
+
+
+def count(module):
+    """Return the numbers of trainable and of all parameters. One that blocks share counts once."""
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in module.parameters())
+    return trainable, total
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Pretrained weights: four layouts of the same AST, told apart by their keys
+# 4. Pretrained weights: five layouts of the same Transformer, told apart by their keys
 
-# AudioSet checkpoints of AST's authors, as their README links them (github.com/YuanGongND/ast).
+# Checkpoints as their authors link them. No checksum is published. If you know one, put it here.
 # Stride 16 is for laptops: 514 tokens instead of 1,214 for 10 s, 0.442 mAP instead of 0.459.
-AUDIOSET = {  # name: (address, sha256); no checksum is published: if you know one, put it here
-    "audioset": ("https://www.dropbox.com/s/ca0b1v2nlxzyeb4/audioset_10_10_0.4593.pth?dl=1", ""),
-    "audioset-16": ("https://www.dropbox.com/s/mdsa4t1xmcimia6/audioset_16_16_0.4422.pth?dl=1", ""),
+DROPBOX = "https://www.dropbox.com/s/"  # of AST's authors
+DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"  # Apache 2.0; not tried here
+DOWNLOADS = {  # (name, AST size): (address, sha256)
+    ("audioset", "base"): (DROPBOX + "ca0b1v2nlxzyeb4/audioset_10_10_0.4593.pth?dl=1", ""),
+    ("audioset-16", "base"): (DROPBOX + "mdsa4t1xmcimia6/audioset_16_16_0.4422.pth?dl=1", ""),
+    ("dinov2", "small"): (DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth", ""),
+    ("dinov2", "base"): (DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth", ""),
+}
+AUDIOSET = {name: DOWNLOADS[name, "base"] for name in ("audioset", "audioset-16")}
+MEAN_STD = {  # of the corpora that AST's authors fine-tuned on: a word in a file's name
+    "esc50": (-6.6268077, 5.358466),
+    "speechcommands": (-6.845978, 5.5654526),
 }
 RENAME = [  # (their key, ours), applied in this order: later lines see what earlier ones left
     # DataParallel, the original's class and Hugging Face's classifier wrap the whole model.
     (r"^(module\.)?(v\.|audio_spectrogram_transformer\.)?", ""),
     (r"^embeddings\.patch_embeddings\.projection|^patch_embed\.proj", "patch"),
     (r"^embeddings\.distillation_token", "dist_token"),
-    (r"^embeddings\.position_embeddings", "pos_embed"), (r"^embeddings\.", ""),
+    (r"^embeddings\.position_embeddings", "pos_embed"),
+    (r"^embeddings\.", ""),
     (r"^(encoder\.layer|layers)\.", "blocks."),
-    (r"layernorm_before", "norm1"), (r"layernorm_after", "norm2"), (r"^layernorm\.", "norm."),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"^layernorm\.", "norm."),
     (r"attention\.attention\.([qkv])(uery|ey|alue)|attention\.([qkv])_proj", r"attn.\1\3"),
     (r"attention\.output\.dense|attention\.o_proj|attn\.proj", "attn.o"),
-    (r"intermediate\.dense", "mlp.fc1"), (r"output\.dense", "mlp.fc2"),
+    (r"intermediate\.dense", "mlp.fc1"),
+    (r"output\.dense", "mlp.fc2"),
 ]
 HEADS = r"^(mlp_head|head|head_dist|classifier)\."  # AudioSet's and ImageNet's: not ours
 
 
 def load_pretrained(ast, path):
-    """Load a checkpoint of the same size into a plain AST and return a sentence about it: AST's
-    `.pth`, Hugging Face's `.bin` or `.safetensors`, a DeiT from ImageNet, or a file of ours. The
-    position embedding gives grid and stride, the layout LayerNorm's eps: with near-zero tokens the
-    wrong eps moves outputs by 1e-2."""
-    if ast.adaptation:  # it would become plain again
+    """Return a new AST, like the plain `ast` but with the weights of a file, and a sentence about
+    it. Its size must be the same: AST's `.pth`, Hugging Face's `.bin` or `.safetensors`, a DeiT or
+    DINOv2 that learned from pictures, or a file of ours."""
+    if ast.adaptation:  # the new AST would be plain
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
     state, own = read_weights(path)
-    keys, size = " ".join(state), ast.settings["size"]
-    layout = "original" if "qkv" in keys else "Hugging Face" if "layernorm" in keys else "our"
-    state = to_our_names(state)
-    for key in {"pos_embed", "patch.weight"} - state.keys():
-        raise ValueError(f"{path} is not an AST-{size}: it has no {key}")
-    eps = 1e-12 if layout == "Hugging Face" else 1e-6
-    known = dict(eps=eps) | infer_grid(ast, state["pos_embed"].shape[1] - 2) | own  # own wins
-    with torch.device("meta"):  # built again for them, without drawing random weights again
-        ast.__init__(**ast.settings | known)
-    if ast.settings["pos_embed"] == "zero":
-        state["pos_embed"] = torch.zeros_like(state["pos_embed"])
-    # An ImageNet model reads three colours, and grey is the same in all three: add their weights.
-    state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)  # -> (D, 1, 16, 16)
+    keys = " ".join(state)
+    layout = "our"
+    found = dict(picture="ls1.gamma" in keys, eps=1e-6)
+    if found["picture"]:
+        layout = "DINOv2"
+    elif "qkv" in keys:
+        layout = "original"  # also DeiT's
+    elif "layernorm" in keys:
+        layout = "Hugging Face"
+        found["eps"] = 1e-12  # with near-zero tokens the wrong one moves outputs by 1e-2
     try:
-        ast.to_empty(device="cpu").load_state_dict(state)
-    except RuntimeError as error:  # it lists missing and unexpected keys, and shapes that differ
-        raise ValueError(f"{path} is not an AST-{size}: {error}") from error
-    return (f"{Path(path).name}: {layout} layout, {len(state)} tensors, positions "
-            f"{ast.grid[0]} x {ast.grid[1]}, stride {ast.stride}, eps {ast.norm.eps:g}")
+        state = to_our_names(state)
+        if found["picture"]:
+            state = from_dinov2(state)
+        found["stride"], found["grid"] = infer_grid(ast, state, found["picture"])
+        found["normalise"] = infer_mean_std(Path(path), layout) or ast.normalise
+        with torch.device("meta"):  # without drawing random weights
+            loaded = AST(**ast.settings | found | own)  # what a file of ours says wins
+        if ast.settings["pos_embed"] == "zero":
+            state["pos_embed"] = torch.zeros_like(state["pos_embed"])
+        # A picture has three colours, and grey is the same in all three: add their weights.
+        state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)  # -> (D, 1, 16, 16)
+        loaded.to_empty(device="cpu").load_state_dict(state)
+    except KeyError as error:
+        raise ValueError(f"{path} is not an AST: it has no {error.args[0]}") from error
+    except (IndexError, RuntimeError) as error:  # keys too many or too few, shapes that differ
+        raise ValueError(f"{path} is not an AST-{ast.settings['size']}: {error}") from error
+    mean, std = loaded.normalise
+    return loaded, (f"{Path(path).name}: {layout} layout, {len(state)} tensors, positions "
+                    f"{loaded.grid[0]} x {loaded.grid[1]}, stride {loaded.stride}, "
+                    f"eps {loaded.norm.eps:g}, input normalised by mean {mean:.3f}, std {std:.3f}")
 
 
 def to_our_names(state):
@@ -615,50 +630,124 @@ def to_our_names(state):
     for key, value in state.items():
         for pattern, ours in RENAME:
             key = re.sub(pattern, ours, key)
-        if ".qkv." in key:  # one matrix with the rows of q, then k, then v
-            renamed |= {key.replace("qkv", name): x for name, x in zip("qkv", value.chunk(3))}
+        if ".qkv." in key:  # one matrix: q above k above v
+            q, k, v = value.chunk(3)
+            renamed[key.replace("qkv", "q")] = q
+            renamed[key.replace("qkv", "k")] = k
+            renamed[key.replace("qkv", "v")] = v
         elif not re.match(HEADS, key):
             renamed[key] = value
     return renamed
 
 
-def infer_grid(ast, patches):
-    """Return grid and stride for so many positions: the AST's own, or those of AudioSet's 1024
-    frames (each stride has another number), else a square, as ImageNet's pictures are."""
-    known = {s: [(n - PATCH) // s + 1 for n in (ast.mels, 1024)] for s in range(16, 7, -1)}
-    for stride, grid in [(ast.stride, ast.grid), *known.items()]:
+def from_dinov2(state):
+    """Turn a picture's Vision Transformer, 14 x 14 patches and LayerScale, into an AST's weights:
+    each scale goes into the Linear before it, DIST starts as a copy of CLS."""
+    state = {key: value.float() for key, value in state.items() if key != "mask_token"}
+    for key in list(state):
+        if key.endswith(".gamma"):
+            gamma = state.pop(key)  # (D,)
+            linear = key.replace("ls1.gamma", "attn.o").replace("ls2.gamma", "mlp.fc2")
+            state[f"{linear}.weight"] = gamma[:, None] * state[f"{linear}.weight"]
+            state[f"{linear}.bias"] = gamma * state[f"{linear}.bias"]
+    patch = state["patch.weight"]  # (D, 3, 14, 14)
+    larger = F.interpolate(patch, (PATCH, PATCH), mode="bicubic", align_corners=False)
+    # More points add up now: scaled so that an even picture gives what it gave.
+    state["patch.weight"] = patch.shape[2] ** 2 / PATCH**2 * larger
+    state["dist_token"] = state["cls_token"]
+    positions = state["pos_embed"]  # (1, 1 + 37 * 37, D)
+    state["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
+    return state
+
+
+def infer_grid(ast, state, picture):
+    """Return stride and grid. A picture has three colours and a square grid; its patches do not
+    overlap. A sound has the AST's own grid, or that of AudioSet's 1024 frames (each stride has
+    another number of patches), or the rows that a published stride gives."""
+    patches = state["pos_embed"].shape[1] - 2
+    side = math.isqrt(patches)
+    grids = [(ast.stride, ast.grid)]
+    for stride in range(16, 7, -1):
+        rows = (ast.mels - PATCH) // stride + 1
+        grids.append((stride, (rows, (1024 - PATCH) // stride + 1)))
+    for stride in (ast.stride, 10, 12, 14, 16):
+        rows = (ast.mels - PATCH) // stride + 1
+        grids.append((stride, (rows, patches // rows)))
+    if state["patch.weight"].shape[1] == 3:
+        grids = []
+    grids.append((PATCH if picture else ast.stride, (side, side)))  # or one whose colours are added
+    for stride, grid in grids:
         if math.prod(grid) == patches:
-            return dict(grid=grid, stride=stride)
-    return dict(grid=[math.isqrt(patches)] * 2, stride=ast.stride)
+            return stride, grid
+    raise IndexError(f"{patches} positions are no grid of patches")
+
+
+def infer_mean_std(path, layout):
+    """Return mean and std of the input: Hugging Face's file beside the weights, else by name."""
+    beside = path.with_name("preprocessor_config.json")
+    if layout == "Hugging Face" and beside.is_file():
+        try:
+            config = json.loads(beside.read_text())
+            return float(config["mean"]), float(config["std"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{beside}: expected numbers `mean` and `std`") from error
+    name = path.name
+    if "model." in name:  # best_audio_model.pth, model.safetensors: the folders' names say more
+        name = str(path)
+    name = re.sub("[-_]", "", name.lower())
+    for corpus, mean_std in MEAN_STD.items():
+        if corpus in name:
+            return mean_std
+    return None
 
 
 def read_weights(path):
     """Return {key: tensor} of a `.safetensors` or a torch file, whose code never runs, and the
-    grid, stride and eps that our own files hold."""
+    settings that our own files hold."""
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
-        state = (read_safetensors(path) if str(path).endswith(".safetensors")
-                 else torch.load(path, map_location="cpu", weights_only=True))
-        own = {name: value for name, value in state.get("settings", {}).items()
-               if name in ("grid", "stride", "eps")}
+        if str(path).endswith(".safetensors"):
+            state = read_safetensors(path)
+        else:
+            with torch.serialization.safe_globals(harmless()):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        settings = state.get("settings", {})
+        own = {name: settings[name] for name in ("grid", "stride", "eps", "normalise", "picture")
+               if name in settings}
         for name in ("encoder", "model", "state_dict"):  # our own files; DeiT's
             state = state.get(name, state)
-        return dict(state), own
+        weights = {key: value for key, value in state.items() if torch.is_tensor(value)}
     except Exception as error:  # many kinds, by what the file holds
         raise ValueError(f"{path} is no checkpoint that loads safely: it is damaged, holds no "
                          "weights, or Python code, which is never run") from error
+    return weights, own
+
+
+def harmless():
+    """Return the types that training states hold beside weights: argparse's settings, paths,
+    numpy's numbers and arrays. None of them runs code when it is read."""
+    number = np.float64(0).__reduce__()[0]  # the function that makes one again
+    array = np.zeros(0).__reduce__()[0]
+    allowed = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+    allowed += [argparse.Namespace, type(Path()), np.dtype, np.ndarray]
+    for package in ("numpy.core", "numpy._core"):  # of numpy 1 and 2
+        allowed.append((number, f"{package}.multiarray.scalar"))
+        allowed.append((array, f"{package}.multiarray._reconstruct"))
+    return allowed
 
 
 def read_safetensors(path):
     """The format: 8 bytes of header length, a JSON header, then the tensors' raw bytes."""
     kinds = dict(F16=torch.float16, BF16=torch.bfloat16, F32=torch.float32, F64=torch.float64)
-    raw, state = bytearray(Path(path).read_bytes()), {}
+    raw = bytearray(Path(path).read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")
-    header, body = json.loads(raw[8:start]), memoryview(raw)[start:]
+    header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
+    body = memoryview(raw)[start:]
     if max(entry["data_offsets"][1] for entry in header.values()) != len(body):
         raise ValueError("the last tensor does not end where the file ends")
+    state = {}
     for key, entry in header.items():
         first, last = entry["data_offsets"]
         tensor = torch.frombuffer(body[first:last], dtype=kinds[entry["dtype"]])
@@ -670,9 +759,14 @@ def read_safetensors(path):
 # 5. Adapter files: only what was trained, for one backbone
 
 
+LATER = dict(normalise=list(AUDIOSET_MEAN_STD), picture=False)  # settings that came later
+
+
 def fingerprint(ast):
     """A short hash of a plain AST's weights: an adapter fits the backbone it was trained on."""
-    digest = hashlib.sha256(json.dumps(ast.settings).encode())  # pool and stride count too
+    # Pool and stride count too; what came later if it is not the default: old files stay valid.
+    settings = {name: value for name, value in ast.settings.items() if LATER.get(name) != value}
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for name, value in sorted(ast.state_dict().items()):
         digest.update(name.encode())
         if not value.is_meta:  # counting on "meta" has shapes and no weights
@@ -685,9 +779,10 @@ def adapter_state(ast):
     buffers: kilobytes of plain values and tensors, for torch.load(weights_only=True)."""
     if not ast.adaptation:
         raise ValueError("this AST is plain: adapt it first, or save its state_dict")
-    frozen = {name for name, p in ast.named_parameters(remove_duplicate=False)
-              if not p.requires_grad}  # one that blocks share has a name in each
-    weights = {k: v.cpu().clone() for k, v in ast.state_dict().items() if k not in frozen}
+    names = [name for name, p in ast.named_parameters() if p.requires_grad]  # a shared one: once
+    names += [name for name, _ in ast.named_buffers()]
+    state = ast.state_dict()
+    weights = {name: state[name].cpu().clone() for name in names if name in state}
     return dict(ast.adaptation, weights=weights)
 
 
@@ -720,24 +815,29 @@ def merge(ast):
 
 
 @torch.no_grad()
-def cls_attention(ast, x):
-    """How much CLS looks at each patch in the last block, all heads' mean: (B, T, F) -> (B, f, t).
-    Prompts and prefixes stand before the patches, so the last f*t keys are the patches."""
+def pooled_attention(ast, x):
+    """How much the tokens that are pooled look at each patch in the last block, mean over them and
+    over heads: (B, T, F) -> (B, f, t). Prompts and prefixes stand before the patches, so the last
+    f*t keys are the patches."""
     attention = [module for module in ast.modules() if isinstance(module, Attention)][-1]
     read = []
     hook = attention.register_forward_pre_hook(lambda module, inputs: read.extend(inputs))
     ast(x)
     hook.remove()
-    q, k = (attention.split(linear(*read)) for linear in (attention.q, attention.k))
-    weights = (q[:, :, :1] @ k.mT / q.shape[3] ** 0.5).softmax(3).mean((1, 2))  # (B, N)
+    q = attention.split(attention.q(*read))  # (B, H, N, D/H)
+    k = attention.split(attention.k(*read))
+    if ast.pool == "cls":
+        q = q[:, :, :2]
+    weights = (q @ k.mT / q.shape[3] ** 0.5).softmax(dim=3).mean(dim=(1, 2))  # (B, N)
     columns = (x.shape[1] - PATCH) // ast.stride + 1
-    return weights[:, -ast.rows * columns:].unflatten(1, (ast.rows, columns))  # (B, f, t)
+    return weights[:, -ast.rows * columns :].unflatten(1, (ast.rows, columns))  # (B, f, t)
 
 
 def draw_attention(axes, ast, x, title):
-    """Draw a spectrogram (1, T, F) on the first of two axes, and below it what CLS looks at."""
-    axes[0].set_title(f"{title}; below: attention of CLS in the last block")
-    for axis, picture in zip(axes, (x[0].T, cls_attention(ast, x)[0])):  # (F, T), (f, t)
+    """Draw a spectrogram (1, T, F) on the first of two axes, below it what the AST looks at."""
+    axes[0].set_title(f"{title}; below: attention of the pooled tokens in the last block")
+    pictures = (x[0].T, pooled_attention(ast, x)[0])  # (F, T), (f, t)
+    for axis, picture in zip(axes, pictures):
         axis.imshow(picture.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
                     extent=(0, x.shape[1] / 100, 0, x.shape[2]))
         axis.set(xlabel="seconds", ylabel="mel bin")
@@ -749,15 +849,37 @@ def draw_attention(axes, ast, x, title):
 
 def main():
     with torch.device("meta"):  # shapes without memory: counting needs no weights
-        total = count(AST("base"))[2]
+        _, total = count(AST("base"))
         shape = tuple(AST("base")(torch.empty(2, 500, 128)).shape)
         print(f"AST-base: {total:,} parameters; (B, T, F) = (2, 500, 128) -> {shape}\n")
         print(f"{'method':15s} {'trainable':>11s} {'share':>7s}   options (defaults)")
         for method, (_, options) in METHODS.items():
-            trainable = count(adapt(AST("base"), method))[0]
+            trainable, _ = count(adapt(AST("base"), method))
             shown = " ".join(f"{k}={v}" for k, v in options.items() if k not in ("at", "residual"))
             print(f"{method:15s} {trainable:11,} {trainable / total:7.2%}   {shown}")
     print("\nTrainable: without the head (769 C), with the last LayerNorm (1,536).")
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Faster on a CPU: same numbers, skip it
+
+
+def attend(q, k, v):
+    """Attention of each head, softmax(q k^T / sqrt(d)) v: (B, H, N, d = D/H) -> the same shape.
+    In bf16 on a CPU the formula is two to three times as fast as torch's kernel, if only a few
+    heads are taken at a time: their scores stay in the cache. It keeps all scores for the
+    backward pass, so inputs of more than 1,448 tokens go to the kernel, which keeps none."""
+    scores = q.shape[2] * k.shape[2]  # of one head: N x N; prefixes make k and v longer than q
+    bf16_on_cpu = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if not bf16_on_cpu or scores > 2**21:
+        return F.scaled_dot_product_attention(q, k, v)
+    heads = 2**21 // scores  # at a time
+    q_parts = (q * q.shape[3] ** -0.5).flatten(0, 1).split(heads)  # each (heads, N, d)
+    k_parts = k.flatten(0, 1).split(heads)
+    v_parts = v.flatten(0, 1).split(heads)
+    parts = zip(q_parts, k_parts, v_parts)
+    outputs = [(q_part @ k_part.mT).softmax(dim=2) @ v_part for q_part, k_part, v_part in parts]
+    return torch.cat(outputs).view(q.shape)
 
 
 if __name__ == "__main__":

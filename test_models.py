@@ -5,6 +5,7 @@ Each test states a claim and compares with something independent: torchaudio, Hu
 published counts, values worked by hand. Real recordings are looked for in ../shared/data.
 """
 
+import argparse
 import contextlib
 import copy
 import doctest
@@ -39,7 +40,7 @@ import ast_adapters
 import data
 import lightweight_sv as sv
 import train
-from ast_adapters import AST, METHODS, adapt, count
+from ast_adapters import AST, METHODS, adapt, count, load_pretrained
 
 HERE = Path(__file__).resolve().parent
 REAL = HERE.parent / "shared" / "data"
@@ -499,21 +500,50 @@ def test_noise_has_the_ratio_that_is_asked_for(tmp_path):
 # 2. The AST
 
 
-@torch.inference_mode()
-def test_outputs_equal_hugging_faces(tmp_path):
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """The folder of an AST of Hugging Face, an input and its output."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     model = transformers.ASTModel(transformers.ASTConfig(  # as AST-tiny, 12 layers
         hidden_size=192, intermediate_size=768, num_attention_heads=3)).eval()
     for name, p in model.named_parameters():  # random tokens, positions, biases and scales too
-        p.data.add_(torch.randn_like(p) * (0.02 if "embeddings" in name else 0.05 * (p.ndim == 1)))
-    torch.save(model.state_dict(), tmp_path / "memory.pt")
-    model.save_pretrained(tmp_path)
-    for file in ("memory.pt", "model.safetensors"):  # the names in version 5, those on disk
-        ast, x = AST("tiny", pool="cls").eval(), torch.randn(1, 1024, 128)
-        said = ast_adapters.load_pretrained(ast, tmp_path / file)
-        assert "Hugging Face" in said and "eps 1e-12" in said
-        assert_close(ast(x), model(x).pooler_output, atol=1e-4, rtol=0)
+        p.data.add_(torch.randn_like(p) * (0.02 if "embeddings" in name else 0.05 / p.ndim**5))
+    folder = tmp_path_factory.mktemp("hugging_face")
+    torch.save(model.state_dict(), folder / "memory.pt")
+    model.save_pretrained(folder)
+    transformers.ASTFeatureExtractor(mean=-6.845978, std=5.5654526).save_pretrained(folder)
+    x = torch.randn(1, 1024, 128)
+    with torch.no_grad():
+        return folder, x, model(x).pooler_output
+
+
+@pytest.mark.parametrize("file", ["memory.pt", "model.safetensors"])  # names in version 5, on disk
+@torch.no_grad()
+def test_outputs_equal_hugging_faces(hugging_face, file):
+    folder, x, expected = hugging_face
+    ast, said = load_pretrained(AST("tiny", pool="cls"), folder / file)
+    assert "Hugging Face layout" in said and "eps 1e-12" in said, said
+    assert "mean -6.846, std 5.565" in said, f"preprocessor_config.json is not followed: {said}"
+    assert_close(ast.eval()(x), expected, atol=1e-4, rtol=0)
+
+
+def test_a_damaged_preprocessor_config_is_named(tmp_path):
+    torch.save({"layernorm.weight": torch.ones(64), **AST("nano").state_dict()}, tmp_path / "a.pt")
+    (tmp_path / "preprocessor_config.json").write_text('{"mean": null, "std": 1}')
+    with pytest.raises(ValueError, match="preprocessor_config.json: expected numbers `mean`"):
+        load_pretrained(AST("nano"), tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name, mean", [
+    ("audioset_10_10_0.4593.pth", -4.2677393), ("speechcommands_10_10_0.9812.pth", -6.845978),
+    ("test-esc50-f10/models/best_audio_model.pth", -6.6268077),
+    ("esc50/audioset_10_10.pth", -4.2677393)])  # a folder counts if the file's name says nothing
+def test_mean_and_std_of_the_authors_files_are_known_by_name(tmp_path, name, mean):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(original_layout(AST("nano")), tmp_path / name)
+    ast, said = load_pretrained(AST("nano"), tmp_path / name)
+    assert ast.normalise[0] == mean, said
 
 
 def original_layout(ast):
@@ -531,48 +561,166 @@ def original_layout(ast):
 
 
 @pytest.mark.parametrize("stride, grid, colours", [
-    (16, (8, 64), 1), (12, (10, 85), 1), (10, (12, 9), 1), (10, (14, 14), 3)])  # last: ImageNet's
-@torch.inference_mode()
-def test_the_original_layout_loads_with_its_stride_grid_and_eps(tmp_path, stride, grid, colours):
-    theirs, ours = AST("nano", stride=stride, grid=grid), AST("nano", eps=1e-12)
-    state, grey = original_layout(theirs), theirs.patch.weight
-    state["module.v.patch_embed.proj.weight"] = grey.repeat(1, colours, 1, 1) / colours
+    (10, (12, 101), 1), (12, (10, 85), 1), (14, (9, 73), 1), (16, (8, 64), 1),  # AudioSet's
+    (10, (12, 50), 1), (10, (12, 27), 1), (10, (12, 9), 1), (16, (8, 31), 1),  # 324 is a square too
+    (10, (18, 18), 3), (10, (14, 14), 3), (10, (14, 14), 1)])  # pictures; colours added
+@torch.no_grad()
+def test_the_original_layout_loads_with_its_stride_and_grid(tmp_path, stride, grid, colours):
+    theirs = AST("nano", stride=stride, grid=grid)
+    state = original_layout(theirs)
+    grey = theirs.patch.weight / colours
+    state["module.v.patch_embed.proj.weight"] = grey.repeat(1, colours, 1, 1)
     torch.save(state, tmp_path / "a.pth")
-    assert "original layout" in ast_adapters.load_pretrained(ours, tmp_path / "a.pth")
-    assert ours.patch.stride == (stride, stride) and ours.grid == grid
-    assert ours.norm.eps == ours.blocks[0].norm1.eps == 1e-6
-    x = torch.randn(1, 1024, 128)
+    ours, said = load_pretrained(AST("nano", stride=10, grid=(12, 101)), tmp_path / "a.pth")
+    assert (ours.stride, ours.grid) == (stride, grid), said
+    x = torch.randn(1, 300, 128)
     assert_close(ours(x), theirs(x), atol=1e-6, rtol=0)
 
 
-def test_positions_are_cropped_in_the_middle_or_interpolated():
-    ast, index = AST("tiny"), torch.arange(12 * 101.0)
-    ast.pos_embed.data[0, 2:] = index[:, None]  # position = its index
-    for columns, start in ((9, 46), (50, 25), (101, 0)):
-        rows = ast.positions(12, columns)[0, 2:, 0].reshape(12, columns)
-        assert torch.equal(rows, index.reshape(12, 101)[:, start : start + columns])
-    assert ast.positions(8, 9)[0, 2, 0] == 2 * 101 + 46  # fewer rows: from row 6 - 8 // 2
-    longer = ast.positions(12, 202)[0, 2:, 0].reshape(12, 202)
-    assert longer[0, 1] == 0.25 and longer[0, 2] == 0.75  # halves of a step, pixel centres kept
+def test_loading_leaves_the_given_ast_as_it_was(tmp_path):
+    given = AST("nano", eps=1e-12)
+    before = copy.deepcopy(given.state_dict())
+    torch.save(original_layout(AST("nano")), tmp_path / "a.pth")
+    loaded, _ = load_pretrained(given, tmp_path / "a.pth")
+    assert all(map(torch.equal, before.values(), given.state_dict().values())), "it was changed"
+    assert loaded.norm.eps == loaded.blocks[0].norm1.eps == 1e-6, "the layout has another eps"
 
 
-@pytest.mark.parametrize("tokens", [9, 700, 1500])
-def test_attention_is_torchs_own_also_written_out_in_bfloat16(tokens):
-    """Outputs and gradients: all heads at once, in slices, too long to be written out."""
+@pytest.mark.parametrize("extra", [
+    dict(args=argparse.Namespace(lr=1e-3, out=Path("runs"))),
+    dict(best=np.float64(0.4), epoch=np.int64(3), done=np.bool_(True)),
+    dict(scores=np.arange(3.0))], ids=["argparse", "numbers", "array"])
+def test_a_training_state_saved_whole_loads(tmp_path, extra):
+    theirs = AST("nano")
+    torch.save(dict(model=theirs.state_dict(), optimizer={}, **extra), tmp_path / "state.pth")
+    ours, _ = load_pretrained(AST("nano"), tmp_path / "state.pth")
+    assert torch.equal(ours.pos_embed, theirs.pos_embed)
+
+
+def positions(f, t, grid=(12, 101), picture=False):
+    """Positions (f, t) of an AST whose stored position is its index in the grid."""
+    ast = AST("nano", grid=grid, picture=picture)
+    ast.pos_embed.data[0, 2:] = torch.arange(float(math.prod(grid)))[:, None]
+    return ast.positions(f, t)[0, 2:, 0].reshape(f, t)
+
+
+@pytest.mark.parametrize("columns, start", [(9, 46), (50, 25), (101, 0)])
+def test_positions_of_shorter_clips_are_cropped_in_the_middle(columns, start):
+    stored = torch.arange(12 * 101.0).reshape(12, 101)
+    assert torch.equal(positions(12, columns), stored[:, start : start + columns])
+
+
+def test_positions_of_fewer_rows_start_in_row_6_less_half_of_them():
+    assert positions(8, 9)[0, 0] == 2 * 101 + 46
+
+
+def test_positions_of_longer_clips_are_interpolated():
+    longer = positions(12, 202)
+    assert longer[0, 1] == 0.25 and longer[0, 2] == 0.75, "pixel centres should be kept"
+
+
+def test_a_pictures_positions_are_stretched_over_the_whole_clip():
+    stretched = positions(2, 8, grid=(4, 4), picture=True)
+    assert_close(stretched[:, 0], torch.tensor([2.0, 10.0]))  # between rows 0 and 1, 2 and 3
+    assert_close(stretched[0], 2 + torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]))
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """Random weights of a small Vision Transformer in DINOv2's layout: width 64, 2 heads."""
     torch.manual_seed(0)
-    ours, theirs = ast_adapters.Attention(96, 3), nn.MultiheadAttention(96, 3, batch_first=True)
-    qkv = (ours.q, ours.k, ours.v)
-    theirs.in_proj_weight.data = torch.cat([linear.weight for linear in qkv]).detach()
-    theirs.in_proj_bias.data = torch.cat([linear.bias for linear in qkv]).detach()
+    shapes = {"cls_token": (1, 1, 64), "mask_token": (1, 64), "pos_embed": (1, 1 + 5 * 5, 64),
+              "patch_embed.proj.weight": (64, 3, 14, 14), "patch_embed.proj.bias": (64,),
+              "norm.weight": (64,), "norm.bias": (64,)}
+    for n in range(4):
+        for name, shape in [("attn.qkv", (192, 64)), ("attn.proj", (64, 64)), ("norm1", (64,)),
+                            ("mlp.fc1", (256, 64)), ("mlp.fc2", (64, 256)), ("norm2", (64,))]:
+            shapes[f"blocks.{n}.{name}.weight"] = shape
+            shapes[f"blocks.{n}.{name}.bias"] = shape[:1]
+        shapes[f"blocks.{n}.ls1.gamma"] = shapes[f"blocks.{n}.ls2.gamma"] = (64,)
+    return {key: 0.2 * torch.randn(shape) for key, shape in shapes.items()}
+
+
+def picture_block(state, n, x):
+    """Block n as DINOv2 computes it, x + gamma * branch(norm(x)) twice: (B, N, 64)."""
+    part = lambda name: state[f"blocks.{n}.{name}"]
+    linear = lambda name, x: F.linear(x, part(f"{name}.weight"), part(f"{name}.bias"))
+    norm = lambda name, x: F.layer_norm(x, (64,), part(f"{name}.weight"), part(f"{name}.bias"))
+    qkv = linear("attn.qkv", norm("norm1", x)).reshape(*x.shape[:2], 3, 2, 32)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, 2, N, 32)
+    y = (q @ k.mT / 32**0.5).softmax(dim=3) @ v
+    x = x + part("ls1.gamma") * linear("attn.proj", y.transpose(1, 2).flatten(2))
+    y = F.gelu(linear("mlp.fc1", norm("norm2", x)))
+    return x + part("ls2.gamma") * linear("mlp.fc2", y)
+
+
+@pytest.fixture
+def from_picture(picture, tmp_path):
+    """An AST that starts from these weights, and the sentence about it."""
+    torch.save(picture, tmp_path / "vit.pth")
+    return load_pretrained(AST("nano", stride=10, grid=(12, 101)), tmp_path / "vit.pth")
+
+
+@torch.no_grad()
+def test_dinov2s_blocks_are_the_same_block_by_block(picture, from_picture):
+    ast, said = from_picture
+    assert "DINOv2 layout" in said and "5 x 5, stride 16, eps 1e-06" in said, said
+    x = torch.randn(2, 7, 64)
+    for n, block in enumerate(ast.blocks):
+        y = picture_block(picture, n, x)
+        assert (block(x) - y).abs().max() < 1e-5, f"block {n} computes something else"
+        x = F.layer_norm(y, (64,))
+
+
+@torch.no_grad()
+def test_dinov2s_patches_answer_to_an_even_picture_as_before(picture):
+    even = torch.ones(64, 3, 14, 14)
+    state = {"patch.weight": even, "cls_token": torch.ones(1), "pos_embed": picture["pos_embed"]}
+    larger = ast_adapters.from_dinov2(state)["patch.weight"]
+    assert larger.shape == (64, 3, 16, 16)
+    assert_close(larger.sum((2, 3)), even.sum((2, 3)))
+
+
+def test_dinov2s_positions_are_stretched_and_dist_is_a_copy_of_cls(picture, from_picture):
+    ast, _ = from_picture
+    drawn = ast.positions(8, 6)
+    assert torch.equal(drawn[:, 0], drawn[:, 1]), "DIST stands elsewhere than CLS"
+    assert torch.equal(ast.dist_token, ast.cls_token), "DIST is no copy of CLS"
+    stored = picture["pos_embed"][:, 1:].transpose(1, 2).unflatten(2, (5, 5))
+    whole = F.interpolate(stored, size=(8, 6), mode="bilinear")
+    assert_close(drawn[:, 2:], whole.flatten(2).transpose(1, 2))
+
+
+@torch.no_grad()
+def test_the_shared_dinov2_file_loads():
+    file = REAL / "dinov2-small" / "dinov2_vits14.safetensors"
+    if not file.exists():
+        pytest.skip(f"no {file}")
+    ast, said = load_pretrained(AST("small"), file)
+    assert "199 tensors, positions 37 x 37, stride 16" in said, said
+    embedding = ast.eval()(torch.randn(1, 100, 128))
+    assert embedding.shape == (1, 384) and embedding.isfinite().all()
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("tokens", [9, 700, 1500])  # all heads at once, in slices, by the kernel
+def test_attention_is_torchs_own_also_written_out_in_bfloat16(tokens, bfloat16):
+    torch.manual_seed(0)
+    ours = ast_adapters.Attention(96, 3)
+    theirs = nn.MultiheadAttention(96, 3, batch_first=True)
+    theirs.in_proj_weight.data = torch.cat([ours.q.weight, ours.k.weight, ours.v.weight]).detach()
+    theirs.in_proj_bias.data = torch.cat([ours.q.bias, ours.k.bias, ours.v.bias]).detach()
     theirs.out_proj.load_state_dict(ours.o.state_dict())
-    x, weight = torch.randn(2, 2, tokens, 96).requires_grad_().unbind()
-    exact = theirs(x, x, x)[0]
-    expected = exact, *torch.autograd.grad(exact, x, weight)
-    for bfloat16, room in ((False, 1e-5), (True, 0.01)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            out = ours(x)
-        for y, exact in zip((out, *torch.autograd.grad(out, x, weight.to(out.dtype))), expected):
-            assert (y - exact).norm() < room * exact.norm(), bfloat16
+    x = torch.randn(2, tokens, 96).requires_grad_()
+    weight = torch.randn(2, tokens, 96)
+    exact, _ = theirs(x, x, x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        out = ours(x)
+    room = 0.01 if bfloat16 else 1e-5
+    assert (out - exact).norm() < room * exact.norm(), "other outputs"
+    (expected,) = torch.autograd.grad(exact, x, weight)
+    (gradient,) = torch.autograd.grad(out, x, weight.to(out.dtype))
+    assert (gradient - expected).norm() < room * expected.norm(), "other gradients"
 
 
 class Payload(str):
@@ -582,55 +730,83 @@ class Payload(str):
         return open, (str(self), "w")
 
 
-def test_bad_checkpoints_are_refused_with_a_sentence(tmp_path):
-    good = dict(dtype="F32", shape=[1], data_offsets=[0, 4])
-    wrong = [dict(data_offsets=x) for x in ("04", [-4, 0], [0, 400])] + [dict(shape="x")]
-    headers = [json.dumps(header).encode() for header in
-               ([], {"a": 3}, *({"a": good | entry} for entry in wrong))]
-    damaged = [(2**60).to_bytes(8, "little") + b"{}", b"no checkpoint",
-               *(len(text).to_bytes(8, "little") + text + bytes(4) for text in headers)]
-    part = {k: v for k, v in AST("nano").state_dict().items() if k != "pos_embed"}
-    for name, content, sentence in [
-            ("code.pt", Payload(tmp_path / "owned"), "never run"),
-            ("part.pt", part, "it has no pos_embed"), ("text.pt", b"no checkpoint", "damaged"),
-            ("tiny.pth", original_layout(AST("tiny")), "is not an AST-nano"),
-            ("tensor.pt", torch.zeros(1), "holds no weights"),
-            *((f"{i}.safetensors", content, "damaged") for i, content in enumerate(damaged))]:
-        if isinstance(content, bytes):
-            (tmp_path / name).write_bytes(content)
-        else:
-            torch.save(content, tmp_path / name)
-        with pytest.raises(ValueError, match=f"{name} .*{sentence}"):
-            ast_adapters.load_pretrained(AST("nano"), tmp_path / name)
+def test_code_in_a_checkpoint_never_runs(tmp_path):
+    torch.save(Payload(tmp_path / "owned"), tmp_path / "code.pt")
+    with pytest.raises(ValueError, match="code.pt is no checkpoint .* never run"):
+        load_pretrained(AST("nano"), tmp_path / "code.pt")
+    assert not (tmp_path / "owned").exists(), "the code has run"
+
+
+def without(key):
+    state = AST("nano").state_dict()
+    del state[key]
+    return state
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (lambda: without("pos_embed"), "it has no pos_embed"),
+    (lambda: without("norm.bias"), "is not an AST-nano: .*norm.bias"),
+    (lambda: original_layout(AST("tiny")), "is not an AST-nano: .*size mismatch"),
+    (lambda: AST("nano", grid=(1, 5)).state_dict(), "5 positions are no grid"),
+    (lambda: torch.zeros(1), "holds no weights")])
+def test_other_weights_are_refused_with_a_sentence(tmp_path, content, sentence):
+    torch.save(content(), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"(?s)a.pt .*{sentence}"):
+        load_pretrained(AST("nano"), tmp_path / "a.pt")
+
+
+GOOD = dict(dtype="F32", shape=[1], data_offsets=[0, 4])
+HEADERS = [[], {"a": 3}, {"a": GOOD | dict(data_offsets="04")}, {"a": GOOD | dict(shape="x")},
+           {"a": GOOD | dict(data_offsets=[-4, 0])}, {"a": GOOD | dict(data_offsets=[0, 400])}]
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=str)
+def test_damaged_safetensors_are_refused_with_a_sentence(tmp_path, header):
+    text = json.dumps(header).encode()
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ValueError, match="a.safetensors is no checkpoint .* damaged"):
+        load_pretrained(AST("nano"), file)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_text_is_no_checkpoint(tmp_path, name):
+    (tmp_path / name).write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=f"{name} is no checkpoint .* damaged"):
+        load_pretrained(AST("nano"), tmp_path / name)
+
+
+def test_a_missing_checkpoint_is_said_to_be_missing(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint at"):
-        ast_adapters.load_pretrained(AST("nano"), tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="load into a plain AST"):
-        ast_adapters.load_pretrained(adapt(AST("nano"), "linear"), tmp_path / "tiny.pth")
-    assert not (tmp_path / "owned").exists()
+        load_pretrained(AST("nano"), tmp_path / "none.pt")
+
+
+def test_an_adapted_ast_is_no_place_to_load_into():
+    with pytest.raises(ValueError, match="load into a plain AST: this one carries 'linear'"):
+        load_pretrained(adapt(AST("nano"), "linear"), "a.pt")
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. The methods
 
 
-def test_counts_of_parameters_are_the_published_ones():
+@pytest.mark.parametrize("method, options, trainable", [
+    ("linear", {}, 1_536), ("bitfit", {}, 102_144), ("full", {}, 86_187_264),
+    ("prompt-shallow", {}, 231_936), ("prompt-deep", {}, 231_936),
+    ("prefix", {}, 222_720), ("lora", {}, 222_720), ("adapter", {}, 250_512),
+    ("adapter", dict(where="both"), 499_488), ("conformer", {}, 272_256 - 18_432),
+    ("conformer", dict(where="both"), 542_976 - 2 * 18_432),
+    ("dense-moa", {}, 923_724), ("soft-moa", {}, 923_640)])
+def test_counts_of_parameters_are_the_published_ones(method, options, trainable):
     """P1 and its code, on AST-base, without the head (Conformer without the dead LayerNorm)."""
     with torch.device("meta"):
-        for method, options, trainable in [
-                ("linear", {}, 1_536), ("bitfit", {}, 102_144), ("full", {}, 86_187_264),
-                ("prompt-shallow", {}, 231_936), ("prompt-deep", {}, 231_936),
-                ("prefix", {}, 222_720), ("lora", {}, 222_720), ("adapter", {}, 250_512),
-                ("adapter", dict(where="both"), 499_488), ("conformer", {}, 272_256 - 18_432),
-                ("conformer", dict(where="both"), 542_976 - 2 * 18_432),
-                ("dense-moa", {}, 923_724), ("soft-moa", {}, 923_640)]:
-            assert count(adapt(AST("base"), method, **options))[0] == trainable, (method, options)
+        assert count(adapt(AST("base"), method, **options))[0] == trainable
 
 
 CASES = [(method, {}) for method in METHODS] + [
     ("lora", dict(targets="qkvo", alpha=20.0)), ("dora", dict(targets="qk", rank=3)),
     ("conformer", dict(where="both", kernel=8)), ("soft-moa", dict(slots=3, where="mhsa")),
     ("adapter", dict(form="sequential", at="before", where="both"))]
-all_methods = pytest.mark.parametrize("method, options", CASES, ids=str)
 # Counted in the paper and of no effect: a bias on the keys shifts all scores of a query alike, and
 # the softmax does not see it; BatchNorm removes the bias of the convolution before it.
 BLIND = re.compile(r"attn\.k\.(linear\.|layer\.)?(bias|shift)|depthwise\.bias")
@@ -647,133 +823,271 @@ def steps(ast, x):
         optimiser.step()
 
 
-@all_methods
-def test_a_method_starts_as_the_frozen_model_moves_its_own_and_lives_in_its_file(
-        method, options, tmp_path):
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request):
+    """One method on a nano AST, as it starts and after two steps. Tests only read it."""
+    method, options = request.param
     torch.manual_seed(0)
-    plain = AST("nano")
-    ast = adapt(copy.deepcopy(plain), method, **options)
-    x, before = torch.randn(3, 100, 128), copy.deepcopy(ast.state_dict())
-    with torch.no_grad():
-        frozen = plain.eval()(x)
-        same = torch.allclose(frozen, ast.eval()(x), atol=1e-6)
-    assert same != (method in ("prompt-shallow", "prompt-deep", "prefix"))  # those add tokens
-    saving = copy.deepcopy(ast)
-    saving.checkpointing = True  # less memory, the same gradients
-    steps(ast.train(), x)
-    steps(saving.train(), x)
-    assert all(map(torch.equal, ast.parameters(), saving.parameters()))
-    trained = {n for n, p in ast.named_parameters() if p.requires_grad}
-    moved = {k for k, v in ast.state_dict().items() if not torch.equal(v, before[k])}
-    assert moved <= trained | {n for n, _ in ast.named_buffers()}
-    assert all(BLIND.search(name) for name in trained - moved), trained - moved
+    plain = AST("nano").eval()
+    fresh = adapt(copy.deepcopy(plain), method, **options).eval()
+    x = torch.randn(3, 100, 128)
+    ast = copy.deepcopy(fresh).train()
+    steps(ast, x)
+    return argparse.Namespace(method=method, plain=plain, fresh=fresh, ast=ast.eval(), x=x,
+                              state=ast_adapters.adapter_state(ast))
 
-    torch.save(ast_adapters.adapter_state(ast), tmp_path / "adapter.pt")
+
+def test_a_method_starts_as_the_frozen_model(case):
+    same = torch.allclose(case.plain(case.x), case.fresh(case.x), atol=1e-6)
+    if case.method in ("prompt-shallow", "prompt-deep", "prefix"):
+        assert not same, "it adds tokens, and nobody sees them"
+    else:
+        assert same, "the added path is not zero at the start"
+
+
+def moved_and_trained(case):
+    before = case.fresh.state_dict()
+    moved = {k for k, v in case.ast.state_dict().items() if not torch.equal(v, before[k])}
+    return moved, {n for n, p in case.ast.named_parameters() if p.requires_grad}
+
+
+def test_a_method_moves_nothing_that_is_frozen(case):
+    moved, trained = moved_and_trained(case)
+    frozen = moved - trained - {name for name, _ in case.ast.named_buffers()}
+    assert not frozen, f"moved though frozen: {frozen}"
+
+
+def test_a_method_moves_all_that_it_counts(case):
+    moved, trained = moved_and_trained(case)
+    still = {name for name in trained - moved if not BLIND.search(name)}
+    assert not still, f"counted as trainable, and never moved: {still}"
+
+
+def test_checkpointing_trains_the_same(case):
+    saving = copy.deepcopy(case.fresh).train()
+    saving.checkpointing = True
+    steps(saving, case.x)
+    assert all(map(torch.equal, case.ast.parameters(), saving.parameters())), "other gradients"
+
+
+def test_an_adapter_lives_in_its_file(case, tmp_path):
+    torch.save(case.state, tmp_path / "adapter.pt")
     state = torch.load(tmp_path / "adapter.pt", weights_only=True)
-    twin, expected = ast_adapters.load_adapter(plain, state).eval(), ast.eval()(x)
-    assert torch.equal(twin(x), expected)
+    twin = ast_adapters.load_adapter(copy.deepcopy(case.plain), state).eval()
+    assert torch.equal(twin(case.x), case.ast(case.x)), "what is read is not what was saved"
+    if case.method != "full":
+        numbers = sum(v.numel() for v in state["weights"].values())
+        assert numbers < 2e5, f"the file holds {numbers} of the backbone's 300,000 numbers"
+
+
+def test_loading_an_adapter_leaves_its_backbone_as_it_was(case):
+    plain = copy.deepcopy(case.plain)
+    ast_adapters.load_adapter(plain, case.state)
+    same = map(torch.equal, plain.parameters(), case.plain.parameters())
+    assert all(same), "the adapter wrote into the backbone's weights"
+
+
+def test_a_damaged_adapter_is_refused(case):
+    part = case.state | {"weights": {"norm.bias": case.plain.norm.bias}}
     with pytest.raises(ValueError, match="this adapter is damaged"):
-        ast_adapters.load_adapter(plain, state | {"weights": {"norm.bias": plain.norm.bias}})
-    if method in ("lora", "dora"):
-        assert ast_adapters.merge(twin).state_dict().keys() == plain.state_dict().keys()
-        assert_close(twin(x), expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(plain(x), frozen)  # though it shares weights with the twin
-    if method != "full":
-        assert sum(v.numel() for v in state["weights"].values()) < 2e5  # of 3e5
-        plain.blocks[0].mlp.fc1.bias.data += 1
+        ast_adapters.load_adapter(copy.deepcopy(case.plain), part)
+
+
+def test_an_adapter_of_another_backbone_is_refused(case):
+    other = copy.deepcopy(case.plain)
+    other.blocks[0].mlp.fc1.bias.data += 1
+    if case.method == "full":  # its file is the whole model
+        ast_adapters.load_adapter(other, case.state)
+    else:
         with pytest.raises(ValueError, match="was trained on backbone"):
-            ast_adapters.load_adapter(plain, state)
+            ast_adapters.load_adapter(other, case.state)
 
 
-@all_methods
-def test_a_method_takes_any_length_bfloat16_and_torch_compile(method, options, monkeypatch):
-    blocks = 2 if method == "prompt-deep" else 1  # compiling is slow; this one has two kinds
-    monkeypatch.setitem(ast_adapters.SIZES, "nano", (16, blocks, 2, (12, 9)))
-    ast = adapt(AST("nano"), method, **options).eval()
+@pytest.mark.parametrize("case", [("lora", {}), ("dora", {})], ids=str, indirect=True)
+@torch.no_grad()
+def test_merging_leaves_a_plain_ast_with_the_same_outputs(case):
+    merged = ast_adapters.merge(copy.deepcopy(case.ast))
+    assert merged.state_dict().keys() == case.plain.state_dict().keys(), "it is not plain"
+    assert_close(merged(case.x), case.ast(case.x), atol=1e-5, rtol=1e-5)
+
+
+def test_what_blocks_share_is_counted_once_stored_once_and_read(monkeypatch):
+    def insert(ast):  # one scale for all blocks, as VeRA shares its matrices
+        ast_adapters.insert_scales(ast, ["attn.o"], shift=False)
+        for block in ast.blocks:
+            block.attn.o.scale = ast.blocks[0].attn.o.scale
+
+    monkeypatch.setitem(METHODS, "shared", (insert, {}))
+    plain = AST("nano")
+    ast = adapt(copy.deepcopy(plain), "shared")
+    assert count(ast)[0] == 64 + 2 * 64, "one scale of 64 and the last LayerNorm should be counted"
+    nn.init.zeros_(ast.blocks[0].attn.o.scale)
+    state = ast_adapters.adapter_state(ast)
+    assert sum(v.numel() for v in state["weights"].values()) == 64 + 2 * 64, "stored several times"
+    twin = ast_adapters.load_adapter(plain, state)
+    assert not twin.blocks[3].attn.o.scale.any(), "the last block does not read it"
+
+
+def small_ast(method, options, monkeypatch):
+    """An adapted AST that compiles quickly."""
+    blocks = 2 if method == "prompt-deep" else 1  # this one has two kinds
+    monkeypatch.setitem(ast_adapters.SIZES, "nano", (16, blocks, 2, 16, (8, 6)))
+    return adapt(AST("nano"), method, **options).eval()
+
+
+@pytest.mark.parametrize("method, options", CASES, ids=str)
+@torch.no_grad()
+def test_a_method_takes_any_length_and_bfloat16(method, options, monkeypatch):
+    ast = small_ast(method, options, monkeypatch)
     for frames in (16, 57, 250):
         x = torch.randn(2, frames, 128)
         with torch.autocast("cpu", torch.bfloat16):
-            assert_close(ast(x).float(), ast.float()(x), atol=0.1, rtol=0)
-    if not options:
-        torch._dynamo.reset()
-        compiled = torch.compile(ast, backend="aot_eager", fullgraph=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=method == "prefix"):
-            assert_close(compiled(x), ast(x))
+            y = ast(x).float()
+        assert_close(y, ast(x), atol=0.1, rtol=0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_takes_torch_compile(method, monkeypatch):
+    ast = small_ast(method, {}, monkeypatch)
+    torch._dynamo.reset()
+    compiled = torch.compile(ast, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 57, 128)
+    with torch.autocast("cpu", torch.bfloat16, enabled=method == "prefix"):
+        assert_close(compiled(x), ast(x))
+
+
+@pytest.mark.parametrize("pos_embed", ["crop", "zero"])
 @pytest.mark.parametrize("method", ["full", "lora", "adapter", "conformer"])
-def test_without_positions_only_the_conformer_adapter_sees_order(method):
+def test_without_positions_only_the_conformer_adapter_sees_order(method, pos_embed):
     """P1's published code trains with zero positions (README, B1): what could it tell apart?"""
     x = torch.randn(2, 96, 128)
-    swapped = torch.cat([x[:, 48:], x[:, :48]], 1)  # with stride 16: the same patches, permuted
-    for pos_embed, blind in (("zero", method != "conformer"), ("crop", False)):
-        ast = adapt(AST("nano", stride=16, grid=(8, 6), pos_embed=pos_embed), method)
-        steps(ast, x)
-        if pos_embed == "zero":  # full fine-tuning has moved them
-            nn.init.zeros_(ast.pos_embed)
-        with torch.no_grad():
-            assert torch.allclose(ast.eval()(x), ast(swapped), atol=1e-4) == blind
+    swapped = torch.cat([x[:, 48:], x[:, :48]], dim=1)  # with stride 16: the same patches, permuted
+    ast = adapt(AST("nano", pos_embed=pos_embed), method)
+    steps(ast, x)
+    if pos_embed == "zero":  # full fine-tuning has moved them
+        nn.init.zeros_(ast.pos_embed)
+    with torch.no_grad():
+        same = torch.allclose(ast.eval()(x), ast(swapped), atol=1e-4)
+    if pos_embed == "zero" and method != "conformer":
+        assert same, "what tells it the order?"
+    else:
+        assert not same, "it does not see the order"
 
 
-def test_lora_dora_and_the_placement_of_adapters_by_hand():
-    linear, x = nn.Linear(5, 4), torch.randn(3, 5)
-    lora, dora = ast_adapters.LoRA(linear, 2, alpha=6), ast_adapters.DoRA(linear, 2, alpha=2)
-    nn.init.normal_(lora.B), nn.init.normal_(dora.B), dora.m.data.mul_(2)
+def test_lora_by_hand():
+    linear = nn.Linear(5, 4)
+    lora = ast_adapters.LoRA(linear, rank=2, alpha=6)
+    nn.init.normal_(lora.B)
+    x = torch.randn(3, 5)
     assert_close(lora(x), x @ (linear.weight + 3 * lora.B @ lora.A).T + linear.bias)
-    weight = (dora(torch.eye(5)) - linear.bias).T  # (4, 5): each row has length m
+
+
+def test_doras_rows_have_the_length_of_their_magnitude():
+    linear = nn.Linear(5, 4)
+    dora = ast_adapters.DoRA(linear, rank=2, alpha=2)
+    nn.init.normal_(dora.B)
+    dora.m.data.mul_(2)
+    weight = (dora(torch.eye(5)) - linear.bias).T  # (4, 5)
     assert_close(weight.norm(dim=1), dora.m[:, 0])
-    f, a, u = nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(2, 4)
-    for *options, expected in (
-            ("parallel", "after", True, f(u) + a(u)),
-            ("sequential", "after", True, f(u) + a(f(u))), ("sequential", "after", False, a(f(u))),
-            ("sequential", "before", True, f(u + a(u))), ("sequential", "before", False, f(a(u)))):
-        assert_close(ast_adapters.Placed(f, a, *options)(u), expected)
 
 
-def test_conformer_and_convpass_by_hand():
-    """In the paper's order, an even kernel padded less on the left; over the grid of patches."""
-    unit, x = ast_adapters.Conformer(8, rank=3, kernel=4).eval(), torch.randn(2, 7, 8)
+@pytest.mark.parametrize("options, formula", [
+    (("parallel", "after", True), lambda f, a, u: f(u) + a(u)),
+    (("sequential", "after", True), lambda f, a, u: f(u) + a(f(u))),
+    (("sequential", "after", False), lambda f, a, u: a(f(u))),
+    (("sequential", "before", True), lambda f, a, u: f(u + a(u))),
+    (("sequential", "before", False), lambda f, a, u: f(a(u)))], ids=str)
+def test_the_placement_of_an_adapter_by_hand(options, formula):
+    f = nn.Linear(4, 4)
+    a = nn.Linear(4, 4)
+    u = torch.randn(2, 4)
+    assert_close(ast_adapters.Placed(f, a, *options)(u), formula(f, a, u))
+
+
+def test_the_conformer_adapter_by_hand():
+    """In the paper's order, an even kernel padded less on the left."""
+    unit = ast_adapters.Conformer(8, rank=3, kernel=4).eval()
     nn.init.normal_(unit.up.weight)
+    x = torch.randn(2, 7, 8)
     y = F.pad(F.glu(unit.down(x), 2), (0, 0, 1, 2))  # (2, 7, 3) -> (2, 1 + 7 + 2, 3)
     taps = unit.depthwise.weight[:, 0].T  # (4, 3)
     y = torch.stack([(y[:, t : t + 4] * taps).sum(1) for t in range(7)], 1)  # (2, 7, 3)
     y = (y + unit.depthwise.bias) / math.sqrt(1 + unit.norm.eps)  # a fresh BatchNorm
     assert_close(unit(x), unit.up(F.silu(y)))
-    unit, x = ast_adapters.Convpass(8, rank=3, rows=4), torch.randn(1, 2 + 4 * 5, 8)
+
+
+def test_convpass_mixes_neighbours_in_the_grid_of_patches():
+    unit = ast_adapters.Convpass(8, rank=3, rows=4)
     nn.init.normal_(unit.up.weight)
+    x = torch.randn(1, 2 + 4 * 5, 8)
     changed = x.clone()
     changed[:, 2 + 1 * 5 + 2] += 1  # row 1, column 2
-    differs = (unit(x) != unit(changed)).any(2)[0]
+    differs = (unit(x) != unit(changed)).any(dim=2)[0]
     near = torch.zeros(4, 5, dtype=torch.bool)
-    near[0:3, 1:4] = True  # and neither CLS nor DIST
-    assert not differs[:2].any() and torch.equal(differs[2:].reshape(4, 5), near)
+    near[0:3, 1:4] = True
+    assert torch.equal(differs[2:].reshape(4, 5), near), "the 3 x 3 patches around should change"
+    assert not differs[:2].any(), "CLS and DIST are nobody's neighbours"
 
 
-def test_mixtures_by_hand():
-    dense, x = ast_adapters.DenseMoA(8, 2, experts=3), torch.randn(2, 5, 8)
-    soft = ast_adapters.SoftMoA(8, 2, experts=3, slots=2)
-    for expert in (*dense.experts, *soft.experts):
+def test_the_dense_mixture_by_hand():
+    dense = ast_adapters.DenseMoA(8, 2, experts=3)
+    for expert in dense.experts:
         nn.init.normal_(expert.up.weight)
-    share = F.softmax(dense.router(x), 2)
+    x = torch.randn(2, 5, 8)
+    share = F.softmax(dense.router(x), dim=2)
     expected = torch.stack([expert(x) for expert in dense.experts], 3) @ share[..., None]
     assert_close(dense(x), expected[..., 0])
-    for b in range(2):  # one clip at a time, as the equations stand in the paper
+
+
+def test_the_soft_mixture_by_hand():
+    """One clip at a time, as the equations stand in the paper."""
+    soft = ast_adapters.SoftMoA(8, 2, experts=3, slots=2)
+    for expert in soft.experts:
+        nn.init.normal_(expert.up.weight)
+    x = torch.randn(2, 5, 8)
+    for b in range(2):
         logits = x[b] @ soft.phi  # (5, 6)
-        slots = logits.softmax(0).T @ x[b]  # (6, 8)
-        outputs = torch.cat([soft.experts[i](slots[2 * i : 2 * i + 2]) for i in range(3)])
+        inputs = logits.softmax(0).T @ x[b]  # (6, 8)
+        outputs = torch.cat([soft.experts[i](inputs[2 * i : 2 * i + 2]) for i in range(3)])
         assert_close(soft(x)[b], logits.softmax(1) @ outputs)
 
 
 @pytest.mark.parametrize("method, options, sentence", [
     ("lorra", {}, "unknown method 'lorra': choose from full, linear"),
     ("linear", dict(rank=3), "unknown option of 'linear' 'rank': it has none"),
+    ("lora", dict(rnk=3), "unknown option of 'lora' 'rnk': choose from rank, alpha, targets"),
     ("lora", dict(targets="qx"), "name some of q, k, v, o"),
-    ("adapter", dict(rank=0), "at least 1"), ("conformer", dict(kernel=111), "at most 110"),
+    ("adapter", dict(rank=0), "at least 1"), ("adapter", dict(rank=2.5), "a whole number"),
+    ("adapter", dict(rank=65), "at most 64"), ("conformer", dict(kernel=51), "at most 50"),
     ("adapter", dict(where="top"), "from ffn, mhsa, both"), ("prefix", dict(tokens=7), "7 is odd"),
-    ("adapter", dict(at="before"), "sequential"), ("linear", {}, "got (2, 100, 64)")])
-def test_bad_options_and_inputs_are_answered_with_a_sentence(method, options, sentence):
+    ("adapter", dict(at="before"), "sequential")])
+def test_bad_options_are_answered_with_a_sentence(method, options, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        adapt(AST("nano"), method, **options)(torch.randn(2, 100, 64))
+        adapt(AST("nano"), method, **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 100, 64), (2, 15, 128), (100, 128)])
+def test_other_input_is_answered_with_a_sentence(shape):
+    sentence = f"at least 16 frames, 128 mel bins), got {shape}"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        AST("nano")(torch.randn(shape))
+
+
+@pytest.mark.parametrize("pool, queries", [("mean", slice(None)), ("cls", slice(2))])
+@torch.no_grad()
+def test_the_drawn_attention_is_that_of_the_pooled_tokens(pool, queries):
+    """Against the weights that torch's own layer returns, with a prompt between CLS and patches."""
+    ast = adapt(AST("nano", pool=pool), "prompt-shallow", tokens=3).eval()
+    inner = ast.blocks[-1].attn
+    read = []
+    inner.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    drawn = ast_adapters.pooled_attention(ast, torch.randn(1, 60, 128))  # (1, 8, 3)
+    theirs = nn.MultiheadAttention(64, 2, batch_first=True)
+    theirs.in_proj_weight.data = torch.cat([inner.q.weight, inner.k.weight, inner.v.weight])
+    theirs.in_proj_bias.data = torch.cat([inner.q.bias, inner.k.bias, inner.v.bias])
+    _, weights = theirs(read[0], read[0], read[0])  # (1, N, N), the mean of the heads
+    expected = weights[:, queries].mean(dim=1)  # (1, N)
+    assert_close(drawn.flatten(1), expected[:, 2 + 3 :])
 
 
 # --------------------------------------------------------------------------------------------------
