@@ -180,6 +180,7 @@ def host_options(model):
 def groups():
     """Return {title: names of its fields}."""
     titles = {}
+    title = ""
     for f in fields(Config):
         title = f.metadata.get("group", title)
         titles.setdefault(title, []).append(f.name)
@@ -217,12 +218,10 @@ def check_training(cfg, typed):
     """Refuse a training whose start, method or batch cannot be, before its corpus is opened."""
     check(cfg, typed)
     if not cfg.speaker:
-        starts = {"": ("ast-nano",), "dinov2": tuple(f"ast-{s}" for s in ast_adapters.DINOV2)}
-        starts |= dict.fromkeys(ast_adapters.AUDIOSET, ("ast-base",))
-        fitting = starts.get(cfg.init, (cfg.model,))
-        if cfg.model not in fitting:
+        sizes = [size for name, size in [*ast_adapters.DOWNLOADS, ("", "nano")] if name == cfg.init]
+        if sizes and cfg.model.removeprefix("ast-") not in sizes:
             raise ValueError(f"--model {cfg.model} needs --init FILE (none: random weights); to "
-                             f"start from {cfg.init or 'our nano AST'}, add --model {fitting[0]}")
+                             f"start from {cfg.init or 'our nano AST'}, add --model ast-{sizes[0]}")
         options = {name: getattr(cfg, name) for name in METHOD_OPTIONS if name in typed}
         ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, options)
     check_batch(cfg, with_recipe(cfg).batch_size)
@@ -614,13 +613,10 @@ def build_model(cfg, corpus):
 def pretrained_file(cfg):
     """Return the checkpoint a model starts from: a file, a published one, our nano AST, or None."""
     size = cfg.model.removeprefix("ast-")
-    published = dict(ast_adapters.AUDIOSET)
-    if size in ast_adapters.DINOV2:
-        published["dinov2"] = ast_adapters.DINOV2[size]
-    if cfg.init in published and not cfg.speaker:  # downloaded once
-        url, sha256 = published[cfg.init]
+    if (cfg.init, size) in ast_adapters.DOWNLOADS:  # brought once
+        address, sha256 = ast_adapters.DOWNLOADS[cfg.init, size]
         file = Path(cfg.cache, f"{cfg.init}-{size}.pth")
-        return on_first_rank(lambda: data.download(url, file, sha256))
+        return on_first_rank(lambda: data.download(address, file, sha256))
     if cfg.init or cfg.speaker:
         return None if cfg.init in ("", "none") else cfg.init
     file = Path(cfg.cache) / f"ast-nano-v{data.VERSION}-16.pt"  # 16: the stride
@@ -1431,7 +1427,7 @@ def main(argv=None):
         status = COMMANDS[command][0](cfg, typed.keys(), own)
     except (ValueError, OSError) as error:
         sys.exit(f"error{f' in process {RANK}' if RANK else ''}: {error}")
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt as stop:  # its argument is the folder
         if stop.args:
             sys.exit(f"stopped; the same command with --resume --out {stop} goes on")
         sys.exit("stopped")
