@@ -758,6 +758,7 @@ def without(key):
     (lambda: without("norm.bias"), "is not an AST-nano: .*norm.bias"),
     (lambda: original_layout(AST("tiny")), "is not an AST-nano: .*size mismatch"),
     (lambda: AST("nano", grid=(1, 5)).state_dict(), "5 positions are no grid"),
+    (lambda: {"ls1.gamma": torch.ones(3)}, "it has no patch.weight"),
     (lambda: torch.zeros(1), "holds no weights")])
 def test_other_weights_are_refused_with_a_sentence(tmp_path, content, sentence):
     torch.save(content(), tmp_path / "a.pt")
@@ -963,7 +964,10 @@ def test_a_method_takes_any_length_and_bfloat16(method, options, monkeypatch):
         assert_close(y, ast(x), atol=0.1, rtol=0)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"linear", "bitfit"}))  # as `full`
+SAME_GRAPH = {"linear", "bitfit", "prompt-shallow"}  # as full, full, prompt-deep
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - SAME_GRAPH))
 def test_a_method_takes_torch_compile(method, monkeypatch):
     ast = small_ast(method, {}, monkeypatch)
     torch._dynamo.reset()
