@@ -278,7 +278,7 @@ class Convpass(nn.Module):
     def forward(self, x):
         quick_gelu = lambda x: x * torch.sigmoid(1.702 * x)
         x = quick_gelu(self.down(x)).transpose(1, 2)  # (B, N, D) -> (B, r, N)
-        # CLS and DIST have no neighbours: each is a 1 x 1 picture, which meets the middle tap only.
+        # CLS and DIST have no neighbours: each is a 1 x 1 grid, which meets the middle tap only.
         tokens = F.conv1d(x[..., :2], self.conv.weight[:, :, 1, 1:2], self.conv.bias)  # (B, r, 2)
         grid = self.conv(x[..., 2:].unflatten(2, (self.rows, -1)))  # (B, r, f, t)
         x = torch.cat([tokens, grid.flatten(2)], dim=2)  # (B, r, N)
@@ -352,8 +352,8 @@ def insert_adapters(unit, ast, where, form, at, residual, **options):
 
     wrap(ast, SITES[where], place)
     for block in ast.blocks:
-        block.norm1.requires_grad_(where != "ffn")
-        block.norm2.requires_grad_(where != "mhsa")
+        block.norm1.requires_grad_("attn" in SITES[where])
+        block.norm2.requires_grad_("mlp" in SITES[where])
 
 
 class LoRA(nn.Module):
@@ -601,12 +601,12 @@ def load_pretrained(ast, path):
     elif "layernorm" in keys:
         layout = "Hugging Face"
         found["eps"] = 1e-12  # with near-zero tokens the wrong one moves outputs by 1e-2
+    found["normalise"] = infer_mean_std(Path(path), layout) or ast.normalise
     try:
         state = to_our_names(state)
         if found["picture"]:
             state = from_dinov2(state)
         found["stride"], found["grid"] = infer_grid(ast, state, found["picture"])
-        found["normalise"] = infer_mean_std(Path(path), layout) or ast.normalise
         with torch.device("meta"):  # without drawing random weights
             loaded = AST(**ast.settings | found | own)  # what a file of ours says wins
         if ast.settings["pos_embed"] == "zero":
@@ -616,7 +616,7 @@ def load_pretrained(ast, path):
         loaded.to_empty(device="cpu").load_state_dict(state)
     except KeyError as error:
         raise ValueError(f"{path} is not an AST: it has no {error.args[0]}") from error
-    except (IndexError, RuntimeError) as error:  # keys too many or too few, shapes that differ
+    except (IndexError, RuntimeError, ValueError) as error:  # other keys or shapes
         raise ValueError(f"{path} is not an AST-{ast.settings['size']}: {error}") from error
     mean, std = loaded.normalise
     return loaded, (f"{Path(path).name}: {layout} layout, {len(state)} tensors, positions "
@@ -661,9 +661,9 @@ def from_dinov2(state):
 
 
 def infer_grid(ast, state, picture):
-    """Return stride and grid. A picture has three colours and a square grid; its patches do not
-    overlap. A sound has the AST's own grid, or that of AudioSet's 1024 frames (each stride has
-    another number of patches), or the rows that a published stride gives."""
+    """Return stride and grid. A picture has three colours and a square grid. A sound has the AST's
+    own grid, or that of AudioSet's 1024 frames (each stride has another number of patches), or the
+    rows that a published stride gives."""
     patches = state["pos_embed"].shape[1] - 2
     side = math.isqrt(patches)
     grids = [(ast.stride, ast.grid)]
@@ -675,7 +675,7 @@ def infer_grid(ast, state, picture):
         grids.append((stride, (rows, patches // rows)))
     if state["patch.weight"].shape[1] == 3:
         grids = []
-    grids.append((PATCH if picture else ast.stride, (side, side)))  # or one whose colours are added
+    grids.append((PATCH if picture else ast.stride, (side, side)))  # DINOv2's did not overlap
     for stride, grid in grids:
         if math.prod(grid) == patches:
             return stride, grid
@@ -758,7 +758,6 @@ def read_safetensors(path):
 # --------------------------------------------------------------------------------------------------
 # 5. Adapter files: only what was trained, for one backbone
 
-
 LATER = dict(normalise=list(AUDIOSET_MEAN_STD), picture=False)  # settings that came later
 
 
@@ -836,9 +835,9 @@ def pooled_attention(ast, x):
 def draw_attention(axes, ast, x, title):
     """Draw a spectrogram (1, T, F) on the first of two axes, below it what the AST looks at."""
     axes[0].set_title(f"{title}; below: attention of the pooled tokens in the last block")
-    pictures = (x[0].T, pooled_attention(ast, x)[0])  # (F, T), (f, t)
-    for axis, picture in zip(axes, pictures):
-        axis.imshow(picture.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
+    images = (x[0].T, pooled_attention(ast, x)[0])  # (F, T), (f, t)
+    for axis, image in zip(axes, images):
+        axis.imshow(image.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
                     extent=(0, x.shape[1] / 100, 0, x.shape[2]))
         axis.set(xlabel="seconds", ylabel="mel bin")
 

@@ -508,7 +508,9 @@ def hugging_face(tmp_path_factory):
     model = transformers.ASTModel(transformers.ASTConfig(  # as AST-tiny, 12 layers
         hidden_size=192, intermediate_size=768, num_attention_heads=3)).eval()
     for name, p in model.named_parameters():  # random tokens, positions, biases and scales too
-        p.data.add_(torch.randn_like(p) * (0.02 if "embeddings" in name else 0.05 / p.ndim**5))
+        spread = 0.05 if p.ndim == 1 else 0.02
+        if p.ndim == 1 or "embeddings" in name:
+            p.data.add_(torch.randn_like(p) * spread)
     folder = tmp_path_factory.mktemp("hugging_face")
     torch.save(model.state_dict(), folder / "memory.pt")
     model.save_pretrained(folder)
@@ -629,29 +631,34 @@ def test_a_pictures_positions_are_stretched_over_the_whole_clip():
 def picture():
     """Random weights of a small Vision Transformer in DINOv2's layout: width 64, 2 heads."""
     torch.manual_seed(0)
-    shapes = {"cls_token": (1, 1, 64), "mask_token": (1, 64), "pos_embed": (1, 1 + 5 * 5, 64),
-              "patch_embed.proj.weight": (64, 3, 14, 14), "patch_embed.proj.bias": (64,),
-              "norm.weight": (64,), "norm.bias": (64,)}
-    for n in range(4):
-        for name, shape in [("attn.qkv", (192, 64)), ("attn.proj", (64, 64)), ("norm1", (64,)),
-                            ("mlp.fc1", (256, 64)), ("mlp.fc2", (64, 256)), ("norm2", (64,))]:
-            shapes[f"blocks.{n}.{name}.weight"] = shape
-            shapes[f"blocks.{n}.{name}.bias"] = shape[:1]
-        shapes[f"blocks.{n}.ls1.gamma"] = shapes[f"blocks.{n}.ls2.gamma"] = (64,)
+    shapes = {"cls_token": (1, 1, 64), "mask_token": (1, 64), "pos_embed": (1, 1 + 5 * 5, 64)}
+    layers = {"patch_embed.proj": (64, 3, 14, 14), "norm": (64,)}
+    for block in ("blocks.0", "blocks.1", "blocks.2", "blocks.3"):
+        shapes |= {f"{block}.ls1.gamma": (64,), f"{block}.ls2.gamma": (64,)}
+        layers |= {f"{block}.norm1": (64,), f"{block}.norm2": (64,)}
+        layers |= {f"{block}.attn.qkv": (192, 64), f"{block}.attn.proj": (64, 64)}
+        layers |= {f"{block}.mlp.fc1": (256, 64), f"{block}.mlp.fc2": (64, 256)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return {key: 0.2 * torch.randn(shape) for key, shape in shapes.items()}
 
 
 def picture_block(state, n, x):
     """Block n as DINOv2 computes it, x + gamma * branch(norm(x)) twice: (B, N, 64)."""
-    part = lambda name: state[f"blocks.{n}.{name}"]
-    linear = lambda name, x: F.linear(x, part(f"{name}.weight"), part(f"{name}.bias"))
-    norm = lambda name, x: F.layer_norm(x, (64,), part(f"{name}.weight"), part(f"{name}.bias"))
+    part = {key.removeprefix(f"blocks.{n}."): value for key, value in state.items()}
+
+    def linear(name, x):
+        return F.linear(x, part[f"{name}.weight"], part[f"{name}.bias"])
+
+    def norm(name, x):
+        return F.layer_norm(x, (64,), part[f"{name}.weight"], part[f"{name}.bias"], eps=1e-6)
+
     qkv = linear("attn.qkv", norm("norm1", x)).reshape(*x.shape[:2], 3, 2, 32)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, 2, N, 32)
     y = (q @ k.mT / 32**0.5).softmax(dim=3) @ v
-    x = x + part("ls1.gamma") * linear("attn.proj", y.transpose(1, 2).flatten(2))
+    x = x + part["ls1.gamma"] * linear("attn.proj", y.transpose(1, 2).flatten(2))
     y = F.gelu(linear("mlp.fc1", norm("norm2", x)))
-    return x + part("ls2.gamma") * linear("mlp.fc2", y)
+    return x + part["ls2.gamma"] * linear("mlp.fc2", y)
 
 
 @pytest.fixture
@@ -667,9 +674,9 @@ def test_dinov2s_blocks_are_the_same_block_by_block(picture, from_picture):
     assert "DINOv2 layout" in said and "5 x 5, stride 16, eps 1e-06" in said, said
     x = torch.randn(2, 7, 64)
     for n, block in enumerate(ast.blocks):
-        y = picture_block(picture, n, x)
-        assert (block(x) - y).abs().max() < 1e-5, f"block {n} computes something else"
-        x = F.layer_norm(y, (64,))
+        expected = picture_block(picture, n, x)
+        x = block(x)
+        assert_close(x, expected, atol=1e-5, rtol=1e-5, msg=f"block {n} computes something else")
 
 
 @torch.no_grad()
@@ -696,7 +703,9 @@ def test_the_shared_dinov2_file_loads():
     file = REAL / "dinov2-small" / "dinov2_vits14.safetensors"
     if not file.exists():
         pytest.skip(f"no {file}")
-    ast, said = load_pretrained(AST("small"), file)
+    with torch.device("meta"):  # random weights would only be thrown away
+        plain = AST("small")
+    ast, said = load_pretrained(plain, file)
     assert "199 tensors, positions 37 x 37, stride 16" in said, said
     embedding = ast.eval()(torch.randn(1, 100, 128))
     assert embedding.shape == (1, 384) and embedding.isfinite().all()
@@ -745,9 +754,11 @@ def without(key):
 
 @pytest.mark.parametrize("content, sentence", [
     (lambda: without("pos_embed"), "it has no pos_embed"),
+    (lambda: without("cls_token"), "is not an AST-nano: .*cls_token"),
     (lambda: without("norm.bias"), "is not an AST-nano: .*norm.bias"),
     (lambda: original_layout(AST("tiny")), "is not an AST-nano: .*size mismatch"),
     (lambda: AST("nano", grid=(1, 5)).state_dict(), "5 positions are no grid"),
+    (lambda: {"ls1.gamma": torch.ones(3)}, "it has no patch.weight"),
     (lambda: torch.zeros(1), "holds no weights")])
 def test_other_weights_are_refused_with_a_sentence(tmp_path, content, sentence):
     torch.save(content(), tmp_path / "a.pt")
@@ -791,14 +802,21 @@ def test_an_adapted_ast_is_no_place_to_load_into():
 
 
 @pytest.mark.parametrize("method, options, trainable", [
-    ("linear", {}, 1_536), ("bitfit", {}, 102_144), ("full", {}, 86_187_264),
-    ("prompt-shallow", {}, 231_936), ("prompt-deep", {}, 231_936),
-    ("prefix", {}, 222_720), ("lora", {}, 222_720), ("adapter", {}, 250_512),
-    ("adapter", dict(where="both"), 499_488), ("conformer", {}, 272_256 - 18_432),
-    ("conformer", dict(where="both"), 542_976 - 2 * 18_432),
-    ("dense-moa", {}, 923_724), ("soft-moa", {}, 923_640)])
+    ("linear", {}, 1_536),
+    ("bitfit", {}, 102_144),
+    ("full", {}, 86_187_264),
+    ("prompt-shallow", {}, 231_936),
+    ("prompt-deep", {}, 231_936),
+    ("prefix", {}, 222_720),
+    ("lora", {}, 222_720),
+    ("adapter", {}, 250_512),
+    ("adapter", dict(where="both"), 499_488),
+    ("conformer", {}, 253_824),  # without the dead LayerNorm
+    ("conformer", dict(where="both"), 506_112),
+    ("dense-moa", {}, 923_724),
+    ("soft-moa", {}, 923_640)])
 def test_counts_of_parameters_are_the_published_ones(method, options, trainable):
-    """P1 and its code, on AST-base, without the head (Conformer without the dead LayerNorm)."""
+    """P1 and its code, on AST-base, without the head."""
     with torch.device("meta"):
         assert count(adapt(AST("base"), method, **options))[0] == trainable
 
@@ -946,7 +964,10 @@ def test_a_method_takes_any_length_and_bfloat16(method, options, monkeypatch):
         assert_close(y, ast(x), atol=0.1, rtol=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+SAME_GRAPH = {"linear", "bitfit", "prompt-shallow"}  # as full, full, prompt-deep
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - SAME_GRAPH))
 def test_a_method_takes_torch_compile(method, monkeypatch):
     ast = small_ast(method, {}, monkeypatch)
     torch._dynamo.reset()
@@ -1057,9 +1078,12 @@ def test_the_soft_mixture_by_hand():
     ("linear", dict(rank=3), "unknown option of 'linear' 'rank': it has none"),
     ("lora", dict(rnk=3), "unknown option of 'lora' 'rnk': choose from rank, alpha, targets"),
     ("lora", dict(targets="qx"), "name some of q, k, v, o"),
-    ("adapter", dict(rank=0), "at least 1"), ("adapter", dict(rank=2.5), "a whole number"),
-    ("adapter", dict(rank=65), "at most 64"), ("conformer", dict(kernel=51), "at most 50"),
-    ("adapter", dict(where="top"), "from ffn, mhsa, both"), ("prefix", dict(tokens=7), "7 is odd"),
+    ("adapter", dict(rank=0), "at least 1"),
+    ("adapter", dict(rank=2.5), "a whole number"),
+    ("adapter", dict(rank=65), "at most 64"),
+    ("conformer", dict(kernel=51), "at most 50"),
+    ("adapter", dict(where="top"), "from ffn, mhsa, both"),
+    ("prefix", dict(tokens=7), "7 is odd"),
     ("adapter", dict(at="before"), "sequential")])
 def test_bad_options_are_answered_with_a_sentence(method, options, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
