@@ -1,5 +1,4 @@
-"""Train, compare, test and use every model of this project: one Config, one table of recipes, one
-loop.
+"""Train, compare, test and use every model of this project: one Config, one loop.
 
     python train.py                     # quick start: a nano AST learns new sounds, offline
     python train.py compare             # every method on the same data, one table
@@ -19,6 +18,7 @@ Does not: split one model over several GPUs, search hyper-parameters, or log to 
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import ctypes
@@ -75,9 +75,10 @@ PLACES = "Places and machine: these may differ when a run goes on"  # the last g
 
 
 def flag(default, help, **rules):
-    """A field of Config. Rules for what is typed: `choices`, `least`, `most`, `item` (type in a
+    """A field of Config. Rules of what is typed: `choices`, `least`, `most`, `item` (type in a
     list), the kind of `model` that reads it, `needs` (one of these flags), `corpus` (what that must
-    have). `shown` is the default that --help prints, `group` the title of this and what follows."""
+    have). `shown`: the default that --help prints; `group`: the title of this field and the next.
+    """
     return field(default=default, metadata=dict(rules, help=help))
 
 
@@ -87,8 +88,7 @@ class Config:
 
     model: str = flag("ast-nano", "the encoder", choices=MODELS, group="What to train")
     method: str = flag("conformer", "how to adapt an AST", choices=METHODS, model="ast")
-    init: str = flag("", "start from this checkpoint, audioset, audioset-16, dinov2 or none",
-                     shown="our nano AST")
+    init: str = flag("", "start: FILE, audioset, audioset-16, dinov2, none", shown="our nano AST")
 
     data: str = flag("sounds", "the corpus", choices=data.CORPORA, group="Data")
     fold: str = flag("1", "the fold that tests", choices=FOLDS, corpus="folds")
@@ -116,10 +116,8 @@ class Config:
     speed_perturb: bool = flag(False, "play x1, x0.9 and x1.1, as other speakers")
     noise: str = flag("", "a folder of noises, such as MUSAN's, or: generated")
     reverb: str = flag("", "a folder of rooms' impulse responses, or: generated")
-    distorted: float = flag(0.6, "share of the clips that get noise or a room", least=0, most=1,
-                            needs="noise reverb")
-    snr: tuple = flag((0.0, 15.0), "signal-to-noise ratio in dB: lowest and highest", item=float,
-                      needs="noise")
+    distorted: float = flag(0.6, "share with noise or a room", least=0, most=1, needs="noise reverb")
+    snr: tuple = flag((0.0, 15.0), "lowest, highest dB of sound to noise", item=float, needs="noise")
 
     rank: int = flag(None, "adapters, LoRA: width of the bottleneck", model="ast",
                      group="Options of AST and its methods: for ablations")
@@ -133,16 +131,13 @@ class Config:
     targets: str = flag(None, "LoRA: which of q, k, v, o, such as qv", model="ast")
     experts: int = flag(None, "mixtures: adapters a layer", model="ast")
     slots: int = flag(None, "Soft-MoA: slots an expert", model="ast")
-    pos_embed: str = flag("crop", "zero: no positions, as P1's code has it",
-                          choices=("crop", "zero"), model="ast")
-    pool: str = flag("mean", "the embedding: mean of all tokens, or of CLS and DIST",
-                     choices=("mean", "cls"), model="ast")
+    pos_embed: str = flag("crop", "zero: as P1's code has it", choices=("crop", "zero"), model="ast")
+    pool: str = flag("mean", "embedding: of all tokens or two", choices=("mean", "cls"), model="ast")
 
     subsets: int = flag(1, "feature subsets S; 1 is the plain host", least=1, model="speaker",
                         group="Speaker models: how light, and how hard the training task")
     share: bool = flag(False, "one set of weights for all subsets", model="speaker")
-    fusion: str = flag("module", "what passes between subsets", choices=lightweight_sv.FUSIONS,
-                       model="speaker")
+    fusion: str = flag("module", "between subsets", choices=lightweight_sv.FUSIONS, model="speaker")
     width: int = flag(None, "channels", least=1, model="speaker")
     embed_dim: int = flag(None, "size of the embedding", least=1, model="speaker")
     margin: float = flag(0.2, "AAM-softmax: angular margin in radians", least=0, most=1.5)
@@ -173,8 +168,8 @@ METHOD_OPTIONS = sorted({name for _, options in METHODS.values() for name in opt
 
 def host_options(model):
     """Return the keywords of a speaker model; each is a field of Config."""
-    return [name for name in inspect.signature(lightweight_sv.MODELS[model]).parameters
-            if name != "mels"]
+    names = inspect.signature(lightweight_sv.MODELS[model]).parameters
+    return [name for name in names if name != "mels"]
 
 
 def groups():
@@ -198,20 +193,20 @@ def as_config(values):
 def check(cfg, typed):
     """Refuse, before anything is opened, what is typed and breaks a rule of its field."""
     kind = "speaker" if cfg.speaker else "ast"
-    for f in (FIELDS[name] for name in FIELDS if name in typed):
-        rules = f.metadata
-        value = getattr(cfg, f.name)
+    for name in sorted(typed):
+        rules = FIELDS[name].metadata
+        value = getattr(cfg, name)
         broken = None
         if rules.get("model", kind) != kind:
             broken = f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
         elif "least" in rules and not rules["least"] <= value <= rules.get("most", math.inf):
             broken = f"expected at least {rules['least']} and at most {rules.get('most', 'any')}"
-        elif "needs" in rules and not any(getattr(cfg, name) for name in rules["needs"].split()):
+        elif "needs" in rules and not any(getattr(cfg, n) for n in rules["needs"].split()):
             broken = "does nothing without --" + " or --".join(rules["needs"].split())
         elif "corpus" in rules and not getattr(data.CORPORA[cfg.data], rules["corpus"]):
             broken = f"--data {cfg.data} has no {rules['corpus']}"
         if broken:
-            raise ValueError(f"--{f.name.replace('_', '-')} {value}: {broken}")
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {broken}")
 
 
 def check_training(cfg, typed):
@@ -224,21 +219,17 @@ def check_training(cfg, typed):
                              f"start from {cfg.init or 'our nano AST'}, add --model ast-{sizes[0]}")
         options = {name: getattr(cfg, name) for name in METHOD_OPTIONS if name in typed}
         ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, options)
-    check_batch(cfg, with_recipe(cfg).batch_size)
+    cfg = with_recipe(cfg)
+    check_batch(cfg, cfg.batch_size)
 
 
 def check_batch(cfg, clips):
-    """Refuse a batch of one where a BatchNorm has one value a channel: it needs two clips."""
+    """Refuse a batch of one where a BatchNorm over embeddings has one value a channel."""
     synchronised = cfg.device == "cuda" and WORLD > 1
-    if clips // WORLD != 1 or synchronised or not cfg.speaker:
-        return
-    with torch.device("meta"):  # shapes without memory
-        encoder = make_encoder(with_recipe(cfg))
-        try:
-            encoder(torch.empty(1, 200, encoder.mels))
-        except ValueError as error:
-            raise ValueError(f"--batch-size {cfg.batch_size}: a step of one clip cannot train "
-                             f"{cfg.model}, its BatchNorm needs two or more") from error
+    if cfg.speaker and clips // WORLD == 1 and not synchronised:
+        if any(isinstance(layer, nn.BatchNorm1d) for layer in make_encoder(cfg).modules()):
+            raise ValueError(f"--batch-size {cfg.batch_size}: one clip a step cannot train "
+                             f"{cfg.model}, whose BatchNorm needs two or more")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,7 +276,11 @@ RECIPES = {  # (corpus, method, model or its kind): settings. Of the rows that f
 
 def with_recipe(cfg):
     """Fill every None that a recipe has."""
-    kind = "speaker" if cfg.speaker else "nano" if cfg.model == "ast-nano" else "ast"
+    kind = "ast"
+    if cfg.speaker:
+        kind = "speaker"
+    elif cfg.model == "ast-nano":
+        kind = "nano"
     recipe = {}
     for (corpus, method, model), settings in RECIPES.items():
         fits = corpus in ("*", cfg.data) and method in ("*", cfg.method)
@@ -306,16 +301,20 @@ def fit(cfg, corpus, model, augment_waves, out):
     clips = corpus.pick("train")
     per_epoch = steps_an_epoch(cfg, clips)
     steps = cfg.epochs * per_epoch
+    frames = cfg.frames
+    if cfg.speed_perturb:  # a clip that is played faster needs a tenth more
+        frames = math.ceil(1.1 * data.samples_of(cfg.frames) / data.HOP)
     for epoch in range(state["epoch"], cfg.epochs):
         # A resumed epoch draws what it would have drawn; each process draws its own.
         torch.manual_seed(1000 * cfg.seed + epoch + 10**9 * RANK)
         model.train()
         start = time.time()
         losses = []
-        batches = named("data", data.batches(
-            corpus, clips, cfg.batch_size, frames_to_cut(cfg), cfg.seed, epoch,
-            repeat=cfg.speaker, shard=(RANK, WORLD), steps=cfg.steps))
-        for i, batch in enumerate(progress(batches, f"epoch {epoch + 1}", per_epoch)):
+        batches = data.batches(corpus, clips, cfg.batch_size, frames, cfg.seed, epoch,
+                               repeat=cfg.speaker, shard=(RANK, WORLD), steps=cfg.steps)
+        for i in progress(range(per_epoch), f"epoch {epoch + 1}"):
+            with record_function("data"):  # the names are those of `profile`
+                batch = next(batches)
             # The learning rate follows the step; so does the margin of a speaker head.
             step = epoch * per_epoch + i
             lr = learning_rate(cfg, step, steps)
@@ -329,7 +328,6 @@ def fit(cfg, corpus, model, augment_waves, out):
                 x = data.features(batch, model.encoder)  # (B, T, F)
             with record_function("augmentation"):
                 x = data.augment_features(x, cfg.shift, cfg.spec_f, cfg.spec_t)
-            # Forward, backward, step.
             with record_function("forward"), autocast(cfg):
                 loss = F.cross_entropy(forward(x, batch.labels), batch.labels)
             with record_function("backward"):
@@ -337,7 +335,7 @@ def fit(cfg, corpus, model, augment_waves, out):
                 loss.backward()
             with record_function("optimiser"):
                 optimiser.step()
-            # A loss is looked at one step late, when a GPU has it: nothing waits for this one.
+            # A loss is looked at one step late: nothing waits for the GPU.
             check_loss(losses[-1:], corpus)
             losses.append((loss.detach(), batch.clips))
         check_loss(losses[-1:], corpus)
@@ -367,27 +365,9 @@ def end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start):
           f"{left:.0f} s left", flush=True)
 
 
-def named(name, batches):
-    """Yield the batches; the time that each takes has a name in a profile."""
-    batches = iter(batches)
-    while True:
-        with record_function(name):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
-
-
 def steps_an_epoch(cfg, clips):
     """Whole batches, at least one, at most --steps."""
     return min(cfg.steps or 10**9, max(1, len(clips) // cfg.batch_size))
-
-
-def frames_to_cut(cfg):
-    """Frames of a crop: a clip that may be played faster needs a tenth more."""
-    if cfg.speed_perturb:
-        return math.ceil(1.1 * data.samples_of(cfg.frames) / data.HOP)
-    return cfg.frames
 
 
 def autocast(cfg):
@@ -731,7 +711,11 @@ def load_last(out, corpus, model, optimiser):
 def run_folder(cfg, name, table=None):
     """Make the folder of a run, or of a table of these rows, and return it: --out, or out/ and the
     first free name. Nothing is overwritten: a folder with another run raises ValueError."""
-    out = Path(cfg.out or on_first_rank(lambda: free_name(f"out/{name}", cfg.resume)))
+    taken = 1
+    out = Path(cfg.out or f"out/{name}")
+    while on_first_rank(out.exists) and not (cfg.out or cfg.resume):
+        taken += 1
+        out = Path(f"out/{name}-{taken}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: expected a folder, or a new name")
     if not RANK and (out / "config.json").exists():
@@ -748,78 +732,56 @@ def run_folder(cfg, name, table=None):
     return out
 
 
-def free_name(path, resume):
-    """Return path, path-2, path-3, ...: the first that is free. To resume, path itself."""
-    free = path
-    n = 1
-    while Path(free).exists() and not resume:
-        n += 1
-        free = f"{path}-{n}"
-    return free
-
-
 def run(cfg, position=""):
     """Train, select, test once; return the flat results, which results.json holds too. `position`
-    in a table is such as "2 of 3: conformer"."""
+    is the run's in a table, as "2 of 3: conformer"."""
     cfg, corpus, augment_waves, model = prepare(cfg)
     out = run_folder(cfg, f"{cfg.data}-{cfg.name}")
     if (out / "results.json").exists():
         print(f"{out} is finished already")
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     else:
-        cost = measure_step(cfg, corpus, model)
-        print(f"\n{position or cfg.name}, about {cost.pop('seconds'):.0f} s")
+        memory, seconds = measure_step(cfg, corpus, model)
         trainable, total = ast_adapters.count(model.encoder)
-        tell_plan(cfg, corpus, out, trainable, total)
+        clips = {split: len(corpus.pick(split)) for split in ("train", "valid", "test")}
+        print(f"\n{position or cfg.name}, about {seconds:.0f} s",
+              f"{cfg.name} on {cfg.data}: {len(corpus.classes)} classes, clips {clips}",
+              f"trains {trainable:,} of {total:,} parameters and the head",
+              f"seed {cfg.seed}, {cfg.device} x {WORLD}, torch {torch.__version__}; all settings: "
+              f"{out / 'config.json'}", *corpus.notes, sep="\n  ")
         try:
             seconds = fit(cfg, corpus, model, augment_waves, out)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(out) from None
-        results = test_once(cfg, corpus, out) | cost | dict(
+        results = test_once(cfg, corpus, out) | dict(
             trainable=trainable, parameters=total, share=100 * trainable / total,
-            seconds=round(seconds, 2), epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1))
-        results |= dict(peak_mb=peak_memory(cfg.device))
+            seconds=round(seconds, 2), epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1),
+            memory_mb=memory, peak_mb=peak_memory(cfg.device))
         save(out / "results.json", json.dumps(results, indent=1))
     if cfg.figure:
         draw_log(out, cfg.figure)
     return results
 
 
-def tell_plan(cfg, corpus, out, trainable, total):
-    """Print what is about to happen."""
-    clips = {split: len(corpus.pick(split)) for split in ("train", "valid", "test")}
-    settings = ("lr", "bf16", *RECIPES["*", "*", "*"])
-    print(f"  {out}: {cfg.name} on {cfg.data}, seed {cfg.seed}, {cfg.device} x {WORLD}, torch "
-          f"{torch.__version__}",
-          f"trains {trainable:,} of {total:,} parameters and the head",
-          f"{len(corpus.classes)} classes, clips {clips}",
-          ", ".join(f"{name} {getattr(cfg, name)}" for name in settings),
-          *corpus.notes, sep="\n  ")
-
-
 def measure_step(cfg, corpus, model):
-    """Return the memory of a training step and the seconds that all steps will take, measured on a
-    copy: a step moves BatchNorm's means."""
+    """Return the MB of a training step, and the seconds of all: of a copy, since a step moves
+    BatchNorm's means."""
     clips = corpus.pick("train")
-    batch = min(cfg.batch_size, len(clips))
     twin = copy.deepcopy(model)
     for _ in range(2):  # the first sets things up
         start = time.perf_counter()
-        memory = training_memory(twin, batch, cfg.frames, cfg.bf16)
+        memory = training_memory(twin, min(cfg.batch_size, len(clips)), cfg.frames, cfg.bf16)
         seconds = (time.perf_counter() - start) / WORLD
-    steps = cfg.epochs * steps_an_epoch(cfg, clips)
-    return dict(memory_mb=memory, seconds=steps * seconds)
+    return memory, seconds * cfg.epochs * steps_an_epoch(cfg, clips)
 
 
 def peak_memory(device):
-    """Return the MB that this program has held at most: a GPU's, else all memory of the process.
-    None on Windows, which does not tell."""
+    """Return the most MB that this program has held: on a GPU, else in all (None on Windows)."""
     if device == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20)
-    try:
-        import resource
-    except ImportError:
+    if sys.platform == "win32":
         return None
+    import resource
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
@@ -887,12 +849,11 @@ PERCENT = ("accuracy", "content", "order", "eer", "miss", "false_alarm")
 
 def numbers(values):
     """Return "accuracy 83.3 %  content 91.2 %  ..." for a person; the files have every digit."""
-    told = []
+    told = ""
     for name, value in values.items():
         if name not in ("score", "scores"):
-            unit = " %" if name in PERCENT else ""
-            told.append(f"{name} {value:.4g}{unit}")
-    return "  ".join(told)
+            told += f"  {name} {value:.4g}" + (" %" if name in PERCENT else "")
+    return told.strip()
 
 
 def draw_log(out, path):
@@ -937,12 +898,13 @@ def table_rows(cfg, typed, values):
 
 
 def study(cfg, title, rows):
-    """Do one run, or fill a table: of each row all folds and seeds. Return {row: results}."""
+    """Do one run, or fill a table: of each row all folds and seeds."""
     folds = [cfg.fold]
     if cfg.fold == "all":
         folds = FOLDS[1 : 1 + data.CORPORA[cfg.data].folds]
     if len(rows) == len(folds) == cfg.seeds == 1:
-        return {label: [run(row)] for label, row in rows.items()}
+        run(*rows.values())
+        return
     folder = run_folder(cfg, title, list(rows))
     table = {label: [] for label in rows}
     plan = list(itertools.product(rows.items(), folds, range(cfg.seeds)))
@@ -963,11 +925,6 @@ def study(cfg, title, rows):
     print(f"\n{markdown(table)}\n{MEMORY}\n{folder}")
     if cfg.figure:
         draw_table(table, cfg.figure, f"{', '.join(rows)} on {cfg.data}")
-    else:  # a bar a row, of the first score
-        for label, results in table.items():
-            key = next(key for key in COLUMNS if key in results[0])
-            print(f"{label:>24}", "#" * round(np.mean([r[key] for r in results]) / 2))
-    return table
 
 
 def mean_and_deviation(values, digits):
@@ -1000,27 +957,30 @@ def markdown(table):
 def draw_table(table, path, title):
     """Draw each row's score over its number or, if it has none, over its trainable parameters."""
     swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
-    results = [results for results in table.values()]
-    key = "eer" if "eer" in results[0][0] else "accuracy"
-    scores = [[r[key] for r in of_row] for of_row in results]
-    x = [of_row[0]["trainable"] for of_row in results] if not swept else [
-        float(label.partition("=")[2]) for label in table]
+    first = [results[0] for results in table.values()]
+    key = "eer" if "eer" in first[0] else "accuracy"
+    x = [result.get("trainable") for result in first]
+    name = "trainable parameters, without the head"
+    if swept:
+        x = [float(label.partition("=")[2]) for label in table]
+        name = [*table][0].partition("=")[0]
+    scores = [[result[key] for result in results] for results in table.values()]
     y = [np.mean(values) for values in scores]
-    deviations = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in scores]
+    deviations = [np.std(values, ddof=len(values) > 1) for values in scores]
     with data.figure(path) as axes:
         axes.errorbar(x, y, deviations, fmt="o-" if swept else "o", capsize=3)
-        axes.set(ylabel=f"{COLUMNS[key][0]}", title=title, xlabel=next(iter(table)).partition("=")[0]
-                 if swept else "trainable parameters, without the head")
+        axes.set(ylabel=COLUMNS[key][0], title=title, xlabel=name)
         if 0 < 8 * min(x) < max(x):
             axes.set_xscale("log")
         if "full" in table:
             axes.axhline(y[list(table).index("full")], color="grey", linestyle="--")
-        if "chance" in results[0][0]:
-            axes.axhline(results[0][0]["chance"], color="grey", linestyle=":")
-        for n, i in enumerate([] if swept else np.argsort(y)):  # names in a column: none meet
-            axes.annotate(list(table)[i], (x[i], y[i]), (1.03, (n + 0.5) / len(y)), fontsize=8,
-                          textcoords="axes fraction", va="center",
-                          arrowprops=dict(arrowstyle="-", color="lightgrey"))
+        if "chance" in first[0]:
+            axes.axhline(first[0]["chance"], color="grey", linestyle=":")
+        if not swept:  # names in a column beside the frame: none meet
+            for n, i in enumerate(np.argsort(y)):
+                axes.annotate([*table][i], (x[i], y[i]), (1.03, (n + 0.5) / len(y)), fontsize=8,
+                              textcoords="axes fraction", va="center",
+                              arrowprops=dict(arrowstyle="-", color="lightgrey"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1034,7 +994,7 @@ def corpus_of(sound, rate):
     else:
         corpus = data.corpus_of_waves({"the array": (np.asarray(sound), rate)})
     if corpus.bad:
-        raise ValueError("\n".join(corpus.bad))
+        raise ValueError("\n".join(bad_files(corpus)))
     return corpus
 
 
@@ -1063,14 +1023,12 @@ def embed_all(run, corpus):
     return embeddings(run.settings, corpus, run.model, np.arange(len(corpus.ids)))
 
 
-def report_bad(corpus):
-    """Name the files that could not be read; return the program's exit status."""
-    for reason in corpus.bad:
-        print(f"not read: {reason}", file=sys.stderr)
-    return 1 if corpus.bad else 0
+def bad_files(corpus):
+    """Return a line for each file that could not be read."""
+    return [f"not read: {file}: {reason}" for file, reason in corpus.bad]
 
 
-def evaluate_command(cfg, typed, own):
+def evaluate_run(cfg, typed, own):
     """Test a run on its corpus, on another of equal classes, or on any trials."""
     path = own["run"]
     run = load_run(path, device=cfg.device)
@@ -1101,7 +1059,7 @@ def evaluate_command(cfg, typed, own):
             lightweight_sv.draw_det(axes, results["scores"], [t[0] for t in corpus.trials["test"]])
 
 
-def predict_command(cfg, typed, own):
+def predict_files(cfg, typed, own):
     """Name the three likeliest classes of each file; those that cannot be read are named too."""
     if own["csv"] and not Path(own["csv"]).parent.is_dir():
         raise ValueError(f"--csv {own['csv']}: there is no folder {Path(own['csv']).parent}")
@@ -1124,16 +1082,16 @@ def predict_command(cfg, typed, own):
         x = data.features(batch.to(run.settings.device), run.model.encoder)  # (1, T, F)
         with data.figure(cfg.figure, 2) as axes:
             ast_adapters.draw_attention(axes, run.model.encoder, x, corpus.ids[0])
-    return report_bad(corpus)
+    return "\n".join(bad_files(corpus))
 
 
-def verify_command(cfg, typed, own):
+def verify_files(cfg, typed, own):
     """Is the last of these files the speaker of the others?"""
     run = load_run(own["run"], device=cfg.device)
     corpus = data.corpus_of_files(own["files"])
     if corpus.bad or len(corpus.ids) < 2:
         raise ValueError("\n".join(["verify: expected two readable files or more, the last of them "
-                                    "to be judged", *corpus.bad]))
+                                    "to be judged", *bad_files(corpus)]))
     unit = embed_all(run, corpus)  # (files, E)
     score = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1])
     if run.threshold is None:
@@ -1143,7 +1101,7 @@ def verify_command(cfg, typed, own):
         print(f"score {score:.4f}, threshold {run.threshold:.4f}: {verdict} speaker")
 
 
-def embed_command(cfg, typed, own):
+def embed_files(cfg, typed, own):
     """Write the embeddings of the files, and their names."""
     run = load_run(own["run"], device=cfg.device)
     corpus = data.corpus_of_files(own["files"])
@@ -1153,7 +1111,7 @@ def embed_command(cfg, typed, own):
         save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
         on_first_rank(lambda: np.save(out / "embeddings.npy", unit.numpy()))
         print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
-    return report_bad(corpus)
+    return "\n".join(bad_files(corpus))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1213,23 +1171,23 @@ def sum_over_ranks(total):
 PHASES = ("data", "augmentation", "features", "forward", "backward", "optimiser")
 
 
-def profile(cfg):
-    """Print the milliseconds of each phase of `fit`, and the floor: a step's multiply-accumulates
-    over the rate of this machine's own product of two matrices. With --figure, write a trace."""
-    cfg, corpus, augment_waves, model = prepare(cfg)
+def profile(cfg, typed, own):
+    """Print where the time of a training step goes; with --figure trace.json, all for a browser."""
+    check_training(cfg, typed)
+    cfg, corpus, augment_waves, model = prepare(replace(cfg, steps=10, epochs=1))
+    kinds = [getattr(torch.profiler.ProfilerActivity, kind) for kind in {"CPU", cfg.device.upper()}]
+    profilers = contextlib.nullcontext(), torch.profiler.profile(kinds, acc_events=True)
+    for profiler in profilers:  # the first warms up
+        with tempfile.TemporaryDirectory() as out, profiler:
+            fit(cfg, corpus, model, augment_waves, Path(out))
     clips = min(cfg.batch_size, len(corpus.pick("train")))  # in a step
-    short = replace(cfg, steps=10, epochs=1)
-    with tempfile.TemporaryDirectory() as out:  # it warms up
-        fit(short, corpus, model, augment_waves, Path(out))
-    with tempfile.TemporaryDirectory() as out, torch.profiler.profile() as profiler:
-        fit(short, corpus, model, augment_waves, Path(out))
-    spent = dict.fromkeys(PHASES, 0.0)  # ms a step
-    steps = steps_an_epoch(short, corpus.pick("train"))
+    spent = dict.fromkeys(PHASES, 0.0)  # ms
     for event in profiler.key_averages():
-        if event.key in spent:  # a GPU has the name twice: launching, and its own work
-            taken = max(event.cpu_time_total, event.device_time_total) / 1000 / steps
-            spent[event.key] = max(spent[event.key], taken)
+        if event.key in spent:  # a GPU has each name twice: launching, and its own work
+            taken = max(event.cpu_time_total, event.device_time_total) / 1000
+            spent[event.key] = max(spent[event.key], taken / steps_an_epoch(cfg, corpus.pick("train")))
     step = sum(spent.values())
+    # The floor: a step's multiply-accumulates at the rate of this machine's product of matrices.
     with FlopCounterMode(display=False) as counter:
         memory = training_memory(model, clips, cfg.frames, cfg.bf16)
     square = torch.randn(2048, 2048, device=cfg.device, dtype=torch.bfloat16 if cfg.bf16 else None)
@@ -1237,52 +1195,44 @@ def profile(cfg):
     floor = counter.get_total_flops() / 2 / 2048**3 * 1000 * np.median(taken)
     for phase, ms in [*spent.items(), ("a step", step), ("its products alone", floor)]:
         print(f"{ms:9.2f} ms {ms / step:6.1%}  {phase}")
-    print(f"{1000 * clips / step:.1f} clips a second\n{MEMORY}\nmemory {memory} MB, "
-          f"peak {peak_memory(cfg.device)} MB")
+    print(f"{1000 * clips / step:.1f} clips a second; memory {memory} MB, peak "
+          f"{peak_memory(cfg.device)} MB\n{MEMORY}")
     if cfg.figure:
         profiler.export_chrome_trace(cfg.figure)
-        print(f"{cfg.figure}: open it at https://ui.perfetto.dev")
 
 
 # --------------------------------------------------------------------------------------------------
 # 10. Commands: `train` is meant where none is typed
 
-QUICK = "method=linear,conformer,full"
-TASK = {"data", "model", "method", "init", *METHOD_OPTIONS}  # none typed: the quick start
-
-
-def quick_start(cfg, typed):
-    """Adapt the nano AST to new sounds in three ways; say what their table shows."""
-    study(cfg, "quick-start", table_rows(cfg, typed, QUICK))
-    print("""
+SHOWN = """
 What you see: `order` counts sounds that differ only in the order of their two parts. There guessing
 gives 50 % (one of two), and of all twelve classes 8.3 %. The frozen model with a new last layer
 (linear) hears what a sound is made of; an adapter with a convolution (conformer) also hears the
 order, with far fewer trained parameters than training all (full).
-Try next: python train.py sweep rank=1,4,16 --method lora""")
+Try next: python train.py sweep rank=1,4,16 --method lora"""
+TASK = {"data", "model", "method", "init", *METHOD_OPTIONS}  # none typed: the quick start
 
 
-def train_command(cfg, typed, own):
-    if own["bare"] and not typed & TASK:
-        check_training(cfg, typed)
-        return quick_start(cfg, typed)
+def train(cfg, typed, own):
+    """Train a model; with nothing typed, do the quick start."""
     check_training(cfg, typed)
-    study(cfg, f"{cfg.data}-{cfg.name}", {cfg.name: cfg})
+    if not own["bare"] or typed & TASK:
+        study(cfg, f"{cfg.data}-{cfg.name}", {cfg.name: cfg})
+    else:
+        study(cfg, "quick-start", table_rows(cfg, typed, "method=linear,conformer,full"))
+        print(SHOWN)
 
 
-def compare_command(cfg, typed, own):
+def compare(cfg, typed, own):
+    """Train every method on the same data, for one table."""
     if cfg.speaker:
         raise ValueError(f"compare: {cfg.model} has no methods, being no AST; try sweep")
     study(cfg, f"compare-{cfg.data}", table_rows(cfg, typed, "method=" + ",".join(METHODS)))
 
 
-def sweep_command(cfg, typed, own):
+def sweep(cfg, typed, own):
+    """Train once for each value of a setting, for one table."""
     study(cfg, f"sweep-{cfg.data}", table_rows(cfg, typed, own["values"]))
-
-
-def profile_command(cfg, typed, own):
-    check_training(cfg, typed)
-    profile(cfg)
 
 
 def seconds(text):
@@ -1297,88 +1247,71 @@ def seconds(text):
 
 RUN = ("run", dict(metavar="RUN", help="a run's folder, or its best.pt"))
 FILES = ("files", dict(metavar="FILE", nargs="+", help="sound files, or folders of them"))
-TEST = ("data", "root", "cache", "fold", "trials", "skip_bad", "bf16", "device")
-NEVER = {"train": (), "compare": ("method",), "sweep": (), "profile": ("seeds", "out", "resume")}
-COMMANDS = {  # name: (function, what it does, example, its own arguments, fields of Config)
-    "train": (train_command, "train a model; with nothing typed at all, the quick start",
-              "--data fsdd --root DIR --method lora --rank 4", [], None),
-    "compare": (compare_command, "train every method on the same data: one table",
-                "--data fsdd --root DIR --seeds 3", [], None),
-    "sweep": (sweep_command, "train once for each value of a setting: one table",
-              "rank=1,4,16 --method lora",
-              [("values", dict(metavar="FIELD=v1,v2,...", help="a setting and its values"))], None),
-    "profile": (profile_command, "print where the time of a training step goes (--figure "
-                "trace.json: all of it, for a browser)", "--model ast-base --init none", [], None),
-    "evaluate": (evaluate_command, "test a run on its corpus, or on another",
-                 "out/RUN --durations 1 2 3 full",
-                 [RUN, ("--durations", dict(type=seconds, nargs="+", default=[None],
-                                            help="seconds of a test; full: whole utterances")),
-                  ("--as-norm", dict(action="store_true", help="compare each score with those of "
-                   "strangers, the training speakers (adaptive s-norm)"))], (*TEST, "figure")),
-    "predict": (predict_command, "name the classes of sound files", "out/RUN a.wav DIR",
-                [RUN, FILES, ("--csv", dict(default="", help="write them to this file too"))],
-                ("device", "figure")),
-    "verify": (verify_command, "is the last file's speaker the one of the others?",
-               "out/RUN enrol1.wav enrol2.wav test.wav", [RUN, FILES], ("device",)),
-    "embed": (embed_command, "write the embeddings of sound files", "out/RUN DIR",
-              [RUN, FILES], ("device", "out")),
-}
+LENGTHS = ("--durations", dict(type=seconds, nargs="+", default=[None], metavar="SECONDS",
+                               help="of a test; full: whole utterances (default: full)"))
+NORM = ("--as-norm", dict(action="store_true", help="adaptive s-norm: each score is compared with "
+                          "those of strangers, the training speakers"))
+VALUES = ("values", dict(metavar="FIELD=v1,v2,...", help="a setting and its values"))
+CSV = ("--csv", dict(default="", help="write the predictions to this file too"))
+TESTED = ("data", "root", "cache", "fold", "trials", "skip_bad", "bf16", "device", "figure")
+COMMANDS = {  # name: (function, example, its own arguments, the fields of Config that it reads)
+    "train": (train, "--data fsdd --root DIR --method lora --rank 4", [], [*FIELDS]),
+    "compare": (compare, "--data fsdd --root DIR --seeds 3", [], [*FIELDS]),
+    "sweep": (sweep, "rank=1,4,16 --method lora", [VALUES], [*FIELDS]),
+    "profile": (profile, "--model ast-base --init none --method lora", [], [*FIELDS]),
+    "evaluate": (evaluate_run, "out/RUN --durations 1 2 3 full", [RUN, LENGTHS, NORM], TESTED),
+    "predict": (predict_files, "out/RUN a.wav DIR", [RUN, FILES, CSV], ("device", "figure")),
+    "verify": (verify_files, "out/RUN mine1.wav mine2.wav whose.wav", [RUN, FILES], ("device",)),
+    "embed": (embed_files, "out/RUN DIR", [RUN, FILES], ("device", "out"))}
 
 
 def default_of(f):
     """Return the default of a field as --help prints it, or where it comes from."""
-    if "shown" in f.metadata:
-        return f.metadata["shown"]
-    if f.default is None:
-        if f.name in METHOD_OPTIONS:
-            return "the method's"
-        return "the model's" if f.metadata.get("model") == "speaker" else "the recipe's"
-    if isinstance(f.default, bool):
-        return "yes" if f.default else "no"
-    return "none" if f.default == "" else f.default
+    known = {None: "the recipe's", "": "none", True: "yes", False: "no"}
+    if f.default is None and f.name in METHOD_OPTIONS:
+        return "the method's"
+    if isinstance(f.default, (bool, str, type(None))):
+        return f.metadata.get("shown", known.get(f.default, f.default))
+    return f.default
 
 
 def add_field(parser, f):
-    """Add the flag of a field of Config; return its name."""
-    name = "--" + f.name.replace("_", "-")
-    rules = dict(help=f"{f.metadata['help']} (default: {default_of(f)})", default=argparse.SUPPRESS)
+    """Add the flag of a field of Config."""
+    rules = dict(type=f.type, choices=f.metadata.get("choices"))
     if f.type is bool:
-        rules["action"] = argparse.BooleanOptionalAction
+        rules = dict(action=argparse.BooleanOptionalAction)
     elif f.type is tuple:
-        rules |= dict(type=f.metadata["item"], nargs="+")
-    else:
-        rules |= dict(type=f.type, choices=f.metadata.get("choices"))
-    parser.add_argument(name, **rules)
-    return name
+        rules = dict(type=f.metadata["item"], nargs="+")
+    parser.add_argument("--" + f.name.replace("_", "-"), **rules, default=argparse.SUPPRESS,
+                        help=f"{f.metadata['help']} (default: {default_of(f)})")
 
 
 def parse(argv):
-    """Return (command, {field of Config: typed value}, {its other arguments}) of a command line."""
+    """Return (command, {field of Config: typed value}, {other argument: value})."""
     bare = not argv or argv[0].startswith("-")
     command, *rest = ["train", *argv] if bare else argv
     if command not in COMMANDS:
         raise ValueError(f"unknown command {command!r}{nearest(command, COMMANDS)}; the commands "
                          f"are {', '.join(COMMANDS)}")
-    _, what, example, arguments, names = COMMANDS[command]
+    function, example, arguments, names = COMMANDS[command]
     parser = argparse.ArgumentParser(
-        description=what[0].upper() + what[1:] + ".", allow_abbrev=False,
-        usage=f"python train.py {command} ...", epilog=f"example: python train.py {command} {example}")
-    flags = [parser.add_argument(name, **rules).dest for name, rules in arguments]
+        description=function.__doc__, usage=f"python train.py {command} ...", allow_abbrev=False,
+        epilog=f"example: python train.py {command} {example}")
+    own = [parser.add_argument(name, **rules).dest for name, rules in arguments]
     for title, members in groups().items():
-        group = parser.add_argument_group(*title.split(": "))
-        for name in members:
-            if names is None and name not in NEVER[command] or names is not None and name in names:
-                flags.append(add_field(group, FIELDS[name]))
+        read = [name for name in members if name in names]
+        group = parser.add_argument_group(title) if read else None
+        for name in read:
+            add_field(group, FIELDS[name])
     values, unknown = parser.parse_known_args(rest)
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}"
-                     + nearest(unknown[0].partition("=")[0], [*flags, *COMMANDS]))
-    typed = {}
-    own = dict(bare=bare)
-    for name, value in vars(values).items():
-        is_field = name in FIELDS
-        (typed if is_field else own)[name] = tuple(value) if is_field and isinstance(value, list) else value
-    return command, typed, own
+        flags = ["--" + name.replace("_", "-") for name in [*own, *names]]
+        hint = nearest(unknown[0].partition("=")[0], [*flags, *COMMANDS])
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    values = vars(values)
+    others = dict(bare=bare) | {name: values.pop(name) for name in own}
+    typed = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return command, typed, others
 
 
 def nearest(word, known):
@@ -1406,10 +1339,10 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):  # a name that the code page lacks is printed escaped
             stream.reconfigure(errors="backslashreplace")
     if argv in (["-h"], ["--help"]):
-        print(__doc__.partition("\n\nSections")[0] + "\n\ncommands:")
-        for name, (_, what, *_) in COMMANDS.items():
-            print(f"    {name:10s} {what}")
-        return print("\npython train.py COMMAND --help lists the flags of one.")
+        print(__doc__.partition("\n\nSections")[0], "\n\ncommands, each with --help:")
+        for name, (function, *_) in COMMANDS.items():
+            print(f"    {name:10s} {function.__doc__}")
+        return
     try:
         check_fields()
         command, typed, own = parse(argv)
@@ -1421,26 +1354,17 @@ def main(argv=None):
         if RANK:  # the first process alone prints, draws and writes
             sys.stdout = open(os.devnull, "w")
             cfg = replace(cfg, figure="")
-        check_figure(command, cfg.figure)
+        if cfg.figure and not (command == "profile" and cfg.figure.endswith(".json")):
+            data.check_figure(cfg.figure)
         if cfg.download:
             on_first_rank(lambda: data.download_corpus(cfg.data, cfg.root, cfg.cache))
-        status = COMMANDS[command][0](cfg, typed.keys(), own)
+        sys.exit(COMMANDS[command][0](cfg, typed.keys(), own))  # with what is left to complain of
     except (ValueError, OSError) as error:
-        sys.exit(f"error{f' in process {RANK}' if RANK else ''}: {error}")
-    except KeyboardInterrupt as stop:  # its argument is the folder
-        if stop.args:
-            sys.exit(f"stopped; the same command with --resume --out {stop} goes on")
-        sys.exit("stopped")
-    if status:
-        sys.exit(status)
-
-
-def check_figure(command, path):
-    """Refuse a figure that cannot be drawn, before any work."""
-    if command != "profile" and path:
-        data.check_figure(path)
-    elif path and not path.endswith(".json"):
-        raise ValueError(f"--figure {path}: of a profile it is a trace, expected FILE.json")
+        where = f" in process {RANK}" if RANK else ""
+        sys.exit(f"error{where}: {error}")
+    except KeyboardInterrupt as stop:  # it carries the run's folder
+        how = f"; the same command with --resume --out {stop} goes on" if stop.args else ""
+        sys.exit(f"stopped{how}")
 
 
 if __name__ == "__main__":
