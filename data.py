@@ -170,7 +170,7 @@ def load_audio(path):
         raise ValueError(f"no plain WAV ({reason}), damaged or no sound; FFmpeg says: "
                          f"{error!s:.200}") from error
     if wave.shape[1] < 0.9 * samples:  # torchcodec 0.17 loses most of ADPCM without a word
-        return convert(path, f"{wave.shape[1]} of {samples} samples could be decoded")
+        return convert(path, f"only {wave.shape[1]} of {samples} samples were decoded; convert it")
     return wave.numpy(), int(rate)
 
 
@@ -182,7 +182,7 @@ def convert(path, reason):
             subprocess.run([*command, f"{folder}/copy.wav"], check=True, capture_output=True)
             return read_wav(f"{folder}/copy.wav")
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ValueError(f"{reason}; convert it: ffmpeg -i FILE -c:a pcm_s16le NEW.wav") from error
+            raise ValueError(f"{reason}: ffmpeg -i FILE -c:a pcm_s16le NEW.wav") from error
 
 
 def inspect_wave(wave):
@@ -194,7 +194,8 @@ def inspect_wave(wave):
         raise ValueError("its samples are not finite")
     peak = max(high, -low)
     remarks = []
-    if high == low:
+    exact = peak >= 2**-8 or not np.any(wave * 2**15 % 1)  # 16 bits hold it
+    if high == low or exact and peak <= 2**-14:  # two steps of 16 bits: dither
         return wave[0], ["digital silence"]
     if peak > 16:  # integers, kept as floats: of 16, 24 or 32 bits
         bits = 15
@@ -204,7 +205,7 @@ def inspect_wave(wave):
         remarks.append("floats at the scale of integers (scaled)")
     elif peak > 1 and np.mean(np.abs(wave) > 1) > 0.001:  # MP3 may overshoot here and there
         remarks.append("floats beyond [-1, 1] (clipped)")
-    elif peak < 2**-8 and np.any(wave * 2**15 % 1):  # less than 8 of 16 bits, and between them
+    elif not exact:
         wave = wave * 2.0 ** math.floor(math.log2(0.5 / peak))
         remarks.append("sound too quiet for 16 bits (raised)")
     if len(wave) == 1:
@@ -494,12 +495,14 @@ def list_clips(name, root, file, found):
             (root / file).stat()  # raises before the clips are packed, which takes hours
         rows = source.rows(root, found)
         if not rows:
-            raise FileNotFoundError("; ".join([f"no clips of {name} below {root}", *found.notes]))
+            faults = [*found.notes, *found.bad[:5]]
+            raise FileNotFoundError("; ".join([f"no clips of {name} below {root}", *faults]))
     except FileNotFoundError as error:
-        message = f"--data {name} needs --root, a folder with what follows ({error}).\n{source.tree}"
+        tree = source.tree
         if source.address:
-            message += f"\n--download brings {source.address} into ROOT."
-        raise ValueError(message) from error
+            tree += f"\n--download brings {source.address} into ROOT."
+        raise ValueError(f"--data {name} needs --root, a folder with what follows ({error}).\n"
+                         f"{tree}") from error
     first = {}
     for clip, label, split in rows:
         key = composed(clip)
@@ -1310,7 +1313,8 @@ def fsdd_rows(root, found):
     rows = []
     for clip in find_audio(root / "recordings", found):
         digit, *_, take = clip.rpartition(".")[0].split("_")
-        rows.append((f"recordings/{clip}", digit, "test" if take in "01234" else "train*"))
+        split = "test" if int(take) < 5 else "train*"
+        rows.append((f"recordings/{clip}", digit, split))
     return rows
 
 
@@ -1450,8 +1454,8 @@ def unpack(archive, folder):
 
 
 def unpack_tar(archive, folder):
-    """Unpack a tar, of any compression; raise if a member would lie outside of `folder`."""
-    with tarfile.open(archive) as tar:
+    """Unpack a tar.gz; raise if a member would lie outside of `folder`."""
+    with tarfile.open(archive, "r:gz") as tar:
         if hasattr(tarfile, "data_filter"):
             tar.extractall(folder, filter="data")
             return
