@@ -167,8 +167,8 @@ def load_audio(path):
         except (ImportError, OSError, RuntimeError):
             raise ValueError(f"no plain WAV ({reason}); all else needs FFmpeg and torchcodec "
                              "(pip install torchcodec)") from error
-        raise ValueError(f"no plain WAV ({reason}), damaged or no sound; FFmpeg says: "
-                         f"{error!s:.200}") from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"no plain WAV ({reason}), damaged or no sound: {said:.200}") from error
     if wave.shape[1] < 0.9 * samples:  # torchcodec 0.17 loses most of ADPCM without a word
         return convert(path, f"only {wave.shape[1]} of {samples} samples were decoded; convert it")
     return wave.numpy(), int(rate)
@@ -469,13 +469,13 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
             pairs[split] = make_trials(np.flatnonzero(splits == split), names, rng_of(split))
 
     # Splits: as the corpus says, else drawn by the seed.
-    drawn = set(names[splits == "any"])
+    drawn = set(names[splits == "any"].tolist())
     make_splits(splits, names, pairs, seed, fold or 1, valid, train)
-    check_splits(name, splits, train)
     if pairs:
         check_trials(name, splits, names, pairs, train)
-    else:
-        check_classes(name, splits, names, drawn, train and not skip_bad, found)
+    check_splits(name, splits, train)
+    if not pairs:
+        check_classes(name, splits, names, drawn, train, skip_bad, found)
 
     # Number: classes are those that train.
     classes = np.unique(names[splits == "train"]).tolist()
@@ -812,21 +812,23 @@ def check_splits(name, splits, train):
                          "test, the others valid or what `Source` names")
 
 
-def check_classes(name, splits, names, drawn, stop, found):
-    """Find classes that train and are never tested, or the other way, whose clips are left out.
-    Few clips of a class `drawn` by the seed all train. With `stop`, and for one class, raise."""
-    trained = set(names[splits == "train"])
-    tested = set(names[splits == "test"])
+def check_classes(name, splits, names, drawn, train, skip_bad, found):
+    """Name classes that train and are never tested, or the other way, and leave the latter out;
+    raise if they shall train without `skip_bad`. A few clips of a class `drawn` all train."""
+    trained = set(names[splits == "train"].tolist())
+    tested = set(names[splits == "test"].tolist())
     if len(trained) == 1:
         raise ValueError(f"{name}: only one class trains, {trained.pop()!r}. Is ROOT a folder too "
                          "high or too deep?")
     if not trained:
         return  # only a test
+    if train and not trained & tested:
+        raise ValueError(f"{name}: no class is in both training and test")
     found.note("classes have too few clips to be tested", sorted((trained - tested) & drawn))
     faults = [f"class {label!r} trains and is never tested" for label in trained - tested - drawn]
     faults += [f"class {label!r} is tested and never trains" for label in tested - trained]
     faults = Findings(sorted(faults))
-    faults.stop(not stop, f"{name}: {len(faults.bad)} classes are not in both training and test")
+    faults.stop(skip_bad or not train, f"{name}: {len(faults.bad)} classes are not in both training and test")
     found.bad += faults.bad
     splits[(splits == "test") & ~np.isin(names, list(trained))] = "unused"
 
