@@ -1,7 +1,7 @@
 """Audio on disk -> packed corpus -> batches -> log-mel features, for every model of this project.
 
-Sections 1 audio files, 2 the packed corpus, 3 splits, 4 batches, 5 features and augmentation,
-         6 built-in corpora, 7 corpora, 8 the command line
+Sections 1 audio files, 2 folders and tables, 3 the packed corpus, 4 trials and splits, 5 batches,
+         6 features and augmentation, 7 built-in corpora, 8 corpora, 9 the command line
 Axes     B batch, T frames (25 ms every 10 ms), F mel bins, C classes or speakers.
 
 The first use of a corpus decodes every clip once, to 16 kHz mono int16, into one packed file. From
@@ -12,7 +12,7 @@ are computed a batch at a time on the device that trains.
     for batch in batches(corpus, corpus.pick("train"), 32, frames=100, seed=0):
         x = features(batch.to("cpu"), encoder)                     # (B, T, F) = (32, 100, 128)
 
-To add a corpus write one entry in CORPORA (section 7): what lists its clips as (path, class,
+To add a corpus write one entry in CORPORA (section 8): what lists its clips as (path, class,
 split), and how its folder looks. `python data.py NAME ROOT` checks a corpus before training.
 Does not: stream from the network, keep more than 16 bits or another rate, or balance classes.
 """
@@ -21,20 +21,25 @@ import argparse
 import contextlib
 import csv
 import hashlib
-import importlib.util
+import importlib
+import io
 import json
 import math
 import os
 import shutil
+import string
 import struct
+import subprocess
 import sys
+import tarfile
+import tempfile
 import types
+import unicodedata
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache, partial
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -42,74 +47,206 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# torchaudio's compiled extension, which nothing here needs, refuses a torch that it was not built
-# for: a CPU-only one, or one for another CUDA version. An empty one takes its place.
-sys.modules.setdefault("torchaudio._extension", types.SimpleNamespace(
-    _IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, fail_if_no_align=lambda f: f))
-import torchaudio
-from torchaudio.compliance.kaldi import get_mel_banks
+try:
+    import torchaudio
+except (ImportError, OSError, RuntimeError):
+    # Its compiled extension, which nothing here needs, refuses a torch that it was not built for:
+    # a CPU-only one, or one for another CUDA version. An empty one takes its place.
+    sys.modules["torchaudio._extension"] = types.SimpleNamespace(
+        _IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, fail_if_no_align=lambda f: f)
+    import torchaudio
 
 RATE = 16_000  # samples a second, everywhere behind the packed file
-HOP, WINDOW, FFT = 160, 400, 512  # 10 ms, 25 ms, the next power of two
-AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
-WAV_TYPES = {(1, 8): ("u1", 128), (1, 16): ("<i2", 2**15), (1, 24): ("<i4", 2**31),  # PCM
-             (1, 32): ("<i4", 2**31), (3, 32): ("<f4", 1), (3, 64): ("<f8", 1)}  # float
+HOP = 160  # 10 ms
+WINDOW = 400  # 25 ms
+FFT = 512  # the next power of two
 
 # --------------------------------------------------------------------------------------------------
-# 1. Audio files: PCM and float WAV with numpy alone, the rest through torchaudio
+# 1. Audio files: plain WAV with numpy alone, the rest through torchaudio
+
+# (format code, bytes of a sample) -> (its type, full scale): PCM has code 1, floats have 3.
+SAMPLES = {(1, 1): ("u1", 2**7), (1, 2): ("<i2", 2**15), (1, 3): ("<i4", 2**31),
+           (1, 4): ("<i4", 2**31), (3, 4): ("<f4", 1), (3, 8): ("<f8", 1)}
+
+
+class NotPlain(ValueError):
+    """A file that is no plain WAV. `samples`: how many it announces in each channel, 0 if none."""
+
+    def __init__(self, reason, samples=0):
+        super().__init__(reason)
+        self.samples = samples
 
 
 def read_wav(path):
-    """Return a WAV file as float32 (channels, n) in [-1, 1], and its samples a second. RIFF is a
-    row of chunks: 4 letters, little-endian size, body padded to even."""
-    form = b""
+    """Return a WAV file of PCM or floats as float32 (channels, n) in [-1, 1], and its samples a
+    second. Raise NotPlain for what this function is not sure of."""
     with open(path, "rb") as file:
-        riff = file.read(12)
-        if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
-            raise ValueError(f"{path}: empty or not a WAV file (it starts with {riff!r})")
-        while (chunk := file.read(8))[:4] not in (b"data", b""):  # recorders put others before
-            size = int.from_bytes(chunk[4:], "little")
-            body = file.read(size + size % 2)
-            form = body if chunk[:4] == b"fmt " else form
-        size = int.from_bytes(chunk[4:], "little")
-        raw = file.read(-1 if size in (0, 0xFFFFFFFF) else size)  # of a stream: not known at first
-    code, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16].ljust(16, b"\0"))
-    if code == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the real code opens a GUID
-        code = int.from_bytes(form[24:26], "little")
-    if (code, bits) not in WAV_TYPES or not channels or not 1_000 <= rate <= 768_000:
-        raise ValueError(f"{path}: format {code}, {bits} bits, {channels} channels, {rate} Hz is "
-                         "neither PCM nor float audio; convert it to PCM")
-    if len(raw) < size < 0xFFFFFFFF:
-        raise ValueError(f"{path}: truncated, {size} bytes announced, {len(raw)} there")
-    raw = raw[: len(raw) - len(raw) % (channels * bits // 8)]
-    if bits == 24:  # put the three bytes on top of an empty lowest byte: 32 bits
+        chunks, size = read_chunks(file)
+        forms = [body for name, body in chunks if name == b"fmt " and len(body) >= 16]
+        if len(forms) != 1:
+            raise NotPlain(f"{len(forms)} whole `fmt ` chunks")
+        code, channels, rate, _, block, bits = struct.unpack("<HHIIHH", forms[0][:16])
+        if code == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the real code opens a GUID
+            code = int.from_bytes(forms[0][24:26], "little")
+        width = block // max(1, channels)  # bytes; 24 bits may lie on top of 4, as 20 do of 3
+        fits = block == channels * width > 0 and (bits > 8) == (width > 1) and bits <= 8 * width
+        if (code, width) not in SAMPLES or not fits:
+            raise NotPlain(f"format {code}, {bits} bits, {channels} channels in {block} bytes",
+                           announced(chunks, size, code, block))
+        there = os.fstat(file.fileno()).st_size - file.tell()
+        if there < size:
+            raise ValueError(f"truncated: {size} bytes of sound announced, {there} there")
+        raw = file.read(size - size % block)
+    if width == 3:  # put the three bytes on top of an empty lowest byte: 32 bits
         raw = np.pad(np.frombuffer(raw, "u1").reshape(-1, 3), ((0, 0), (1, 0))).tobytes()
-    kind, top = WAV_TYPES[code, bits]
-    wave = np.frombuffer(raw, kind).astype(np.float32) - 128 * (bits == 8)  # which are unsigned
+    kind, top = SAMPLES[code, width]
+    wave = np.frombuffer(raw, kind).astype(np.float32)
+    if width == 1:
+        wave -= 128  # bytes are unsigned
     return (wave / top).reshape(-1, channels).T, rate  # (n * channels,) alternate -> (channels, n)
 
 
-def read_audio(path):
-    """Read any audio file: mono float32 (samples,) at RATE, the mean of its channels."""
-    if str(path).lower().endswith(".wav"):
-        wave, rate = read_wav(path)
-    else:
+def read_chunks(file):
+    """Read a RIFF up to its sound; return [(name, body)] of the chunks before it, and the sound's
+    size in bytes. A RIFF is a row of chunks: 4 letters, little-endian size, body padded to even."""
+    riff = file.read(12)
+    if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
+        raise NotPlain(f"it starts with {riff!r}" if riff else "the file is empty")
+    chunks = []
+    while True:
+        head = file.read(8)
+        size = int.from_bytes(head[4:], "little")
+        if head[:4] == b"data":
+            break
+        if len(head) < 8:
+            raise NotPlain("it has no `data` chunk")
+        chunks.append((head[:4], file.read(size + size % 2)))
+    # Who writes a stream does not know the size yet, and puts 0 or a huge number there.
+    start = file.tell()
+    there = os.fstat(file.fileno()).st_size - start
+    whole = int.from_bytes(riff[4:8], "little")
+    if size == 0 and (whole + 8 <= start or is_placeholder(whole)):
+        size = there
+    elif there < size and (is_placeholder(size) or size - there <= 0.01 * size):
+        size = there
+    return chunks, size
+
+
+def is_placeholder(size):
+    return size >= 0x7F000000 or size == 2_000_000_000
+
+
+def announced(chunks, size, code, block):
+    """Samples in each channel of a compressed WAV by its own header, 0 if it does not say."""
+    chunks = dict(chunks)
+    fact = int.from_bytes(chunks.get(b"fact", b"")[:4], "little")
+    each = int.from_bytes(chunks[b"fmt "][18:20], "little")  # samples in a block of ADPCM
+    if code in (2, 0x11) and block:
+        count = size // block * each
+        if 0 < fact <= count:
+            count = fact  # the last block may be filled up
+        return count
+    return 0 if is_placeholder(fact) else fact
+
+
+def load_audio(path):
+    """Return any recording as float32 (channels, n), in [-1, 1] as a rule, and its samples a
+    second. Raise ValueError with the reason, without the file's name."""
+    try:
+        return read_wav(path)
+    except NotPlain as other:
+        reason = str(other)
+        samples = other.samples
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error  # No such file or directory
+    try:
+        wave, rate = torchaudio.load(str(path))
+    except Exception as error:  # of FFmpeg, torchcodec, older versions: they share no class
         try:
-            wave, rate = torchaudio.load(str(path))
-        except (ImportError, RuntimeError, OSError, ValueError) as error:
-            raise ValueError(f"{path}: not readable as audio. All but WAV needs FFmpeg and "
-                             f"torchcodec (pip install torchcodec): {error!s:.200}") from error
-    wave = np.asarray(wave).mean(0)  # (channels, n) -> (n,)
-    samples = math.ceil(len(wave) * RATE / rate)  # after resampling, which fails on an empty wave
-    if samples < WINDOW or not np.isfinite(wave).all():
-        raise ValueError(f"{path}: {samples} samples at 16 kHz; shorter than one frame ({WINDOW}), "
-                         "or not finite")
+            importlib.import_module("torchcodec")
+        except (ImportError, OSError, RuntimeError):
+            raise ValueError(f"no plain WAV ({reason}); all else needs FFmpeg and torchcodec "
+                             "(pip install torchcodec)") from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"no plain WAV ({reason}), damaged or no sound: {said:.200}") from error
+    if wave.shape[1] < 0.9 * samples:  # torchcodec 0.17 loses most of ADPCM without a word
+        return convert(path, f"only {wave.shape[1]} of {samples} samples were decoded; convert it")
+    return wave.numpy(), int(rate)
+
+
+def convert(path, reason):
+    """Return a recording as FFmpeg's own program reads it: (channels, n), samples a second."""
+    command = ["ffmpeg", "-v", "error", "-i", f"file:{path}", "-c:a", "pcm_s16le"]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            subprocess.run([*command, f"{folder}/copy.wav"], check=True, capture_output=True)
+            return read_wav(f"{folder}/copy.wav")
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(f"{reason}: ffmpeg -i FILE -c:a pcm_s16le NEW.wav") from error
+
+
+def inspect_wave(wave):
+    """Return a recording (channels, n) as one channel (n,), the mean of all, and remarks on what
+    it holds. What 16 bits would spoil is scaled; of channels that cancel the loudest stays."""
+    high = float(wave.max())
+    low = float(wave.min())
+    if not math.isfinite(high - low):
+        raise ValueError("its samples are not finite")
+    peak = max(high, -low)
+    remarks = []
+    exact = peak >= 2**-8 or not np.any(wave * 2**15 % 1)  # 16 bits hold it
+    if high == low or exact and peak <= 2**-14:  # two steps of 16 bits: dither
+        return wave[0], ["digital silence"]
+    if peak > 16:  # integers, kept as floats: of 16, 24 or 32 bits
+        bits = 15
+        while peak > 2**bits and bits < 31:
+            bits += 8
+        wave = wave / 2**bits
+        remarks.append("floats at the scale of integers (scaled)")
+    elif peak > 1 and np.mean(np.abs(wave) > 1) > 0.001:  # MP3 may overshoot here and there
+        remarks.append("floats beyond [-1, 1] (clipped)")
+    elif not exact:
+        wave = wave * 2.0 ** math.floor(math.log2(0.5 / peak))
+        remarks.append("sound too quiet for 16 bits (raised)")
+    if len(wave) == 1:
+        return wave[0], remarks
+    mono = wave.mean(0)
+    loudness = wave.std(1)  # (channels,)
+    if mono.std() < 0.15 * loudness.max():
+        mono = wave[loudness.argmax()]
+        remarks.append("channels that cancel (the loudest is taken)")
+    return mono, remarks
+
+
+def prepare(wave, rate):
+    """Return a recording (channels, n) as float32 (samples,) at RATE, and remarks on it."""
+    if not (len(wave) and 1_000 <= rate <= 768_000):
+        raise ValueError(f"{len(wave)} channels, {rate} Hz: no sound")
+    samples = math.ceil(wave.shape[1] * RATE / rate)  # resampling fails on an empty wave
+    if samples < WINDOW:
+        raise ValueError(f"{samples} samples at 16 kHz are shorter than one frame ({WINDOW})")
+    wave, remarks = inspect_wave(wave)
+    if samples > 3600 * RATE:
+        remarks.append("more than an hour")
     if rate != RATE:  # with a low-pass filter: dropping samples would fold high sounds down
         # It grows with the ratio's terms: 44,101 Hz would take 28 GB. Small ones are off by 1e-6.
         ratio = Fraction(RATE, rate).limit_denominator(1000)
         wave = torchaudio.functional.resample(
             torch.from_numpy(wave), ratio.denominator, ratio.numerator).numpy()
-    return wave
+    return wave, remarks
+
+
+def read_clip(path):
+    """Read any recording; return (float32 (samples,) at RATE, remarks on it)."""
+    return prepare(*load_audio(path))
+
+
+def read_audio(path):
+    """Read any recording: mono float32 (samples,) at RATE. Errors name the file."""
+    try:
+        return read_clip(path)[0]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def to_int16(wave):
@@ -117,39 +254,178 @@ def to_int16(wave):
     return (np.clip(wave, -1, 32767 / 32768) * 32768).round().astype("<i2")
 
 
-def find_audio(root):
-    """Return the paths of the audio files below a folder, relative to it, sorted."""
+# --------------------------------------------------------------------------------------------------
+# 2. Folders and tables: what lies there, and what is wrong with it
+
+# Endings in the order in which they are taken, if a recording is there in several.
+AUDIO = ("wav wave flac aif aiff aifc au snd caf w64 ogg oga opus mp3 mp2 m4a m4b mp4 aac wma webm "
+         "amr 3gp ac3 mka wv").split()
+PAPERS = "txt csv tsv json xml md html pdf png jpg svg py sh lab textgrid zip gz".split()
+
+
+@dataclass
+class Findings:
+    """What is wrong with a corpus, in sentences: `bad` stops a training, `notes` do not."""
+    bad: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
+
+    def stop(self, skip_bad, summary):
+        """Raise `summary` and the first sentences, if there are any, unless `skip_bad`."""
+        if self.bad and not skip_bad:
+            raise ValueError(f"{summary}; --skip-bad goes on without them:\n  "
+                             + "\n  ".join(self.bad[:5]))
+
+    def note(self, what, clips):
+        """Note a fact about some clips, with their number and first names."""
+        if clips:
+            more = ", ..." if len(clips) > 5 else ""
+            names = ", ".join(map(printable, clips[:5]))
+            self.notes.append(f"{len(clips):,} {what}: {names}{more}")
+
+
+def printable(name):
+    """A file's name; bytes that are no UTF-8 (of old Windows, say) are written as \\xfc."""
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def composed(name):
+    """A name with each accent in its letter; a Mac writes them apart, which is another text."""
+    return unicodedata.normalize("NFC", name)
+
+
+def locate(root, clip):
+    """Return the path of a clip, whose name may have its accents apart, or not, on the disk."""
+    path = f"{root}/{clip}"  # Path's slash takes longer than all the rest
+    if not os.path.exists(path):
+        for form in ("NFC", "NFD"):
+            other = f"{root}/{unicodedata.normalize(form, clip)}"
+            if os.path.exists(other):
+                return other
+    return path
+
+
+def walk(root):
+    """Yield (folder, its files) for each folder below `root` once, links to folders last; what is
+    hidden is not there, and a folder that cannot be listed raises."""
+    def refuse(error):
+        raise error
+
+    later = [str(root)]
+    seen = set()
+    while later:
+        for folder, folders, files in os.walk(later.pop(0), onerror=refuse):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()  # a link led here before, or leads to a folder above
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+            paths = [os.path.join(folder, name) for name in folders]
+            later += filter(os.path.islink, paths)  # os.walk does not follow them itself
+            yield folder, [name for name in files if name[0] != "."]
+
+
+def find_audio(root, found=None):
+    """Return the paths of the recordings below a folder, relative to it, sorted."""
+    clips = []
+    others = []
     start = len(os.path.join(root, ""))
-    return sorted(os.path.join(folder, file)[start:].replace(os.sep, "/")
-                  for folder, _, files in os.walk(root, followlinks=True)
-                  for file in files if file.lower().endswith(AUDIO))
+    for folder, files in walk(root):
+        place = os.path.join(folder, "")[start:].replace(os.sep, "/")  # "", "dog/", ...
+        for file in files:
+            ending = file.rpartition(".")[2].lower()
+            if ending in AUDIO:
+                clips.append(place + file)
+            elif ending not in PAPERS and "." in file:
+                others.append(place + file)
+    if found:
+        found.note("files have endings that are left out", sorted(others))
+    return keep_one(sorted(clips), lambda clip: clip.rpartition(".")[0], found)
+
+
+def keep_one(clips, key, found):
+    """Of recordings with one key (1.wav and 1.m4a) keep one, by the order of AUDIO."""
+    rank = lambda clip: AUDIO.index(clip.rpartition(".")[2].lower())
+    kept = {}
+    twins = []
+    for clip in clips:
+        first = kept.setdefault(key(clip), clip)
+        if first != clip:
+            best, other = sorted((first, clip), key=rank)
+            kept[key(clip)] = best
+            twins.append(other)
+    if found:
+        found.note("recordings are there twice, the same under another ending or place, and "
+                   "count once; left out", twins)
+    return list(kept.values())
+
+
+def leave_out(clips, wanted, why, found):
+    """Return the clips that are `wanted`, and note the others."""
+    if found:
+        found.note(why, [clip for clip in clips if not wanted(clip)])
+    return [clip for clip in clips if wanted(clip)]
+
+
+def read_text(path):
+    """Read a text file in UTF-8, in UTF-16 (Excel's "Unicode"), or else in Latin-1."""
+    raw = Path(path).read_bytes()
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return raw.decode("utf-16")
+    try:
+        return raw.decode("utf-8-sig")  # -sig: Excel's first three bytes
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def read_table(path, found, *forms):
+    """Rows of a CSV file as tuples: each form with the columns it names, as "audio/{filename}"."""
+    lines = csv.reader(io.StringIO(read_text(path), newline=""))
+    header = [cell.strip() for cell in next(lines, [])]
+    used = [name for form in forms for _, name, _, _ in string.Formatter().parse(form) if name]
+    missing = [name for name in used if name not in header]
+    if missing:
+        raise ValueError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(header)}")
+    before = len(found.bad)
+    rows = []
+    for cells in lines:
+        while len(cells) > len(header) and not cells[-1]:
+            cells.pop()  # a comma at the end
+        row = dict(zip(header, map(str.strip, cells)))
+        where = f"{path}, line {lines.line_num}"
+        empty = [name for name in used if not row.get(name)]
+        if not any(cells):
+            continue
+        if len(cells) != len(header):
+            found.bad.append(f"{where}: {len(cells)} columns, the header has {len(header)}")
+        elif empty:
+            found.bad.append(f"{where}: {empty[0]!r} is empty")
+        else:
+            rows.append(tuple(form.format_map(row) for form in forms))
+    if not rows and len(found.bad) == before:
+        raise ValueError(f"{path}: no rows")
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. The packed corpus: every clip decoded once, side by side in one file
+# 3. The packed corpus: every clip decoded once, side by side in one file
 
 
 @dataclass
 class Corpus:
-    """Clips as columns; clip i is store[start[i] : start[i] + length[i]]. The store is a memory map
-    of int16 samples (n,), or of int8 log-mel frames (n, F) x 0.1 where a corpus brings features.
-    With `trials` the corpus is one for verification, else for classes."""
+    """Clips as columns; clip i is store[start[i] : start[i] + length[i]], int16 samples, of a
+    memory map. With `trials` the corpus is one for verification, else for classes."""
     name: str
     ids: list
     labels: np.ndarray  # (clips,) index into classes; -1 for a speaker who is not in training
     splits: np.ndarray  # (clips,) "train", "valid", "test", "bad" or "unused"
     classes: list
-    start: np.ndarray  # (clips,) int64, in samples or frames
+    start: np.ndarray  # (clips,) int64, in samples
     length: np.ndarray  # (clips,) int64, 0 for a clip that cannot be used
     store: np.ndarray
     trials: dict = field(default_factory=dict)  # "valid", "test" -> [(label, index, index)]
-    notes: list = field(default_factory=list)  # sentences on what is missing
-    bad: list = field(default_factory=list)  # why each of these clips cannot be used
-
-    @property
-    def mels(self):
-        """F of a corpus of ready features, None for audio."""
-        return self.store.shape[1] if self.store.ndim == 2 else None
+    notes: list = field(default_factory=list)  # sentences on what was left out or changed
+    bad: list = field(default_factory=list)  # sentences on what cannot be used
 
     def pick(self, split):
         """Return the indices of the clips of a split."""
@@ -162,80 +438,151 @@ class Corpus:
         return hashlib.sha256(json.dumps(columns).encode() + samples).hexdigest()
 
 
-def open_corpus(name, root=None, cache="cache", seed=0, fold=None, few_shot=0, skip_bad=False,
+def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0, skip_bad=False,
                 valid=True, trials="o", train=True):
     """Return the corpus `name` of CORPORA, packed, with splits and trials. The arguments are flags
     of train.py; without `train` only the test is of use, so the trials may name every speaker."""
     source = CORPORA[name]
-    file, count = source.lists.get(trials, ("trials.txt", 0))
     root = Path(root or "ROOT")
+    file, count = source.lists.get(trials, ("trials.txt", 0))
+    found = Findings()
+
+    # List: the clips that lie there, or that the corpus' own tables name.
+    paths, names, splits = list_clips(name, root, file, found)
+    found.stop(skip_bad, f"{name}: {len(found.bad)} rows or clips are not clear")
+    ids = [printable(path) for path in paths]
+    found.note("names are no UTF-8, here escaped", [i for i, path in zip(ids, paths) if i != path])
+
+    # Pack: decode each clip once.
+    length, store = pack(name, root, paths, source.read, cache, skip_bad, found)
+    splits[length == 0] = "bad"
+    good = np.count_nonzero(length)
+    if source.clips not in (0, good):
+        found.notes.append(f"expected {source.clips:,} clips, found {good:,}")
+
+    # Trials: pairs of clips, of one speaker or of two. A corpus without any is one of classes.
+    pairs = {}
+    if source.tree and (root / file).is_file():
+        pairs["test"] = read_trials(root / file, ids, length, count, skip_bad, found)
+    if source.trials:
+        for split in ("valid", "test"):
+            pairs[split] = make_trials(np.flatnonzero(splits == split), names, rng_of(split))
+
+    # Splits: as the corpus says, else drawn by the seed.
+    drawn = set(names[splits == "any"].tolist())
+    make_splits(splits, names, pairs, seed, fold or 1, valid, train)
+    if pairs:
+        check_trials(name, splits, names, pairs, train)
+    check_splits(name, splits, train)
+    if not pairs:
+        check_classes(name, splits, names, drawn, train, skip_bad, found)
+
+    # Number: classes are those that train.
+    classes = np.unique(names[splits == "train"]).tolist()
+    choose_few(splits, names, classes, few_shot, seed)
+    number = {label: k for k, label in enumerate(classes)}
+    labels = np.array([number.get(label, -1) for label in names])
+    return Corpus(name, ids, labels, splits, classes, np.cumsum(length) - length, length, store,
+                  pairs, found.notes, found.bad)
+
+
+def list_clips(name, root, file, found):
+    """Return a corpus' clips, their labels and splits (clips,) each. Clips without a label, or in
+    two rows, go into found.bad."""
+    source = CORPORA[name]
     try:
         if source.lists:
             (root / file).stat()  # raises before the clips are packed, which takes hours
-        corpus = (pack(name, root, source.rows(root), source.read, cache, skip_bad)
-                  if source.rows else open_features(root))
+        rows = source.rows(root, found)
+        if not rows:
+            faults = [*found.notes, *found.bad[:5]]
+            raise FileNotFoundError("; ".join([f"no clips of {name} below {root}", *faults]))
     except FileNotFoundError as error:
-        brings = f"\n--download brings {source.address} into ROOT." * bool(source.address)
+        tree = source.tree
+        if source.address:
+            tree += f"\n--download brings {source.address} into ROOT."
         raise ValueError(f"--data {name} needs --root, a folder with what follows ({error}).\n"
-                         f"{source.tree}{brings}") from error
-    good = np.count_nonzero(corpus.length)
-    if source.clips not in (0, good):
-        corpus.notes.append(f"expected {source.clips:,} clips, found {good:,}")
-    if source.tree and (root / file).is_file():
-        read_trials(corpus, root / file, count, skip_bad)
-    for split in ("valid", "test") if source.trials else ():
-        corpus.trials[split] = make_trials(corpus.pick(split), corpus.labels, rng_of(split))
-    return make_splits(corpus, seed, fold or 1, few_shot, valid, train)
+                         f"{tree}") from error
+    first = {}
+    for clip, label, split in rows:
+        key = composed(clip)
+        if key not in first:
+            first[key] = clip, composed(printable(label)), split
+        else:
+            found.bad.append(f"{printable(clip)}: in two rows, as {' '.join(first[key][1:])} and "
+                             f"as {label} {split}")
+    clips, labels, splits = zip(*first.values())
+    return list(clips), np.array(labels), np.array(splits, object)
 
 
-def pack(name, root, rows, read, cache, skip_bad):
-    """Decode the clips of (clip, class, split) once, into a file named by a hash of their names,
-    sizes and times; return a Corpus. Without `skip_bad`, bad clips are read again, then raise."""
-    if not rows:
-        raise FileNotFoundError(f"no clips of {name} below {root}")
-    digest = hashlib.sha256()
-    for clip, _, _ in rows:  # a million: one by one, not as one text
+def file_stamp(root, clip):
+    """Return a clip's size and time of change."""
+    try:
+        status = os.stat(f"{root}/{clip}")
+    except OSError:
+        status = os.stat(locate(root, clip))
+    return status.st_size, status.st_mtime_ns
+
+
+def pack(name, root, clips, read, cache, skip_bad, found):
+    """Decode clips once, into a file named by a hash of their names, sizes and times; return
+    (length of each clip, memory map of samples). Without `skip_bad`, bad clips are read again,
+    then raise. `read`: clip -> wave, of a built-in corpus."""
+    digest = hashlib.sha256(b"index 2")
+    for clip in clips:  # a million: one by one, not as one text
         stamp = VERSION
-        if not read:  # a file, and not built in
+        if not read:
             with contextlib.suppress(OSError):  # missing: reading it will say so
-                stat = os.stat(f"{root}/{clip}")  # Path's slash takes longer than the call
-                stamp = stat.st_size, stat.st_mtime_ns
-        digest.update(f"{clip} {stamp}\n".encode())
-    place = "own" if read else hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:6]
-    path = Path(cache) / f"{name}-{place}.{digest.hexdigest()[:16]}.packed"
-    ids, names, splits = (list(column) for column in zip(*rows))
-    if not path.exists() or (read_pack(path)[2] and not skip_bad):
-        write_pack(path, ids, read or (lambda clip: read_audio(root / clip)), 4 if read else 1)
-    store, length, bad = read_pack(path)
-    if bad and not skip_bad:
-        raise ValueError(f"{len(bad)} of {len(ids)} clips of {name} cannot be used; --skip-bad "
-                         "goes on without them:\n  " + "\n  ".join(bad[:5]))
-    splits = np.where(length > 0, np.array(splits, object), "bad")
-    return Corpus(name, ids, np.array(names), splits, [], np.cumsum(length) - length, length, store,
-                  notes=[f"{len(bad)} unusable clips are left out"] * bool(bad), bad=bad)
+                stamp = file_stamp(root, clip)
+        digest.update(f"{clip} {stamp}\n".encode("utf-8", "surrogateescape"))
+    owner = "own"
+    if not read:
+        owner = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:6]
+    path = Path(cache) / f"{name}-{owner}.{digest.hexdigest()[:16]}.packed"
+
+    def read_one(clip):
+        return (read(clip), []) if read else read_clip(locate(root, clip))
+
+    if not path.exists() or (read_index(path)["bad"] and not skip_bad):
+        write_pack(path, clips, read_one)
+    index = read_index(path)
+    bad = [f"{printable(clip)}: {reason}" for clip, reason in index["bad"].items()]
+    if bad:
+        unusable = Findings(bad)
+        unusable.stop(skip_bad and len(bad) < len(clips),
+                      f"{len(bad)} of {len(clips)} clips of {name} cannot be used")
+        found.bad += bad
+        found.notes.append(f"{len(bad)} unusable clips are left out")
+    for remark, noticed in index["remarks"].items():
+        found.note(f"clips hold {remark}", noticed)
+    samples = np.memmap(path, np.uint8, "r")[: index["samples"] * 2].view("<i2")
+    return np.array(index["lengths"], np.int64), samples
 
 
-def write_pack(path, clips, read, threads):
-    """Write the samples of all clips, a JSON index (lengths, {id: reason}) and its size. The file
-    is renamed at the end: its name stands for a whole file, also for another program."""
-    def read_or_note(clip):
-        try:
-            return read(clip)
-        except (ValueError, OSError) as error:
-            bad[clip] = str(error)
-            return np.zeros(0)
-
-    name, lengths, bad = path.name.partition(".")[0], [], {}
+def write_pack(path, clips, read):
+    """Write the samples of all clips, an index in JSON and its size. The file is renamed at the
+    end: its name stands for a whole file, also for another program."""
+    name = path.name.partition(".")[0]
+    lengths = []
+    bad = {}  # clip -> reason
+    remarks = {}  # remark -> clips
     part = path.with_suffix(f".{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with ThreadPool(threads) as pool, open(part, "wb") as file:
-            for wave in tqdm(pool.imap(read_or_note, clips, 16), f"packing {name}", len(clips),
-                             leave=False, disable=None):
+        with open(part, "wb") as file:
+            for clip in tqdm(clips, f"packing {name}", leave=False, disable=None):
+                wave = np.zeros(0)
+                try:
+                    wave, noticed = read(clip)
+                    for remark in noticed:
+                        remarks.setdefault(remark, []).append(clip)
+                except (ValueError, OSError) as error:
+                    bad[clip] = str(error)
                 lengths.append(len(wave))
                 file.write(to_int16(wave).tobytes())  # a full disk is no clip's fault: it stops
-            index = json.dumps([lengths, bad]).encode()
-            file.write(index + len(index).to_bytes(8, "little"))
+            index = dict(lengths=lengths, bad=bad, remarks=remarks, samples=sum(lengths))
+            text = json.dumps(index).encode()
+            file.write(text + len(text).to_bytes(8, "little"))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)  # interrupted, it would lie there for good, and be large
@@ -244,115 +591,142 @@ def write_pack(path, clips, read, threads):
             old.unlink()
 
 
-def read_pack(path):
-    """Return (memory map of the samples, length of each clip, why some cannot be used)."""
-    raw = np.memmap(path, np.uint8, "r")
-    size = int.from_bytes(raw[-8:].tobytes(), "little")
-    lengths, bad = json.loads(raw[-8 - size : -8].tobytes())
-    return raw[: -8 - size].view("<i2"), np.array(lengths, np.int64), list(bad.values())
-
-
-def corpus_of_files(paths):
-    """Return audio files, and those below folders, as a corpus in memory, without classes."""
-    paths = [file for path in map(Path, paths) for file in
-             ([path / name for name in find_audio(path)] if path.is_dir() else [path])]
-    if not paths:
-        raise ValueError("expected audio files, or folders that hold some; found none")
-    waves = [to_int16(read_audio(path)) for path in paths]
-    length, none = np.array([len(wave) for wave in waves]), np.zeros(len(paths), np.int64)
-    return Corpus("files", list(map(str, paths)), none, none, [], np.cumsum(length) - length,
-                  length, np.concatenate(waves))
+def read_index(path):
+    """Return what stands at the end of a packed file: lengths, bad clips, remarks."""
+    with open(path, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        size = int.from_bytes(file.read(8), "little")
+        file.seek(-8 - size, os.SEEK_END)
+        return json.loads(file.read(size))
 
 
 def open_sounds(folder, cache="cache", skip_bad=False):
     """Return a folder of noises or of rooms' responses, packed; nothing and "generated" stay."""
     if folder in ("", "generated"):
         return folder
-    rows = [(clip, 0, "") for clip in find_audio(folder)]
-    return pack("extra", Path(folder), rows, None, cache, skip_bad)
+    clips = find_audio(folder)
+    if not clips:
+        raise ValueError(f"no recordings below {folder}")
+    found = Findings()
+    length, store = pack("extra", Path(folder), clips, None, cache, skip_bad, found)
+    return loose_corpus("extra", clips, length, store, found)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Splits: who trains, validates and tests; drawn by a seed where the corpus does not say
+def loose_corpus(name, ids, length, store, found):
+    """Return clips without classes and splits as a Corpus."""
+    none = np.zeros(len(ids), np.int64)
+    start = np.cumsum(length) - length
+    return Corpus(name, ids, none, none, [], start, length, store, notes=found.notes, bad=found.bad)
 
 
-def make_splits(corpus, seed, fold, few_shot, valid, train):
-    """Turn names into indices and folds into splits; draw what the corpus does not bring."""
-    names, splits, rng = corpus.labels, corpus.splits, np.random.default_rng(seed)
-    if corpus.trials:
-        split_by_speaker(corpus, names, rng, draw=train and valid)
-    else:
-        split_by_class(splits, names, rng, fold)
-    if not valid:
-        splits[splits == "valid"] = "train"
-        corpus.trials.pop("valid", None)
-    corpus.classes = np.unique(names[splits == "train"]).tolist()
-    number = {name: label for label, name in enumerate(corpus.classes)}
-    corpus.labels = np.array([number.get(name, -1) for name in names])
-    rng = np.random.default_rng(seed)  # few-shot clips do not depend on what was drawn before
-    for name in corpus.classes if few_shot else ():
-        clips = np.flatnonzero((names == name) & (splits == "train"))
-        splits[rng.permutation(clips)[few_shot:]] = "unused"
-    kinds = [len({label for label, _, _ in trials}) for trials in corpus.trials.values()]
-    if min(kinds, default=2) < 2 or (kinds and train and len(corpus.classes) < 2):
-        raise ValueError(f"{corpus.name}: trials are all of one kind, or fewer than two speakers "
-                         "train (VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2)")
-    found, needed = Counter(splits), {"train", "test"} if train else {"test"}
-    if not needed <= found.keys() <= {"train", "valid", "test", "bad", "unused"}:
-        raise ValueError(f"{corpus.name} has clips {dict(found)}: expected some of split train, "
-                         "some of test, the others valid or what `Source` names")
+def corpus_of_waves(waves):
+    """Return {name: (wave, samples a second)} as a corpus in memory, without classes. A wave is an
+    array (samples,) or (channels, samples), int16 or floats in [-1, 1]."""
+    def read(name):
+        return prepare(*check_wave(*waves[name]))
+
+    corpus = corpus_in_memory(list(waves), read)
+    if corpus.bad:
+        name, reason = corpus.bad[0]
+        raise ValueError(f"{name}: {reason}")
     return corpus
 
 
-def read_trials(corpus, path, count, skip_bad):
-    """Read lines `label id_a id_b`, label 1 for the same speaker, into corpus.trials, as indices.
-    In VoxCeleb's lists, of `count` trials, a clip may lie at any depth, and end in .m4a."""
-    rows = [line.split() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
-    for row in rows:
-        if len(row) != 3 or row[0] not in ("0", "1"):
-            raise ValueError(f"{path}: expected `1 id_a id_b`, got {' '.join(row)!r}")
-    key = lambda clip: "/".join(clip.rpartition(".")[0].split("/")[-3:]) if count else clip
-    index = {key(clip): i for i, clip in enumerate(corpus.ids) if corpus.length[i]}
+def check_wave(wave, rate):
+    """Return an array as float32 (channels, n), and its rate; raise a sentence for another one."""
+    wave = np.asarray(wave)
+    if wave.ndim == 1:
+        wave = wave[None]
+    if wave.ndim != 2 or not wave.size:
+        raise ValueError(f"expected an array (samples,) or (channels, samples), got {wave.shape}")
+    if len(wave) > wave.shape[1]:
+        raise ValueError(f"{len(wave)} channels of {wave.shape[1]} samples: expected (channels, "
+                         "samples), so give wave.T")
+    if not rate:
+        raise ValueError("how many samples a second has it? Give its rate")
+    if wave.dtype == np.int16:
+        wave = wave / np.float32(2**15)
+    if wave.dtype.kind != "f":
+        raise ValueError(f"expected int16 or floats in [-1, 1], got {wave.dtype}")
+    return wave.astype(np.float32), int(rate)
+
+
+def corpus_of_files(paths):
+    """Return the readable ones of audio files, and of those below folders, as a corpus in memory,
+    without classes. `bad` holds a pair (file, reason) for each of the others."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"no such file or folder: {path}")
+        if path.is_dir():
+            files += [str(path / name) for name in find_audio(path)]
+        else:
+            files.append(str(path))
+    if not files:
+        raise ValueError("expected audio files, or folders that hold some; found none")
+    return corpus_in_memory(files, read_clip)
+
+
+def corpus_in_memory(names, read):
+    """Read each name's (wave, remarks); return a Corpus of what can be read."""
+    found = Findings()
+    ids = []
+    waves = []
+    for name in names:
+        try:
+            wave, noticed = read(name)
+        except ValueError as error:
+            found.bad.append((printable(name), str(error)))
+            continue
+        for remark in noticed:
+            found.note(f"clip holds {remark}", [name])
+        ids.append(printable(name))
+        waves.append(to_int16(wave))
+    length = np.array([len(wave) for wave in waves], np.int64)
+    store = np.concatenate([np.zeros(0, np.int16), *waves])
+    return loose_corpus("files", ids, length, store, found)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Trials and splits: who trains, validates and tests; drawn by a seed where the corpus is silent
+
+
+def read_trials(path, ids, length, count, skip_bad, found):
+    """Return the trials of a file, lines `label id_a id_b`, label 1 for the same speaker, as
+    (label, index, index). Names count without their ending, in VoxCeleb's lists, of `count`
+    trials, from the third last part on: there a clip may lie at any depth."""
+    def key(clip):
+        stem = composed(clip).rpartition(".")[0]
+        return "/".join(stem.split("/")[-3:]) if count else stem
+
+    index = {key(clip): i for i, clip in enumerate(ids) if length[i]}
+    rows = []
+    for line in read_text(path).split("\n"):
+        if line.strip():
+            rows.append(split_trial(line.strip(), lambda clip: key(clip) in index, path))
     lost = {clip for _, *pair in rows for clip in pair if key(clip) not in index}
     if lost and not skip_bad:
-        raise ValueError(f"{corpus.name} lacks {len(lost)} of the clips that the trials name, such "
-                         f"as {min(lost)!r}; --skip-bad goes on without them")
+        raise ValueError(f"{path} names {len(lost)} clips that are missing or unusable, such as "
+                         f"{min(lost)!r}; --skip-bad goes on without them")
     good = [(int(label), index[key(a)], index[key(b)]) for label, a, b in rows if not lost & {a, b}]
-    corpus.trials["test"] = good
     if lost:
-        corpus.bad += [f"{clip}: in the trials, but missing or unusable" for clip in sorted(lost)]
-        corpus.notes.append(f"{len(rows) - len(good)} test trials of unusable clips are left out: "
-                            "error rates are not comparable with the full list's")
+        found.bad += [f"{clip}: in the trials, but missing or unusable" for clip in sorted(lost)]
+        found.notes.append(f"{len(rows) - len(good)} test trials of unusable clips are left out: "
+                           "error rates are not comparable with the full list's")
     if count not in (0, len(rows)):
-        corpus.notes.append(f"expected {count:,} trials in {path.name}, found {len(rows):,}")
+        found.notes.append(f"expected {count:,} trials in {path.name}, found {len(rows):,}")
+    return good
 
 
-def split_by_speaker(corpus, names, rng, draw):
-    """Of clips marked "any": speakers in the trials test, with all their clips; others train. With
-    `draw` a tenth of the training speakers validates, unless the corpus brings others."""
-    tested = {names[i] for _, *pair in corpus.trials.get("test", ()) for i in pair}
-    free = corpus.splits == "any"
-    corpus.splits[free] = ["test" if name in tested else "train" for name in names[free]]
-    if draw and "valid" not in corpus.trials:
-        speakers = np.unique(names[corpus.splits == "train"])
-        held = rng.permutation(speakers)[: max(2, len(speakers) // 10)]
-        corpus.splits[(corpus.splits == "train") & np.isin(names, held)] = "valid"
-        corpus.trials["valid"] = make_trials(corpus.pick("valid"), names, rng)
-
-
-def split_by_class(splits, names, rng, fold):
-    """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation. Draw
-    class by class a tenth of "train*" to validate, and of "any" also a fifth to test."""
-    folds = sorted({int(split) for split in splits if split.isdigit()})
-    for k, after in zip(folds, folds[1:] + folds[:1]):
-        splits[splits == str(k)] = "test" if k == fold else "valid" if after == fold else "train"
-    for name in np.unique(names):
-        for kind in ("any", "train*"):
-            clips = rng.permutation(np.flatnonzero((names == name) & (splits == kind)))
-            valid, test = [max(1, len(clips) // part) if len(clips) > 2 else 0 for part in (10, 5)]
-            splits[clips] = "train"
-            splits[clips[:valid]] = "valid"
-            splits[clips[valid : valid + test]] = "test" if kind == "any" else "train"
+def split_trial(line, known, path):
+    """Split `label id_a id_b`. Tabs part names with spaces, else what is known tells them apart."""
+    label, *words = line.split("\t") if "\t" in line else line.split()
+    for cut in range(1, len(words)):
+        pair = " ".join(words[:cut]), " ".join(words[cut:])
+        if label in ("0", "1") and (len(words) == 2 or all(map(known, pair))):
+            return label, *pair
+    raise ValueError(f"{path}: expected `1 id_a id_b` (tabs between, if names hold spaces), got "
+                     f"{line!r}")
 
 
 def make_trials(clips, names, rng):
@@ -368,13 +742,116 @@ def make_trials(clips, names, rng):
     return np.stack([same[drawn], clips[i[drawn]], clips[j[drawn]]], 1).tolist()
 
 
+def make_splits(splits, names, trials, seed, fold, valid, train):
+    """Turn folds, "any" and "train*" into "train", "valid" and "test", in place. Without `valid`
+    its clips train."""
+    rng = np.random.default_rng(seed)
+    if trials:
+        split_by_speaker(splits, names, trials, rng, draw=train and valid)
+    else:
+        split_by_class(splits, names, rng, fold)
+    if not valid:
+        splits[splits == "valid"] = "train"
+        trials.pop("valid", None)
+
+
+def split_by_speaker(splits, names, trials, rng, draw):
+    """Of clips marked "any": speakers in the trials test, with all their clips; others train. With
+    `draw` a tenth of the training speakers validates, unless the corpus brings others."""
+    tested = {names[i] for _, *pair in trials.get("test", ()) for i in pair}
+    free = splits == "any"
+    splits[free] = ["test" if name in tested else "train" for name in names[free]]
+    splits[splits == "train*"] = "train"
+    if draw and "valid" not in trials:
+        speakers = np.unique(names[splits == "train"])
+        held = rng.permutation(speakers)[: max(2, len(speakers) // 10)]
+        splits[(splits == "train") & np.isin(names, held)] = "valid"
+        trials["valid"] = make_trials(np.flatnonzero(splits == "valid"), names, rng)
+
+
+def split_by_class(splits, names, rng, fold):
+    """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation. Draw
+    class by class a tenth of "train*" to validate, and of "any" also a fifth to test."""
+    folds = sorted({int(split) for split in splits if split.isdigit()})
+    for k, after in zip(folds, folds[1:] + folds[:1]):
+        role = "train"
+        if k == fold:
+            role = "test"
+        elif after == fold:
+            role = "valid"
+        splits[splits == str(k)] = role
+    for name in np.unique(names):
+        for kind in ("any", "train*"):
+            clips = rng.permutation(np.flatnonzero((names == name) & (splits == kind)))
+            valid = test = 0
+            if len(clips) > 2:
+                valid = max(1, len(clips) // 10)
+            if len(clips) > 2 and kind == "any":
+                test = max(1, len(clips) // 5)
+            splits[clips] = "train"
+            splits[clips[:valid]] = "valid"
+            splits[clips[valid : valid + test]] = "test"
+
+
+def choose_few(splits, names, classes, few_shot, seed):
+    """Leave `few_shot` clips of each class in training, 0: all. What is chosen does not depend on
+    what was drawn before."""
+    rng = np.random.default_rng(seed)
+    if few_shot:
+        for name in classes:
+            clips = np.flatnonzero((names == name) & (splits == "train"))
+            splits[rng.permutation(clips)[few_shot:]] = "unused"
+
+
+def check_splits(name, splits, train):
+    """Raise a sentence for splits that cannot train, or test."""
+    counts = Counter(splits)
+    needed = {"train", "test"} if train else {"test"}
+    if not needed <= counts.keys() <= {"train", "valid", "test", "bad", "unused"}:
+        raise ValueError(f"{name} has clips {dict(counts)}: expected some of split train, some of "
+                         "test, the others valid or what `Source` names")
+
+
+def check_classes(name, splits, names, drawn, train, skip_bad, found):
+    """Name classes that train and are never tested, or the other way, and leave the latter out;
+    raise if they shall train without `skip_bad`. A few clips of a class `drawn` all train."""
+    trained = set(names[splits == "train"].tolist())
+    tested = set(names[splits == "test"].tolist())
+    if len(trained) == 1:
+        raise ValueError(f"{name}: only one class trains, {trained.pop()!r}. Is ROOT a folder too "
+                         "high or too deep?")
+    if not trained:
+        return  # only a test
+    if train and not trained & tested:
+        raise ValueError(f"{name}: no class is in both training and test")
+    found.note("classes have too few clips to be tested", sorted((trained - tested) & drawn))
+    faults = [f"class {label!r} trains and is never tested" for label in trained - tested - drawn]
+    faults += [f"class {label!r} is tested and never trains" for label in tested - trained]
+    faults = Findings(sorted(faults))
+    faults.stop(skip_bad or not train, f"{name}: {len(faults.bad)} classes are not in both training and test")
+    found.bad += faults.bad
+    splits[(splits == "test") & ~np.isin(names, list(trained))] = "unused"
+
+
+def check_trials(name, splits, names, trials, train):
+    """Raise a sentence for trials of one kind, and for fewer than two speakers to train."""
+    for split, rows in trials.items():
+        if len({label for label, _, _ in rows}) < 2:
+            raise ValueError(f"{name}: trials to {split} are all of one kind, or none; they need "
+                             "two speakers and two recordings of one. Validation is drawn from "
+                             "the training speakers, --no-valid does without")
+    if train and len(set(names[splits == "train"])) < 2:
+        raise ValueError(f"{name}: fewer than two speakers train; --no-valid leaves more to train. "
+                         "(VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2.)")
+
+
 # --------------------------------------------------------------------------------------------------
-# 4. Batches: slices of the packed file, in an order that only seed and epoch decide
+# 5. Batches: slices of the packed file, in an order that only seed and epoch decide
 
 
 @dataclass
 class Batch:
-    """x: (B, samples) int16 or (B, T, F) int8; lengths, labels, clips (indices): (B,)."""
+    """x: (B, samples) int16, or floats of that scale; lengths, labels, clips (indices): (B,)."""
     x: torch.Tensor
     lengths: torch.Tensor
     labels: torch.Tensor
@@ -404,25 +881,26 @@ def batches(corpus, clips, size, frames, seed=0, epoch=0, train=True, repeat=Fal
 def load_batch(corpus, clips, frames, rng=None, repeat=False):
     """Return one Batch of `frames` frames a clip, from a random place with `rng`, else its start. A
     shorter clip is followed by zeros, or with `repeat` by itself; `lengths` says where it ends."""
-    size = frames if corpus.mels else samples_of(frames)
-    # (B, samples) int16 or (B, T, F) int8: widened on the device, so half or a quarter travels.
-    x = np.zeros((len(clips), size, *corpus.store.shape[1:]), corpus.store.dtype)
+    size = samples_of(frames)
+    x = np.zeros((len(clips), size), np.int16)  # widened on the device, so half of it travels
     lengths = np.minimum(corpus.length[clips], size)
     for row, (clip, length) in enumerate(zip(clips, lengths)):
         spare = corpus.length[clip] - length
         start = corpus.start[clip] + (rng.integers(spare + 1) if rng and spare else 0)
         segment = corpus.store[start : start + length]
         if repeat and length < size:
-            segment = np.resize(segment, x.shape[1:])  # numpy's resize repeats
+            segment = np.resize(segment, size)  # numpy's resize repeats
         x[row, : len(segment)] = segment
-    lengths = np.full_like(lengths, size) if repeat else lengths
-    return Batch(*map(torch.from_numpy, (x, lengths, corpus.labels[clips])), clips)
+    if repeat:
+        lengths = np.full_like(lengths, size)
+    columns = map(torch.from_numpy, (x, lengths, corpus.labels[clips]))
+    return Batch(*columns, clips)
 
 
 def cut_windows(corpus, clips, frames):
     """Return (a corpus of these clips' windows of `frames` frames; (windows,) the row in `clips` of
     each). A clip's last window is moved back to be whole, so that all weigh the same."""
-    size = frames if corpus.mels else samples_of(frames)
+    size = samples_of(frames)
     count = np.maximum(1, -(-corpus.length[clips] // size))  # rounded up
     owner = np.repeat(np.arange(len(clips)), count)  # (windows,)
     number = np.arange(len(owner)) - (np.cumsum(count) - count)[owner]  # 0, 1, ... in its clip
@@ -435,10 +913,7 @@ def cut_windows(corpus, clips, frames):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Features: a batch of waves to log-mel frames, equal to kaldi's; and their augmentation
-
-# Of AudioSet's log-mel bins, from AST's code. A corpus' own would shift what its layers can read.
-AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 4.5689974
+# 6. Features: a batch of waves to log-mel frames, equal to kaldi's; and their augmentation
 
 
 def frames_of(samples):
@@ -453,9 +928,16 @@ def samples_of(frames):
 
 @lru_cache
 def mel_triangles(mels, device):
-    """(FFT/2 + 1, mels): kaldi's triangles, equally spaced in mel from 20 Hz to 8 kHz."""
-    triangles, _ = get_mel_banks(mels, FFT, RATE, 20.0, 0.0, 100.0, -500.0, 1.0)
-    return F.pad(triangles, (0, 1)).T.to(device)  # (mels, 256) without the highest bin's zero
+    """(FFT/2 + 1, mels): triangles, equally wide in mel from 20 Hz to 8 kHz. Mel is nearly linear
+    below 700 Hz and logarithmic above, as an ear is."""
+    mel = lambda hertz: 1127 * torch.log(1 + hertz / 700)
+    low, high = mel(torch.tensor([20.0, RATE / 2]))
+    edges = low + torch.arange(mels + 2) * (high - low) / (mels + 1)
+    left, middle, right = edges[:-2], edges[1:-1], edges[2:]  # (mels,) each
+    bins = mel(torch.arange(FFT // 2 + 1) * RATE / FFT)[:, None]  # (FFT/2 + 1, 1)
+    rising = (bins - left) / (middle - left)  # (FFT/2 + 1, mels)
+    falling = (right - bins) / (right - middle)
+    return torch.minimum(rising, falling).clamp_min(0).to(device)
 
 
 def fbank(waves, mels=128):
@@ -480,22 +962,16 @@ def fbank(waves, mels=128):
 
 
 def features(batch, encoder):
-    """Return the encoder's input (B, T, F), normalised as it asks: by AudioSet's mean and std, or
-    ("utterance") without each clip's own mean per bin, which is where a channel's colour is."""
-    x = batch.x  # (B, samples) or (B, T, F)
-    if x.ndim == 3 and x.is_floating_point():  # made before: inputs, or frozen outputs (B, 1, D)
-        return x[:, 0] if x.shape[1] == 1 else x  # (B, D) or (B, T, F)
-    if x.ndim == 3:
-        x = x.float() * 0.1  # int8 -> log-mel (B, T, F)
-    else:
-        x = fbank(x.float() / 32768, encoder.mels)  # (B, samples) -> (B, T, F)
-        if encoder.normalise == "audioset":  # zero behind a clip's end: loud, but AST expects it
-            ends = (batch.lengths - WINDOW) // HOP + 1  # (B,) frames, as `frames_of`
-            past = torch.arange(x.shape[1], device=x.device) >= ends[:, None]  # (B, T)
-            x = x.masked_fill(past[:, :, None], 0.0)  # (B, T, 1): all bins of a frame
-    if encoder.normalise == "audioset":
-        return (x - AUDIOSET_MEAN) / (2 * AUDIOSET_STD)
-    return x - x.mean(1, keepdim=True)  # (B, 1, F): one mean a bin
+    """Return the encoder's input (B, T, F), normalised as it asks: by the mean and deviation that
+    it was trained with, or (None) without each clip's own mean per bin, the colour of a channel."""
+    x = fbank(batch.x.float() / 32768, encoder.mels)  # (B, samples) -> (B, T, F)
+    if encoder.normalise is None:
+        return x - x.mean(1, keepdim=True)  # (B, 1, F): one mean a bin
+    mean, std = encoder.normalise
+    ends = (batch.lengths - WINDOW) // HOP + 1  # (B,) frames, as `frames_of`
+    past = torch.arange(x.shape[1], device=x.device) >= ends[:, None]  # (B, T)
+    x = x.masked_fill(past[:, :, None], 0.0)  # behind a clip's end: loud, but AST expects it
+    return (x - mean) / (2 * std)
 
 
 # Augmentation of training batches; everything is drawn from torch's generator.
@@ -529,24 +1005,38 @@ def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", room
     x = batch.x * 10 ** (decibels / 20)
     y = x.clone()  # x stays whole: babble is made of it
     chosen = torch.randperm(len(x))[: round(share * len(x))].to(x.device)
-    half = len(chosen) // (2 if noise else 1) if rooms else 0
+    half = 0  # how many of them get a room
+    if rooms:
+        half = len(chosen) // 2 if noise else len(chosen)
     indoors, noisy = chosen[:half], chosen[half:]
     if half:
-        responses = (make_rooms(half, x.device) if rooms == "generated" else
-                     draw_sounds(rooms, half, 100, False).to(x.device))  # about a second
+        if rooms == "generated":
+            responses = make_rooms(half, x.device)
+        else:
+            responses = draw_sounds(rooms, half, 100, False).to(x.device)  # about a second
         y[indoors] = reverberate(x[indoors], responses)
     if noise and len(noisy):
-        sounds = (make_noise(x, noisy) if noise == "generated" else
-                  draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device))
+        if noise == "generated":
+            sounds = make_noise(x, noisy)
+        else:
+            sounds = draw_sounds(noise, len(noisy), frames_of(x.shape[1]), True).to(x.device)
         ratio = snr[0] + (snr[1] - snr[0]) * torch.rand(len(noisy), device=x.device)  # (noisy,)
-        y[noisy] = torchaudio.functional.add_noise(x[noisy], sounds, ratio, batch.lengths[noisy])
+        y[noisy] = add_noise(x[noisy], sounds, ratio, batch.lengths[noisy])
     return replace(batch, x=y)
+
+
+def add_noise(x, sounds, ratio, lengths):
+    """Add to each wave of x (B, n) a sound, `ratio` (B,) dB weaker; none where either is silent."""
+    mixed = torchaudio.functional.add_noise(x, sounds, ratio, lengths)
+    possible = mixed.isfinite().all(1, keepdim=True)  # (B, 1): silence has no ratio to anything
+    return torch.where(possible, mixed, x)
 
 
 def perturb_speed(batch, frames, classes):
     """Play each clip at one of SPEEDS. Pitch and formants move with the speed, which makes another
     speaker: label + classes * k."""
-    x, lengths = batch.x.new_empty(len(batch.x), samples_of(frames)), batch.lengths.clone()
+    x = batch.x.new_empty(len(batch.x), samples_of(frames))
+    lengths = batch.lengths.clone()
     drawn = torch.randint(len(SPEEDS), lengths.shape, device=x.device)  # (B,)
     for k, (fast, slow) in enumerate(SPEEDS):
         rows = (drawn == k).nonzero()[:, 0]
@@ -562,7 +1052,9 @@ def reverberate(x, responses):
     wet = torchaudio.functional.fftconvolve(x, responses)  # (B, n + m - 1)
     direct = responses.abs().argmax(1, keepdim=True)  # (B, 1)
     wet = wet.gather(1, direct + torch.arange(x.shape[1], device=x.device))  # (B, n)
-    return wet * x.norm(dim=1, keepdim=True) / wet.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    energy = wet.norm(dim=1, keepdim=True)  # (B, 1)
+    louder = wet * x.norm(dim=1, keepdim=True) / energy.clamp_min(1e-6)
+    return torch.where(energy > 0, louder, x)  # a silent response is no room
 
 
 def make_rooms(count, device):
@@ -590,7 +1082,7 @@ def draw_sounds(sounds, count, frames, anywhere):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Built-in corpora: synthetic, deterministic, offline
+# 7. Built-in corpora: synthetic, deterministic, offline
 
 VERSION = 2  # raise it when a generator changes: packed files are made anew
 TIME = np.arange(RATE) / RATE  # one second
@@ -613,7 +1105,8 @@ def tone(hertz):
 
 def band_noise(rng, low, high):
     """White noise between two frequencies (Hz), by zeroing the rest of its spectrum."""
-    spectrum, hertz = np.fft.rfft(rng.standard_normal(RATE)), np.fft.rfftfreq(RATE, 1 / RATE)
+    spectrum = np.fft.rfft(rng.standard_normal(RATE))
+    hertz = np.fft.rfftfreq(RATE, 1 / RATE)
     return np.fft.irfft(spectrum * ((hertz > low) & (hertz < high)))
 
 
@@ -630,7 +1123,8 @@ def part_of(rng, half):
 
 def clicks(instants, hertz, length):
     """At each instant (s) a burst of `hertz` that swells and falls within `length` seconds."""
-    wave, burst = np.zeros(RATE), tone(hertz)[: int(length * RATE)]
+    burst = tone(hertz)[: int(length * RATE)]
+    wave = np.zeros(RATE)
     wave[(instants * RATE).astype(int)] = 1
     return np.convolve(wave, burst * np.hanning(len(burst)))[:RATE]
 
@@ -703,7 +1197,7 @@ TARGET = {
 SOUNDS = {"sounds": TARGET, "sounds-source": SOURCE}
 
 
-def sound_rows(name, root):
+def sound_rows(name, root, found):
     """Clips are named before they are made: the name is the seed of the wave."""
     return [(f"{name}/{kind}/{split}-{n}", kind, split) for kind in SOUNDS[name]
             for split, count in COUNTS.items() for n in range(count)]
@@ -734,9 +1228,17 @@ BINS = np.linspace(0, RATE / 2, STEP + 1)[:, None]  # (bins, 1) Hz
 STFT = dict(n_fft=2 * STEP, hop_length=STEP, window=torch.hann_window(2 * STEP).double() ** 0.5)
 
 
+def voice_rows(root, found):
+    """Nobody is in two splits, so a test is of strangers."""
+    return [(f"voices/{split}-{who}/{n}", f"{split}-{who}", split)
+            for split, (speakers, each) in VOICES.items()
+            for who in range(speakers) for n in range(each)]
+
+
 def voice(clip):
     """The wave of one clip of `voices`: a speaker says random phonemes, through a channel."""
-    speaker, rng = rng_of(clip.rpartition("/")[0]), rng_of(clip)  # who, and what this time
+    speaker = rng_of(clip.rpartition("/")[0])  # who
+    rng = rng_of(clip)  # what this time
     pitch = log_uniform(speaker, 80, 280)  # Hz, from a deep man's to a child's
     melody = speaker.uniform(0.1, 0.4)  # how far the pitch wanders, in octaves
     tilt = speaker.uniform(3, 12)  # dB an octave: folds that close slowly make duller pulses
@@ -769,14 +1271,14 @@ def voice(clip):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Corpora: each lists its clips as (path below the root, class, split)
+# 8. Corpora: each lists its clips as (path below the root, class, split)
 
 
 @dataclass
 class Source:
     """What CORPORA says about one corpus. Splits of `rows` besides train, valid and test: "any" is
     drawn by a seed, of "train*" a tenth validates, "1", "2", ... are folds."""
-    rows: object  # root -> [(clip, class, split)]
+    rows: object  # (root, Findings) -> [(clip, class, split)]
     tree: str = ""  # how the root must look, and where to ask for it; empty: built in
     clips: int = 0  # of the official corpus; 0: any number
     address: str = ""  # of its archive, or of the folder of its lists; empty: no plain download
@@ -785,102 +1287,126 @@ class Source:
     lists: dict = field(default_factory=dict)  # --trials -> (file of the list, trials in it)
     trials: bool = False  # draw trials among the speakers that validate and test
     read: object = None  # clip -> wave, for built-in corpora
-    recipe: dict = field(default_factory=dict)  # P1, section 3.1, or ours: settings of train.py
 
 
-def table(path, *forms):
-    """Rows of a CSV file as tuples: each form with the columns it names, as "audio/{filename}"."""
-    with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: Excel's first three bytes
-        rows = [{k: v for k, v in row.items() if v is not None} for row in csv.DictReader(file)]
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    try:
-        return [tuple(form.format_map(row) for form in forms) for row in rows]
-    except KeyError as error:
-        raise ValueError(f"{path}: no column {error}, or not in each row") from error
+SPLIT_FOLDERS = dict(train="train", training="train", test="test", testing="test", val="valid",
+                     valid="valid", validation="valid", dev="valid")
 
 
-def speechcommands_rows(root):
+def folder_rows(root, found=None):
+    """ROOT/dog/1.wav: a class is a folder, the splits are drawn. With ROOT/train/dog/1.wav and
+    ROOT/test/dog/2.wav, and maybe validation, they are the folders'."""
+    clips = find_audio(root, found)
+    role = {clip: SPLIT_FOLDERS.get(clip.split("/")[0].lower(), "") for clip in clips}
+    roles = set(role.values())
+    if not {"train", "test"} <= roles:
+        clips = leave_out(clips, lambda clip: "/" in clip,
+                          "recordings directly in ROOT are left out", found)
+        return [(clip, clip.split("/")[0], "any") for clip in clips]
+    clips = leave_out(clips, lambda clip: role[clip] and clip.count("/") > 1,
+                      "recordings in no folder of a class, as ROOT/train/dog, are left out", found)
+    if "valid" not in roles:
+        role = {clip: split.replace("train", "train*") for clip, split in role.items()}
+    return [(clip, clip.split("/")[1], role[clip]) for clip in clips]
+
+
+def fsdd_rows(root, found):
+    """Of each digit and speaker recordings 0 to 4 test: its authors' split."""
+    rows = []
+    for clip in find_audio(root / "recordings", found):
+        digit, *_, take = clip.rpartition(".")[0].split("_")
+        split = "test" if int(take) < 5 else "train*"
+        rows.append((f"recordings/{clip}", digit, split))
+    return rows
+
+
+def fluentspeech_rows(root, found):
+    """31 intents: action, object and location."""
+    rows = []
+    for split in ("train", "valid", "test"):
+        table = root / f"data/{split}_data.csv"
+        rows += read_table(table, found, "{path}", "{action}/{object}/{location}", split)
+    return rows
+
+
+def speechcommands_rows(root, found):
     """Version 2: a folder a word; what neither list names trains."""
-    role = {clip: split for split, name in (("valid", "validation"), ("test", "testing"))
-            for clip in (root / f"{name}_list.txt").read_text(encoding="utf-8").split()}
-    clips = role.keys() | set(find_audio(root))  # with what a list names and is not there
-    return [(clip, clip.split("/")[0], role.get(clip, "train")) for clip in sorted(clips)
-            if clip.count("/") == 1 and not clip.startswith("_")]  # _background_noise_ is no word
+    rows = []
+    for split, file in (("valid", "validation_list.txt"), ("test", "testing_list.txt")):
+        names = [line.strip() for line in read_text(root / file).split("\n")]
+        rows += [(name, name.split("/")[0], split) for name in names if name]
+    listed = {composed(name) for name, _, _ in rows}  # also with what is not there
+    clips = leave_out(find_audio(root, found), lambda clip: clip.count("/") == 1,
+                      "recordings are not directly in a word's folder and left out", found)
+    for clip in clips:  # _background_noise_ is no word
+        if composed(clip) not in listed and not clip.startswith("_"):
+            rows.append((clip, clip.split("/")[0], "train"))
+    return sorted(rows)
 
 
-def open_features(root):
-    """Return a corpus of ready log-mel features: features.npy (frames, F) int8, one step 0.1 of a
-    natural logarithm; index.csv, a row a clip. Raises ValueError for another shape."""
-    store = np.load(root / "features.npy", mmap_mode="r")
-    rows = table(root / "index.csv", "{id}", "{speaker}", "{split}", "{start}", "{frames}")
-    ids, names, splits, *numbers = map(np.array, zip(*rows))
-    start, length = np.array(numbers, np.int64)
-    frames = (start + length).max()
-    if store.dtype != np.int8 or store.ndim != 2 or frames > len(store):
-        raise ValueError(f"{root}: features.npy is {store.dtype} {store.shape}, expected int8 "
-                         f"(frames, mel bins) with at least the {frames} frames of index.csv")
-    return Corpus("features", ids.tolist(), names, splits.astype(object), [], start, length, store)
+def voxceleb_rows(root, found):
+    """VoxCeleb1, VoxCeleb2 or both, at any depth: .../id10270/x6uYqmx31kE/00001.wav."""
+    tail = lambda clip: clip.rpartition(".")[0].split("/")[-3:]
+    clips = leave_out(find_audio(root, found), lambda clip: tail(clip)[0].startswith("id"),
+                      "recordings lie in no folder id.../... and are left out", found)
+    clips = keep_one(clips, lambda clip: "/".join(tail(clip)), found)
+    return [(clip, tail(clip)[0], "any") for clip in clips]
 
 
 VOXCELEB = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/"
 CORPORA = {
-    "sounds": Source(partial(sound_rows, "sounds"), read=sound, recipe=dict(frames=100, epochs=7)),
-    "sounds-source": Source(partial(sound_rows, "sounds-source"), read=sound,
-                            recipe=dict(frames=100, epochs=7)),
-    "voices": Source(  # nobody is in two splits, so a test is of strangers
-        lambda root: [(f"voices/{split}-{who}/{n}", f"{split}-{who}", split)
-                      for split, (speakers, each) in VOICES.items()
-                      for who in range(speakers) for n in range(each)],
-        read=voice, trials=True, recipe=dict(frames=150, epochs=6, batch_size=32)),
+    "sounds": Source(partial(sound_rows, "sounds"), read=sound),
+    "sounds-source": Source(partial(sound_rows, "sounds-source"), read=sound),
+    "voices": Source(voice_rows, read=voice, trials=True),
     "folder": Source(
-        lambda root: [(clip, clip.split("/")[0], "any") for clip in find_audio(root)
-                      if "/" in clip], "A folder per class or speaker: ROOT/dog/1.wav, ..."),
-    "fsdd": Source(  # of each digit and speaker recordings 0 to 4 test: its authors' split
-        lambda root: [(f"recordings/{path.name}", path.name[0],
-                       "test" if path.stem.split("_")[2] in list("01234") else "train*")
-                      for path in sorted((root / "recordings").glob("[0-9]_*_*.wav"))],
-        "ROOT/recordings/7_jackson_32.wav, ...", 3000,
-        "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/heads/master.zip",
-        recipe=dict(frames=64, epochs=40, spec_f=16, spec_t=8, shift=6, gain=10.0)),
+        folder_rows,
+        tree="A folder per class or speaker: ROOT/dog/1.wav, ...; or ROOT/train/dog/1.wav, "
+             "ROOT/test/dog/2.wav, ..."),
+    "fsdd": Source(
+        fsdd_rows,
+        tree="ROOT/recordings/7_jackson_32.wav, ...",
+        clips=3000,
+        address="https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/heads/"
+                "master.zip"),
     "esc50": Source(
-        lambda root: table(root / "meta/esc50.csv", "audio/{filename}", "{category}", "{fold}"),
-        "ROOT/meta/esc50.csv, ROOT/audio/1-100032-A-0.wav, ...", 2000,
-        "https://github.com/karolpiczak/ESC-50/archive/master.zip", folds=5,
-        recipe=dict(frames=500, epochs=50, spec_f=24, spec_t=80)),
+        lambda root, found: read_table(
+            root / "meta/esc50.csv", found, "audio/{filename}", "{category}", "{fold}"),
+        tree="ROOT/meta/esc50.csv, ROOT/audio/1-100032-A-0.wav, ...",
+        clips=2000,
+        address="https://github.com/karolpiczak/ESC-50/archive/master.zip",
+        folds=5),
     "urbansound8k": Source(  # slices of one recording are in one fold, so the folds stay whole
-        lambda root: table(root / "metadata/UrbanSound8K.csv", "audio/fold{fold}/{slice_file_name}",
-                           "{class}", "{fold}"),
-        "ROOT/metadata/UrbanSound8K.csv, ROOT/audio/fold1/101415-3-0-2.wav, ...", 8732,
-        "https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz", folds=10,
-        recipe=dict(frames=400, epochs=30, spec_f=24, spec_t=80)),
-    "speechcommands": Source(  # version 2
-        speechcommands_rows, "ROOT/validation_list.txt, ROOT/testing_list.txt, "
-        "ROOT/bed/00176480_nohash_0.wav, ...", 105829,
-        "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
-        "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
-        recipe=dict(frames=100, epochs=75, batch_size=128)),
-    "fluentspeech": Source(  # 31 intents: action, object and location
-        lambda root: [row for split in ("train", "valid", "test") for row in table(
-            root / f"data/{split}_data.csv", "{path}", "{action}/{object}/{location}", split)],
-        "ROOT/data/train_data.csv, valid_data.csv, test_data.csv, ROOT/wavs/"
-        "speakers/SPEAKER/CLIP.wav, ...\nAsk for it by the form of its publisher, Fluent.ai",
-        30043, recipe=dict(frames=400, epochs=75)),
-    "voxceleb": Source(  # VoxCeleb1, VoxCeleb2 or both, at any depth
-        lambda root: [(clip, clip.split("/")[-3], "any") for clip in find_audio(root)
-                      if clip.count("/") > 1 and clip.split("/")[-3].startswith("id")],
-        "ROOT/veri_test2.txt, list_test_all2.txt, list_test_hard2.txt, and anywhere below ROOT\n"
-        f"id10270/x6uYqmx31kE/00001.wav or .m4a, ...\nAsk for the audio by the form at {VOXCELEB}",
-        address=VOXCELEB + "meta/", recipe=dict(frames=200),
+        lambda root, found: read_table(
+            root / "metadata/UrbanSound8K.csv", found, "audio/fold{fold}/{slice_file_name}",
+            "{class}", "{fold}"),
+        tree="ROOT/metadata/UrbanSound8K.csv, ROOT/audio/fold1/101415-3-0-2.wav, ...",
+        clips=8732,
+        address="https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz",
+        folds=10),
+    "speechcommands": Source(
+        speechcommands_rows,
+        tree="ROOT/validation_list.txt, ROOT/testing_list.txt, ROOT/bed/00176480_nohash_0.wav, ...",
+        clips=105829,
+        address="http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
+        sha256="af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"),
+    "fluentspeech": Source(
+        fluentspeech_rows,
+        tree="ROOT/data/train_data.csv, valid_data.csv, test_data.csv, ROOT/wavs/speakers/SPEAKER/"
+             "CLIP.wav, ...\nAsk for it by the form of its publisher, Fluent.ai",
+        clips=30043),
+    "voxceleb": Source(
+        voxceleb_rows,
+        tree="ROOT/veri_test2.txt, list_test_all2.txt, list_test_hard2.txt, and anywhere below ROOT"
+             "\nid10270/x6uYqmx31kE/00001.wav or .m4a, ...\nAsk for the audio by the form at "
+             + VOXCELEB,
+        address=VOXCELEB + "meta/",
         lists={"o": ("veri_test2.txt", 37611), "e": ("list_test_all2.txt", 579818),
                "h": ("list_test_hard2.txt", 550894)}),
-    "features": Source(None, "ROOT/features.npy (frames, mel bins) int8, ROOT/trials.txt, "
-                       "ROOT/index.csv: id, speaker, split, start, frames"),
 }
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The command line: getting, checking and drawing a corpus
+# 9. The command line: getting, checking and drawing a corpus
 
 
 def download(address, path, sha256=""):
@@ -911,11 +1437,15 @@ def unpack(archive, folder):
     """Unpack a zip or tar.gz into `folder`, without the one folder that may hold all the rest, and
     delete it. Members that would lie outside are refused (tar) or left out (zip)."""
     part = folder / ".unpacking"  # so that `folder` never looks whole when it is not
-    form = {"format": "zip"} if zipfile.is_zipfile(archive) else dict(format="gztar", filter="data")
     try:
-        shutil.unpack_archive(archive, part, **form)
+        if zipfile.is_zipfile(archive):
+            shutil.unpack_archive(archive, part, "zip")
+        else:
+            unpack_tar(archive, part)
         top, *others = part.glob("[!._]*")  # without what a Mac adds
-        for path in list((part if others or not top.is_dir() else top).iterdir()):
+        if others or not top.is_dir():
+            top = part
+        for path in list(top.iterdir()):
             os.replace(path, folder / path.name)
     except Exception as error:  # of zipfile, tarfile, gzip, zlib: they share no other class
         raise ValueError(f"{archive} could not be unpacked ({error}); if it is damaged, delete it: "
@@ -923,6 +1453,20 @@ def unpack(archive, folder):
     finally:
         shutil.rmtree(part, ignore_errors=True)
     archive.unlink()
+
+
+def unpack_tar(archive, folder):
+    """Unpack a tar.gz; raise if a member would lie outside of `folder`."""
+    with tarfile.open(archive, "r:gz") as tar:
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(folder, filter="data")
+            return
+        whole = folder.resolve()  # Python before 3.11.4 has no filter
+        for member in tar.getmembers():
+            plain = member.isfile() or member.isdir()
+            if not plain or not (whole / member.name).resolve().is_relative_to(whole):
+                raise ValueError(f"{member.name} is a link, or would lie outside")
+        tar.extractall(folder)
 
 
 def check_figure(path):
@@ -949,7 +1493,7 @@ def draw_spectrograms(corpus, path):
     names = sorted(corpus.classes, key=lambda name: (">" not in name, name))[:6]
     clips = [train[corpus.labels[train] == corpus.classes.index(name)][0] for name in names]
     x = load_batch(corpus, np.array(clips), 100).x  # their first second
-    x = x.float() * 0.1 if corpus.mels else fbank(x / 32768)  # (B, T, F)
+    x = fbank(x / 32768)  # (B, T, F)
     augmented = augment_features(x - x.mean(), shift=25, spec_f=24, spec_t=20)
     with figure(path, 2, len(names), (1.6 * len(names), 3.6)) as axes:
         for axis, name, picture in zip(axes.flat, names * 2, [*x, *augmented]):
@@ -958,8 +1502,26 @@ def draw_spectrograms(corpus, path):
             axis.label_outer()
 
 
+def check(corpus):
+    """Print what a corpus holds, and every fault by name; return whether there is one."""
+    print(f"{corpus.name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or speakers")
+    more = ", ..." if len(corpus.classes) > 50 else ""
+    print(f"  {', '.join(corpus.classes[:50])}{more}")
+    for split in sorted(set(corpus.splits)):
+        clips = corpus.pick(split)
+        seconds = corpus.length[clips] / RATE
+        counts = Counter(corpus.labels[clips].tolist()).values()
+        print(f"  {split:7s} {len(clips):7,} clips, {min(counts)} to {max(counts)} a class, "
+              f"{seconds.min():.2f} to {seconds.max():.2f} s, {seconds.sum() / 3600:.2f} h")
+    for split, pairs in corpus.trials.items():
+        print(f"  {split} trials: {len(pairs):,}, {sum(t[0] for t in pairs):,} of one speaker")
+    faults = [*corpus.notes, *corpus.bad]
+    for fault in faults or ["none"]:
+        print(f"  fault: {fault}")
+    return bool(faults)
+
+
 def main(argv=None):
-    """Print what a corpus holds, and every fault by name."""
     parser = argparse.ArgumentParser(description="Check a corpus: counts, durations, faults.")
     parser.add_argument("name", choices=CORPORA, metavar="NAME", help=", ".join(CORPORA))
     parser.add_argument("root", metavar="ROOT", nargs="?", help="its folder; none if built in")
@@ -968,7 +1530,9 @@ def main(argv=None):
     parser.add_argument("--download", action="store_true", help="get it first, where that is free")
     parser.add_argument("--figure", help="draw spectrograms into this .png, .svg or .pdf")
     args = parser.parse_args(argv)
-    opened = partial(open_corpus, args.name, args.root, args.cache, trials=args.trials, train=False)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that a code page lacks
+    opened = partial(open_corpus, args.name, args.root, cache=args.cache, trials=args.trials,
+                     train=False)
     try:
         if args.figure:
             check_figure(args.figure)
@@ -978,22 +1542,12 @@ def main(argv=None):
             corpus = opened()  # without skip_bad, so that what is bad is read again
         except ValueError:
             corpus = opened(skip_bad=True)
-        print(f"{args.name}: {len(corpus.ids):,} clips, {len(corpus.classes)} classes or speakers")
-        for split in sorted(set(corpus.splits)):
-            clips = corpus.pick(split)
-            seconds = corpus.length[clips] / (100 if corpus.mels else RATE)  # frames or samples
-            counts = Counter(corpus.labels[clips].tolist()).values()
-            print(f"  {split:7s} {len(clips):7,} clips, {min(counts)} to {max(counts)} a class, "
-                  f"{seconds.min():.2f} to {seconds.max():.2f} s, {seconds.sum() / 3600:.2f} h")
-        for split, pairs in corpus.trials.items():
-            print(f"  {split} trials: {len(pairs):,}, {sum(t[0] for t in pairs):,} of one speaker")
-        for fault in [*corpus.notes, *corpus.bad] or ["none"]:
-            print(f"  fault: {fault}")
+        faulty = check(corpus)
         if args.figure:
             draw_spectrograms(corpus, args.figure)
-        sys.exit(1 if corpus.notes else 0)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    sys.exit(1 if faulty else 0)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py does, before torch is imported
@@ -56,28 +58,46 @@ def cache(tmp_path_factory):
 # 1. data.py: helpers first, then files, packing, splits, corpora, downloads, sounds, augmentation
 
 
-def wav_bytes(wave, rate=16000, code=1, bits=16, extensible=False):
-    """A WAV file from floats (n, channels), written by hand as the format's specification says."""
+def wav_bytes(wave, rate=16000, code=1, bits=16, extensible=False, width=None):
+    """A WAV file from floats (n, channels), written by hand as the format's specification says.
+    `width`: bytes of a sample, where it has more than its bits."""
+    width = width or bits // 8
+    channels = wave.shape[1]
     if code == 3:
-        body = wave.astype(f"<f{bits // 8}").tobytes()
+        body = wave.astype(f"<f{width}").tobytes()
     else:
         top = 2 ** (bits - 1)
-        steps = np.round(wave * top).clip(-top, top - 1).astype(np.int64) + 128 * (bits == 8)
-        body = b"".join((int(s) % 2**bits).to_bytes(bits // 8, "little") for s in steps.ravel())
-    channels, frame = wave.shape[1], wave.shape[1] * bits // 8
+        steps = np.round(wave * top).clip(-top, top - 1).astype(np.int64) << 8 * width - bits
+        if bits == 8:
+            steps += 128  # bytes are unsigned
+        body = b"".join((int(s) % 256**width).to_bytes(width, "little") for s in steps.ravel())
     tag = 0xFFFE if extensible else code
-    form = struct.pack("<HHIIHH", tag, channels, rate, rate * frame, frame, bits)
-    form += struct.pack("<HHIH14x", 22, bits, 0, code) * extensible
+    block = width * channels
+    form = struct.pack("<HHIIHH", tag, channels, rate, rate * block, block, bits)
+    if extensible:
+        form += struct.pack("<HHIH14x", 22, bits, 0, code)
     odd = b"LIST" + struct.pack("<I", 3) + b"abc\0"  # a chunk of odd size is padded
     form = b"fmt " + struct.pack("<I", len(form)) + form
     body = b"data" + struct.pack("<I", len(body)) + body
     return b"RIFF" + struct.pack("<I", 4 + len(form + odd + body)) + b"WAVE" + form + odd + body
 
 
+def noise(samples=3000, channels=1):
+    return np.random.default_rng(0).uniform(-0.5, 0.5, (samples, channels))
+
+
+def save_clips(root, *names, wave=None):
+    """Write one wave, noise as a rule, under several names."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(wav_bytes(noise() if wave is None else wave))
+
+
 def corpus_of(waves, labels, splits):
     """A corpus in memory, as open_corpus would return it."""
     lengths = np.array([len(wave) for wave in waves])
-    ids, classes = [f"clip{i}" for i in range(len(waves))], [str(c) for c in sorted(set(labels))]
+    ids = [f"clip{i}" for i in range(len(waves))]
+    classes = [str(c) for c in sorted(set(labels))]
     return data.Corpus("test", ids, np.array(labels), np.array(splits, object), classes,
                        np.cumsum(lengths) - lengths, lengths, np.concatenate(waves).astype("<i2"))
 
@@ -107,14 +127,89 @@ def people(corpus, part):
             for split in ("train", "valid", "test")]
 
 
-@pytest.mark.parametrize("code, bits, extensible", [
-    (1, 8, False), (1, 16, True), (1, 24, False), (1, 32, False), (3, 32, True), (3, 64, False)])
-def test_every_kind_of_wav_is_read(tmp_path, code, bits, extensible):
-    wave, path = np.random.default_rng(0).uniform(-0.99, 0.99, (1000, 3)), tmp_path / "a.wav"
-    path.write_bytes(wav_bytes(wave, 44100, code, bits, extensible))
+@pytest.mark.parametrize("code, bits, width, extensible", [
+    (1, 8, 1, False), (1, 16, 2, True), (1, 24, 3, False), (1, 24, 4, False), (1, 12, 2, False),
+    (1, 32, 4, False), (3, 32, 4, True), (3, 64, 8, False)])
+def test_every_kind_of_plain_wav_is_read(tmp_path, code, bits, width, extensible):
+    wave = np.random.default_rng(0).uniform(-0.99, 0.99, (1000, 3))
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav_bytes(wave, 44100, code, bits, extensible, width))
     read, rate = data.read_wav(path)
-    assert read.shape == (3, 1000) and rate == 44100 and read.dtype == np.float32
-    np.testing.assert_allclose(read.T, wave, atol=1e-7 + (2.0**-bits if code == 1 else 0))
+    assert (read.shape, rate, read.dtype) == ((3, 1000), 44100, np.float32)
+    step = 2.0**-bits if code == 1 else 0
+    np.testing.assert_allclose(read.T, wave, atol=1e-7 + step)
+
+
+@pytest.mark.parametrize("whole, sound, cut, expected", [
+    (0xFFFFFFFF, 0xFFFFFFFF, 0, 3000), (100, 0x7FFFF000, 0, 3000), (100, 2_000_000_000, 0, 3000),
+    (0, 0, 0, 3000), (48, 0, 0, 3000), (0x7FFFFFFF, 0, 0, 3000),  # of streams
+    (6048, 6040, 0, 3000), (6048, 6000, 20, 2990), (6048, 6000, 200, "truncated: 6000 bytes"),
+    (6048, 0, 0, "0 samples at 16 kHz are shorter")])  # then what follows is no sound
+def test_the_size_that_a_header_tells_is_believed_where_it_can_be(
+        tmp_path, whole, sound, cut, expected):
+    content = bytearray(wav_bytes(noise()))
+    content[4:8] = struct.pack("<I", whole)
+    content[52:56] = struct.pack("<I", sound)
+    (tmp_path / "a.wav").write_bytes(content[: len(content) - cut])
+    try:
+        found = len(data.read_audio(tmp_path / "a.wav"))
+    except ValueError as error:
+        found = str(error)
+    assert found == expected or str(expected) in str(found), found
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"", "the file is empty"), (b"no sound at all", "starts with b'no sound"),
+    (wav_bytes(noise())[:30], "0 whole `fmt ` chunks|no `data`"),
+    (wav_bytes(noise())[:44], "no `data` chunk"), (wav_bytes(noise(), code=7), "format 7, 16 bits"),
+    (wav_bytes(noise(), code=1, bits=24, width=8), "24 bits, 1 channels in 8 bytes"),
+    (wav_bytes(noise(), 0), "0 Hz"), (wav_bytes(noise(100)), "100 samples .* one frame"),
+    (wav_bytes(noise() + np.nan, code=3, bits=32), "not finite"), (None, "No such file")])
+@pytest.mark.parametrize("decoder", [True, False])
+def test_what_is_no_sound_is_answered_with_file_and_reason(
+        tmp_path, monkeypatch, content, sentence, decoder):
+    if content is not None:
+        (tmp_path / "a.wav").write_bytes(content)
+    if not decoder:
+        monkeypatch.setitem(sys.modules, "torchcodec", None)
+    with pytest.raises(ValueError, match=f"a.wav: .*({sentence})"):
+        data.read_audio(tmp_path / "a.wav")
+
+
+def test_without_torchcodec_the_sentence_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    (tmp_path / "a.flac").write_bytes(b"fLaC")
+    with pytest.raises(ValueError, match="starts with b'fLaC'.*pip install torchcodec"):
+        data.read_audio(tmp_path / "a.flac")
+
+
+def test_a_decoder_that_loses_samples_of_a_compressed_wav_is_found_out(tmp_path, monkeypatch):
+    """torchcodec 0.17 gives 12,216 of 44,100 samples of ADPCM, without a word."""
+    form = struct.pack("<HHIIHHHH", 2, 1, 16000, 8000, 256, 4, 2, 500)  # 500 samples in 256 bytes
+    body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", 2560)
+    (tmp_path / "a.wav").write_bytes(b"RIFF" + struct.pack("<I", 2596) + body + bytes(2560))
+    monkeypatch.setattr(data.torchaudio, "load", lambda path: (torch.zeros(1, 3000), 16000))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="3000 of 5000 samples .* convert it: ffmpeg -i"):
+        data.read_audio(tmp_path / "a.wav")
+    monkeypatch.setattr(data.torchaudio, "load", lambda path: (torch.rand(1, 5000), 16000))
+    assert len(data.read_audio(tmp_path / "a.wav")) == 5000, "all samples, and refused"
+
+
+@pytest.mark.parametrize("change, level, remark", [
+    (lambda wave: wave, 0.5, []), (lambda wave: 0 * wave, 0, ["digital silence"]),
+    (lambda wave: 0 * wave + 2**-15, 2**-15, ["digital silence"]),
+    (lambda wave: np.concatenate([wave, -wave]), 0.5, ["channels that cancel"]),
+    (lambda wave: np.concatenate([wave, 0 * wave]), 0.25, []),
+    (lambda wave: 2**15 * wave, 0.5, ["floats at the scale of integers"]),
+    (lambda wave: 2**31 * wave, 0.5, ["floats at the scale of integers"]),
+    (lambda wave: 3 * wave, 1.5, ["floats beyond"]),
+    (lambda wave: wave * 2**-17, 0.5, ["sound too quiet"])])
+def test_what_a_recording_holds_is_looked_at_and_said(change, level, remark):
+    wave = noise(16000).T.astype(np.float32)  # (1, samples)
+    mono, remarks = data.inspect_wave(np.float32(change(wave)))
+    assert [text.startswith(tuple(remark)) for text in remarks] == [True] * len(remark), remarks
+    assert abs(np.abs(mono).max() - level) <= 0.11 * level
 
 
 @pytest.mark.parametrize("rate", [8000, 44100, 44101])  # the last is a prime
@@ -151,15 +246,27 @@ def test_fbank_equals_kaldis(mels, bf16):
         assert_close(data.fbank(waves, mels), expected, atol=1e-3, rtol=0)
 
 
-def test_features_of_silence_and_padding_are_asts_golden_values_and_utterances_have_no_mean():
+def encoder_of(mels, normalise):
+    """What `features` asks an encoder for."""
+    return types.SimpleNamespace(mels=mels, normalise=normalise)
+
+
+AUDIOSET = (-4.2677393, 4.5689974)
+
+
+def test_features_of_silence_and_padding_are_asts_golden_values():
     silent = corpus_of([np.zeros(8000)], [0], ["train"])
-    batch, sound = data.load_batch(silent, np.array([0]), 100), data.frames_of(8000)
-    x = data.features(batch, AST("nano"))  # (1, 100, 128)
+    batch = data.load_batch(silent, np.array([0]), 100)
+    sound = data.frames_of(8000)
+    x = data.features(batch, encoder_of(128, AUDIOSET))  # (1, 100, 128)
     assert_close(x[0, :sound], torch.full((sound, 128), -1.27759), atol=1e-4, rtol=0)
     assert_close(x[0, sound:], torch.full((100 - sound, 128), 0.46703), atol=1e-4, rtol=0)
+
+
+def test_features_of_an_utterance_have_no_mean():
     corpus = corpus_of([np.random.default_rng(0).integers(-999, 999, 5000)], [0], ["train"])
     batch = data.load_batch(corpus, np.array([0]), 50, repeat=True)
-    mean = data.features(batch, slim("resnet34")).mean(1)
+    mean = data.features(batch, encoder_of(40, None)).mean(1)
     assert_close(mean, torch.zeros(1, 40), atol=1e-5, rtol=0)
 
 
@@ -167,11 +274,12 @@ def test_batches_depend_on_seed_and_epoch_alone():
     waves = [np.arange(i * 1000, i * 1000 + 900) for i in range(20)]
     corpus = corpus_of(waves, [0] * 20, ["train"] * 20)
     draw = lambda **kw: list(data.batches(corpus, np.arange(20), 6, frames=3, seed=1, **kw))
-    first, again, later = draw(), draw(), draw(epoch=1)
-    assert len(first) == 3 and len({i for b in first for i in b.clips}) == 18  # no clip twice
-    assert all(torch.equal(a.x, b.x) and (a.clips == b.clips).all() for a, b in zip(first, again))
-    assert any((a.clips != b.clips).any() for a, b in zip(first, later))
-    assert len({int(b.x[0, 0]) % 1000 for b in first}) > 1  # crops start anywhere
+    first = draw()
+    assert len(first) == 3 and len({i for b in first for i in b.clips}) == 18, "a clip came twice"
+    for a, b in zip(first, draw()):
+        assert torch.equal(a.x, b.x) and (a.clips == b.clips).all(), "another batch, same seed"
+    assert any((a.clips != b.clips).any() for a, b in zip(first, draw(epoch=1))), "same order"
+    assert len({int(b.x[0, 0]) % 1000 for b in first}) > 1, "all crops start at one place"
 
 
 def test_the_last_window_of_a_clip_is_moved_back_to_be_whole():
@@ -182,52 +290,204 @@ def test_the_last_window_of_a_clip_is_moved_back_to_be_whole():
     assert windows.length.tolist() == [5040, 5040, 5040, 5040, 3000]
 
 
-def test_a_folder_is_split_packed_once_and_packed_anew_when_a_clip_changes(tmp_path, monkeypatch):
-    root, cache = tmp_path / "root", tmp_path / "cache"
+@pytest.fixture
+def small_folder(tmp_path):
+    """(folder of three classes with ten clips, a function that opens it)"""
+    root = tmp_path / "root"
     folder_corpus(root)
-    folder_corpus(root / "lonely", classes=1, clips=1)  # a class of one clip only trains
-    open_it = lambda: data.open_corpus("folder", root, cache)
+    return root, lambda **kw: data.open_corpus("folder", root, cache=tmp_path / "cache", **kw)
 
+
+@pytest.mark.parametrize("name, sentence, left", [
+    ("to_int16", "^No space", 0), ("read_clip", "30 of 30 clips of folder cannot be used", 1)])
+def test_a_full_disk_is_no_bad_clip_and_bad_clips_are_read_again(
+        small_folder, tmp_path, monkeypatch, name, sentence, left):
     def full_disk(*arguments):
         raise OSError("No space left on device")
 
-    # A full disk is no bad clip and leaves nothing; clips that were bad are read again.
-    for name, sentence, left in (("to_int16", "^No space", 0), ("read_audio", "31 of 31 clips", 1)):
-        with monkeypatch.context() as patch:
-            patch.setattr(data, name, full_disk)
-            with pytest.raises((OSError, ValueError), match=sentence):
-                open_it()
-        assert len(list(cache.iterdir())) == left, name
+    with monkeypatch.context() as patch:
+        patch.setattr(data, name, full_disk)
+        with pytest.raises((OSError, ValueError), match=sentence):
+            small_folder[1]()
+    assert len(list((tmp_path / "cache").iterdir())) == left
+    assert not small_folder[1]().bad
+
+
+def test_a_folder_is_split_packed_once_and_packed_anew_when_a_clip_changes(
+        small_folder, tmp_path, monkeypatch):
+    root, open_it = small_folder
+    folder_corpus(root / "lonely", classes=1, clips=1)  # a class of one clip only trains
     corpus = open_it()
     assert [len(corpus.pick(split)) for split in ("train", "valid", "test")] == [22, 3, 6]
-    last, wave = root / corpus.ids[-1], corpus.store[-corpus.length[-1] :] / 32768
+    assert corpus.notes == ["1 classes have too few clips to be tested: lonely"]
+    last = root / corpus.ids[-1]
+    wave = corpus.store[-corpus.length[-1] :] / 32768
     np.testing.assert_allclose(wave, data.read_audio(last), atol=2**-16)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "read_audio", lambda path: pytest.fail(f"decoded {path} again"))
+        patch.setattr(data, "read_clip", lambda path: pytest.fail(f"decoded {path} again"))
         assert open_it().ids == corpus.ids
-    last.write_bytes(wav_bytes(np.full((9000, 1), 1.2), code=3, bits=32))  # too loud: clipped
+    last.write_bytes(wav_bytes(np.full((9000, 1), 1.2) + noise(9000), code=3, bits=32))
     again = open_it()
-    assert again.length[-1] == 9000 and (again.store[-9000:] == 32767).all()
-    assert len(list(cache.iterdir())) == 1  # the old one is gone
+    assert again.length[-1] == 9000, "the old clip is still there"
+    assert (again.store[-9000:] > 0).all(), "a loud sample was wrapped, not clipped"
+    assert "1 clips hold floats beyond [-1, 1] (clipped): " + corpus.ids[-1] in again.notes
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "the old file is still there"
 
 
-@pytest.mark.parametrize("name, text, sentence", [
-    ("folder", "\ufeff1 class0/0.wav class0/1.wav", "all of one kind"),  # after Excel's first bytes
-    ("folder", "0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "than two speakers"),
-    ("folder", "1 class0/0.wav class9/1.wav", "folder lacks 1 of .*'class9/1.wav'"),
-    ("folder", "\n", "all of one kind"), ("folder", "1 a", "trials.txt: expected `1 id_a id_b`"),
-    ("features", "a,b", "index.csv: no column 'split'"), ("features", "", "no rows"),
-    ("features", "a,b,validation,0,5", "'validation': 1.*expected some"),
-    ("features", "a,b,train,5,5", "at least the 10 frames"),
-    ("urbansound8k", "", "(?s)UrbanSound8K.csv'.*audio/fold1.*--download")])
-def test_bad_trials_and_tables_are_answered_with_a_sentence(tmp_path, name, text, sentence):
+def found_in(root):
+    """What `folder` lists below a root: ({clip: (class, split)}, notes)."""
+    found = data.Findings()
+    return {row[0]: row[1:] for row in data.folder_rows(root, found)}, found.notes
+
+
+def test_what_is_hidden_linked_twice_or_no_recording_is_not_in_a_folder(tmp_path):
+    save_clips(tmp_path, "dog/1.wav", "dog/._1.wav", ".ipynb_checkpoints/1.wav", "__MACOSX/dog/1.wav",
+               "cat/1.WAV", "cat/1.flac", "cat/1.m4a", "loose.wav", "dog/notes.txt", "dog/2.xyz")
+    (tmp_path / "ant").symlink_to(tmp_path / "dog")  # sorted before the folder that it is
+    (tmp_path / "dog/again").symlink_to(tmp_path)
+    rows, notes = found_in(tmp_path)
+    assert rows == {"cat/1.WAV": ("cat", "any"), "dog/1.wav": ("dog", "any")}
+    for words in ("1 files have endings .*: dog/2.xyz", "2 recordings .* twice, .*cat/1.flac",
+                  "1 recordings directly in ROOT are left out: loose.wav"):
+        assert any(re.search(words, note) for note in notes), (words, notes)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    save_clips(tmp_path, "dog/1.wav", "cat/1.wav")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="cat"):
+        data.find_audio(tmp_path)
+
+
+@pytest.mark.parametrize("valid", ["val", "valid", "validation", "Dev", None])
+def test_folders_named_train_and_test_are_splits(tmp_path, valid):
+    folders = ["train", "Test", *filter(None, [valid])]
+    save_clips(tmp_path, *(f"{folder}/{c}/1.wav" for folder in folders for c in "ab"))
+    save_clips(tmp_path, "extra/a/1.wav")
+    rows, notes = found_in(tmp_path)
+    expected = {"train/a/1.wav": ("a", "train" if valid else "train*"), "Test/b/1.wav": ("b", "test")}
+    assert rows.items() >= expected.items() and len(rows) == 2 * len(folders)
+    assert not valid or rows[f"{valid}/a/1.wav"] == ("a", "valid")
+    assert "extra/a/1.wav" in notes[0]
+
+
+def test_one_class_alone_is_refused(tmp_path):
+    save_clips(tmp_path, "corpus/dog/1.wav", "corpus/dog/2.wav", *(f"corpus/{i}.wav" for i in "345"))
+    with pytest.raises(ValueError, match="'corpus'. Is ROOT a folder too high or too deep"):
+        data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache")
+
+
+def test_names_in_another_normal_form_and_in_no_utf8_are_found(tmp_path):
+    apart = "u\u0308ber"  # as a Mac writes it
+    save_clips(tmp_path, *(f"wavs/{apart}{i}.wav" for i in range(4)))
+    for split in ("train", "valid", "test"):
+        write(tmp_path / f"data/{split}_data.csv", "path,action,object,location",
+              *(f"wavs/\u00fcber{i}.wav,{i % 2},b,c" for i in range(4)))
+    with pytest.raises(ValueError, match="in two rows, as 0/b/c train and as 0/b/c valid"):
+        data.open_corpus("fluentspeech", tmp_path, cache=tmp_path / "cache")
+    save_clips(tmp_path / "root", *(f"{c}/{i}.wav" for c in "ab" for i in range(4)))
+    name = os.fsencode(tmp_path / "root") + b"/a/h\xfc.wav"
+    os.rename(tmp_path / "root/a/0.wav", name)
+    corpus = data.open_corpus("folder", tmp_path / "root", cache=tmp_path / "cache")
+    assert corpus.notes == [r"1 names are no UTF-8, here escaped: a/h\xfc.wav"] and not corpus.bad
+    assert data.locate(tmp_path, "wavs/\u00fcber0.wav").endswith(f"{apart}0.wav")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_tables_are_read_in_any_common_encoding(tmp_path, encoding):
+    (tmp_path / "a.csv").write_text("file, kind\r\n1.wav, H\u00fcndchen,\r\n\r\n", encoding)
+    found = data.Findings()
+    rows = data.read_table(tmp_path / "a.csv", found, "audio/{file}", "{kind}", "1")
+    assert (rows, found.bad) == ([("audio/1.wav", "H\u00fcndchen", "1")], [])
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ("1.wav,1,dog,more", "line 12: 4 columns, the header has 3"), ("1.wav,1", "line 12: 2 columns"),
+    ("1.wav,1, ", "line 12: 'category' is empty"), ("0.wav,2,c0", "0.wav: in two rows, as c0 1 and"),
+    ("10.wav,1,new", "'new' trains and is never tested"),
+    ("10.wav,5,new", "'new' is tested and never trains")])
+def test_a_doubtful_row_stops_training_or_is_left_out_and_is_named(tmp_path, line, sentence):
+    save_clips(tmp_path / "audio", *(f"{i}.wav" for i in range(11)))
+    write(tmp_path / "meta/esc50.csv", "filename,fold,category",
+          *(f"{i}.wav,{i % 5 + 1},c{i // 5}" for i in range(10)), line)
+    open_it = lambda **kw: data.open_corpus("esc50", tmp_path, fold=5, cache=tmp_path / "c", **kw)
+    with pytest.raises(ValueError, match=f"(?s)--skip-bad goes on.*{sentence}"):
+        open_it()
+    corpus = open_it(skip_bad=True)
+    assert re.search(sentence, corpus.bad[0]), corpus.bad
+    tested = set(corpus.labels[corpus.pick("test")])
+    assert tested == {0, 1}, "a class is tested that does not train"
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("\ufeff1 class0/0.wav class0/1.wav", "all of one kind"),  # after Excel's first bytes
+    ("0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "than two speakers"),
+    ("1 class0/0.wav class9/1.wav", "names 1 clips .*'class9/1.wav'"),
+    ("\n", "all of one kind"), ("1 a", "trials.txt: expected `1 id_a id_b`"),
+    ("1 class0/0.wav class 0/1.wav", "tabs between, if names hold spaces")])
+def test_bad_trials_are_answered_with_a_sentence(tmp_path, text, sentence):
     folder_corpus(tmp_path, 4, 3)
-    np.save(tmp_path / "features.npy", np.zeros((9, 4), np.int8))
-    if name == "folder":
-        write(tmp_path / "trials.txt", text)
-    write(tmp_path / "index.csv", "id,speaker,split,start,frames", text)
+    write(tmp_path / "trials.txt", text)
     with pytest.raises(ValueError, match=sentence):
-        data.open_corpus(name, tmp_path, tmp_path / "cache")
+        data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache")
+
+
+@pytest.mark.parametrize("gap", [" ", "\t"])
+def test_trials_may_name_files_with_spaces(tmp_path, gap):
+    save_clips(tmp_path, *(f"{who} L/take {n}.wav" for who in ("Ada", "Bob") for n in (1, 2)))
+    write(tmp_path / "trials.txt", gap.join("1/Ada L*take 1.wav/Ada L*take 2.wav".split("/"))
+          .replace("*", "/"), gap.join("0/Ada L*take 1.wav/Bob L*take 2.wav".split("/")).replace("*", "/"))
+    corpus = data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache", train=False)
+    assert corpus.trials["test"] == [(1, 0, 1), (0, 0, 3)]
+
+
+def test_a_missing_table_or_column_is_answered_with_what_is_there(tmp_path):
+    with pytest.raises(ValueError, match="(?s)UrbanSound8K.csv'.*audio/fold1.*--download"):
+        data.open_corpus("urbansound8k", tmp_path)
+    write(tmp_path / "meta/esc50.csv", "file;fold;category", "1.wav;1;dog")
+    with pytest.raises(ValueError, match="no column 'filename'; its columns are file;fold;category"):
+        data.open_corpus("esc50", tmp_path)
+
+
+def test_files_are_read_without_a_corpus_and_the_bad_ones_are_named(tmp_path):
+    save_clips(tmp_path, "a.wav", "b/c.wav")
+    (tmp_path / "bad.wav").write_bytes(b"")
+    corpus = data.corpus_of_files([tmp_path / "bad.wav", tmp_path / "a.wav", tmp_path / "b"])
+    assert corpus.ids == [str(tmp_path / "a.wav"), str(tmp_path / "b/c.wav")]
+    assert [file for file, _ in corpus.bad] == [str(tmp_path / "bad.wav")]
+    assert "empty" in corpus.bad[0][1] and corpus.length.tolist() == [3000, 3000]
+
+
+@pytest.mark.parametrize("paths, sentence", [
+    (["nowhere.wav"], "no such file or folder: nowhere.wav"), ([], "found none")])
+def test_no_file_at_all_is_an_error(paths, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        data.corpus_of_files(paths)
+
+
+def test_arrays_of_any_rate_are_a_corpus():
+    wave = np.sin(np.arange(8000) * 0.1)
+    corpus = data.corpus_of_waves({
+        "float": (wave, 8000), "int16": ((wave * 32767).astype(np.int16), 16000),
+        "stereo": (np.stack([wave, wave]), 16000.0)})
+    assert corpus.length.tolist() == [16000, 8000, 8000]
+    np.testing.assert_allclose(corpus.store[16000:24000], corpus.store[24000:], atol=2)
+
+
+@pytest.mark.parametrize("wave, rate, sentence", [
+    (np.ones((8000, 2)), 16000, "a: 8000 channels of 2 samples: .*wave.T"), (np.ones(9), 0, "rate"),
+    (np.ones(8000, np.int32), 16000, "int16 or floats"), (np.ones(100), 16000, "shorter than one"),
+    (np.full(8000, np.nan), 16000, "not finite"), (np.ones((1, 2, 3)), 16000, "an array")])
+def test_arrays_that_are_no_sound_are_answered_with_a_sentence(wave, rate, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        data.corpus_of_waves({"a": (wave, rate)})
 
 
 @pytest.mark.parametrize("number, fold, valid, expected", [
@@ -236,9 +496,9 @@ def test_bad_trials_and_tables_are_answered_with_a_sentence(tmp_path, name, text
     (5, 2, False, ("1345", "", "2"))])
 def test_folds_rotate_as_in_p1_and_validation_is_never_the_test_fold(number, fold, valid, expected):
     folds = np.array([str(k) for k in range(1, number + 1)], object)
-    corpus = corpus_of([np.zeros(500)] * number, ["a"] * number, folds)
-    data.make_splits(corpus, 0, fold, few_shot=0, valid=valid, train=True)
-    found = ("".join(folds[corpus.splits == split]) for split in ("train", "valid", "test"))
+    splits = folds.copy()
+    data.make_splits(splits, np.array(["a"] * number), {}, 0, fold, valid, train=True)
+    found = ("".join(folds[splits == split]) for split in ("train", "valid", "test"))
     assert tuple(found) == expected
 
 
@@ -251,7 +511,8 @@ def test_official_lists_are_read_and_the_published_counts_are_expected(tmp_path,
               f'0,wavs/{split}.wav,"Please, lights",activate,lights,none')
     write(tmp_path / "validation_list.txt", "bed/a.wav")
     write(tmp_path / "testing_list.txt", "cat/b.wav")
-    monkeypatch.setattr(data, "find_audio", lambda root: ["_background_noise_/a.wav", "bed/c.wav"])
+    there = ["_background_noise_/a.wav", "bed/c.wav"]
+    monkeypatch.setattr(data, "find_audio", lambda root, found: there)
     for name, clips, rows in (
             ("esc50", 5 * 400, [("audio/1-17-A-0.wav", "dog", "1")]),
             ("urbansound8k", 8732, [("audio/fold5/17-3-0.wav", "bark", "5")]),
@@ -261,49 +522,37 @@ def test_official_lists_are_read_and_the_published_counts_are_expected(tmp_path,
             ("fluentspeech", 23132 + 3118 + 3793,
              [(f"wavs/{split}.wav", "activate/lights/none", split)
               for split in ("train", "valid", "test")])):
-        assert (data.CORPORA[name].rows(tmp_path), data.CORPORA[name].clips) == (rows, clips)
+        assert data.CORPORA[name].rows(tmp_path, data.Findings()) == rows
+        assert data.CORPORA[name].clips == clips, "another count than the authors'"
     assert (data.CORPORA["esc50"].folds, data.CORPORA["urbansound8k"].folds) == (5, 10)
     with pytest.raises(ValueError, match="(?s)has none.*train_data.csv.*by the form"):
         data.download_corpus("fluentspeech", tmp_path)
 
 
 def test_damage_is_named_by_the_check_and_stops_training_or_is_left_out(tmp_path, capsys):
-    """ESC-50's layout in small, ten of 60 clips damaged."""
-    root, names = tmp_path / "root", [f"{fold}-{i}.wav" for fold in range(1, 6) for i in range(12)]
+    """ESC-50's layout in small, three of 60 clips damaged and one silent."""
+    root = tmp_path / "root"
+    names = [f"{fold}-{i}.wav" for fold in range(1, 6) for i in range(12)]
     write(root / "meta/esc50.csv", "filename,fold,category",
           *(f"{name},{name[0]},c{i % 2}" for i, name in enumerate(names)))
-    (root / "audio").mkdir()
-    zeros, rng = np.zeros((2000, 1)), np.random.default_rng(0)
-    good = wav_bytes(zeros)
-    for name in names:
-        (root / "audio" / name).write_bytes(wav_bytes(rng.uniform(-0.5, 0.5, (3000, 1))))
-    said = {"5-0.wav'": ""}
-    for name, (content, sentence) in zip(names, (
-            (b"", "empty or not"), (b"no audio at all", "not a WAV file"),
-            (good[:-100], "truncated, 4000 bytes"), (good[:30], "neither PCM"),
-            (wav_bytes(zeros[:100]), "shorter than one frame"),
-            (wav_bytes(zeros[:0], 44100), "shorter than one frame"),
-            (wav_bytes(zeros, code=7), "neither PCM nor float"),
-            (wav_bytes(zeros + np.nan, code=3, bits=32), "not finite"),
-            (wav_bytes(zeros, 0), "0 Hz is neither"))):
-        (root / "audio" / name).write_bytes(content)
-        said[name] = sentence
+    save_clips(root / "audio", *names)
+    (root / "audio/1-0.wav").write_bytes(b"")
+    (root / "audio/1-1.wav").write_bytes(b"no audio at all")
+    save_clips(root / "audio", "1-2.wav", wave=np.zeros((2000, 1)))
     (root / "audio/5-0.wav").unlink()
     with pytest.raises(SystemExit, match="1"):
         data.main(["esc50", str(root), "--cache", str(tmp_path / "cache")])
     printed = capsys.readouterr().out
     for sentence in (
-            *(f"fault: .*{clip}.*{sentence}" for clip, sentence in said.items()),
-            "fault: expected 2,000 clips, found 50", "fault: 10 unusable clips",
-            "train .* 18 to 18 a class, 0.19 to 0.19 s", "bad .*10 clips"):
+            "fault: audio/1-0.wav: .*empty", "fault: audio/1-1.wav: .*starts with b'no audio",
+            "fault: audio/5-0.wav: No such file", "fault: 1 clips hold digital silence: audio/1-2",
+            "fault: expected 2,000 clips, found 57", "fault: 3 unusable clips", "\n  c0, c1\n",
+            "train .* 18 to 18 a class, 0.19 to 0.19 s", "bad .*3 clips"):
         assert re.search(sentence, printed), (sentence, printed)
-    arguments = (f"--data esc50 --root {root} --cache {tmp_path}/cache --out {tmp_path}/out "
-                 "--init none --epochs 1 --steps 1 --frames 20 --rank 1").split()
-    with pytest.raises(SystemExit, match=r"10 of 60 clips of esc50.*--skip-(?s:.)*1-0.wav"):
-        train.main(arguments)
-    assert not (tmp_path / "out").exists()
-    train.main([*arguments, "--skip-bad", "--no-valid"])
-    assert "10 unusable clips are left out" in capsys.readouterr().out
+    open_it = partial(data.open_corpus, "esc50", root, cache=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"3 of 60 clips of esc50.*--skip-(?s:.)*1-0.wav"):
+        open_it()
+    assert len(open_it(skip_bad=True).pick("bad")) == 3
 
 
 def test_voxcelebs_test_speakers_never_train_and_a_clip_that_only_the_list_knows_is_missing(
@@ -313,9 +562,9 @@ def test_voxcelebs_test_speakers_never_train_and_a_clip_that_only_the_list_knows
     for number in range(48):
         place = "dev/aac/id0000" if number > 15 else "vox1/wav/id1000"
         path = root / f"{place}{number // 4}/video/0000{number % 4}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(wav_bytes(np.zeros((3000, 1))))
-    open_it = lambda **options: data.open_corpus("voxceleb", root, tmp_path / "cache", **options)
+        save_clips(root, path)
+    save_clips(root, "copy/id10000/video/00000.m4a")  # counts once
+    open_it = partial(data.open_corpus, "voxceleb", root, cache=tmp_path / "cache")
     name = lambda speaker, clip: f"id1000{speaker}/video/0000{clip}.wav"
     for trials, file, tested in (("o", "veri_test2.txt", 2), ("h", "list_test_hard2.txt", 4)):
         write(root / file, f"1 {name(0, 0)} {name(0, 1)}",
@@ -325,11 +574,12 @@ def test_voxcelebs_test_speakers_never_train_and_a_clip_that_only_the_list_knows
         assert (len(training), len(held), len(strangers)) == (10 - tested, 2, tested)
         assert len(training | held | strangers) == 12 and corpus.trials["valid"]
     assert corpus.ids[corpus.trials["test"][0][1]] == "vox1/wav/id10000/video/00000.wav"
-    assert corpus.notes == ["expected 550,894 trials in list_test_hard2.txt, found 4"]
+    assert corpus.notes[1:] == ["expected 550,894 trials in list_test_hard2.txt, found 4"]
+    assert "count once" in corpus.notes[0] and len(corpus.ids) == 48
     published = {trials: count for trials, (_, count) in data.CORPORA["voxceleb"].lists.items()}
     assert published == {"o": 37611, "e": 579818, "h": 550894}
     (root / "vox1/wav" / name(3, 1)).unlink()
-    with pytest.raises(ValueError, match="voxceleb lacks 1 of.*id10003/video/00001.wav"):
+    with pytest.raises(ValueError, match="hard2.txt names 1 clips.*id10003/video/00001.wav"):
         open_it(trials="h")
     corpus = open_it(trials="h", skip_bad=True)
     assert len(corpus.trials["test"]) == 3 and "1 test trials of unusable" in str(corpus.notes)
@@ -337,18 +587,14 @@ def test_voxcelebs_test_speakers_never_train_and_a_clip_that_only_the_list_knows
 
 @pytest.mark.skipif(not REAL.exists(), reason="no real recordings beside the project")
 @pytest.mark.parametrize("name, folder, sizes, classes", [
-    ("esc50", "ESC-50", [4, 10, 6], 4), ("speechcommands", "speech_commands_v0.02", [10, 5, 5], 9),
-    ("fsdd", "fsdd", [2430, 270, 300], 10), ("features", "korean220", None, 180)])
+    ("esc50", "ESC-50", [4, 10, 0], 4), ("speechcommands", "speech_commands_v0.02", [10, 5, 2], 9),
+    ("fsdd", "fsdd", [2430, 270, 300], 10)])
 def test_real_corpora_have_their_official_split(cache, name, folder, sizes, classes):
-    corpus = data.open_corpus(name, REAL / folder, cache)
+    corpus = data.open_corpus(name, REAL / folder, cache=cache, train=False)
     found = [len(corpus.pick(split)) for split in ("train", "valid", "test")]
-    assert sizes in (None, found) and len(corpus.classes) == classes and not corpus.bad
+    assert (found, len(corpus.classes)) == (sizes, classes)
     if name == "fsdd":
         assert {corpus.ids[i][-5] for i in corpus.pick("test")} == set("01234")
-    if name == "features":
-        assert [len(speakers) for speakers in people(corpus, 0)] == [180, 20, 20]
-        labels = [label for label, _, _ in corpus.trials["test"]]
-        assert corpus.mels == 40 and (len(labels), sum(labels)) == (20000, 3800)
 
 
 def archive(kind, members):
@@ -374,7 +620,11 @@ def archive(kind, members):
     *((kind, name, b"2") for kind in ("zip", "tar") for name in (
         "a/../../evil", "/tmp/evil-of-the-tests", "C:/evil", "..\\evil")),
     ("tar", "link", (tarfile.SYMTYPE, "../..")), ("tar", "link", (tarfile.LNKTYPE, "../../a"))])
-def test_an_archive_writes_nothing_outside_its_folder(tmp_path, kind, name, body):
+@pytest.mark.parametrize("filters", [True, False])
+def test_an_archive_writes_nothing_outside_its_folder(
+        tmp_path, monkeypatch, filters, kind, name, body):
+    if not filters:
+        monkeypatch.delattr(tarfile, "data_filter")  # as on Python 3.11.2
     (tmp_path / "a").write_bytes(archive(kind, {"top/first": b"1", name: body}))
     with contextlib.suppress(ValueError):  # tar refuses it, zip leaves the member out
         data.unpack(tmp_path / "a", tmp_path / "root")
@@ -389,7 +639,8 @@ def test_an_archive_writes_nothing_outside_its_folder(tmp_path, kind, name, body
 def test_a_download_comes_whole_in_its_official_layout_or_leaves_nothing(
         tmp_path, monkeypatch, kind, top, fault):
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, (3000, 1))
-    files = {"audio/1.wav": wav_bytes(wave), "meta/esc50.csv": b"filename,fold,category\n1.wav,1,a"}
+    files = {"audio/1.wav": wav_bytes(wave), "meta/esc50.csv": b"filename,fold,category\n1.wav,1,a\n"
+             b"2.wav,2,b"}
     body = archive(kind, {"__MACOSX/x": b""} | {top + name: files[name] for name in files})
     sha256 = hashlib.sha256(body).hexdigest() if "hash" in fault else ""
     monkeypatch.setitem(data.CORPORA, "esc50", replace(
@@ -410,11 +661,13 @@ def test_a_download_comes_whole_in_its_official_layout_or_leaves_nothing(
 def test_twins_among_the_sounds_differ_by_order_alone(cache):
     corpus = data.open_corpus("sounds", cache=cache)
     batch = data.load_batch(corpus, np.arange(len(corpus.ids)), 98)
-    x = data.features(batch, AST("nano")).amax(1)  # (clips, 128) each bin's loudest, without order
-    x, labels = x - x.mean(1, keepdim=True), batch.labels
+    x = data.features(batch, encoder_of(128, AUDIOSET)).amax(1)  # (clips, 128) without order
+    x = x - x.mean(1, keepdim=True)
+    labels = batch.labels
     train, test = (torch.tensor(corpus.splits == split) for split in ("train", "test"))
     centres = torch.stack([x[train & (labels == k)].mean(0) for k in range(12)])
-    far, labels = torch.cdist(x[test], centres), labels[test]  # (test clips, 12)
+    far = torch.cdist(x[test], centres)  # (test clips, 12)
+    labels = labels[test]
     nearer = lambda a, b: (far[labels == a, a] < far[labels == a, b]).float().mean()
     told_apart = lambda a, b: float(nearer(a, b) + nearer(b, a)) / 2  # accuracy between two classes
     plain = [k for k, name in enumerate(corpus.classes) if ">" not in name]
@@ -445,14 +698,16 @@ def test_augmentation_hides_rolls_and_amplifies_within_its_bounds():
     torch.manual_seed(0)
     x = torch.ones(200, 50, 40)
     hidden = data.augment_features(x, spec_f=8, spec_t=10) == 0  # (B, T, F)
-    bands, stretches = hidden.all(1).sum(1), hidden.all(2).sum(1)
+    bands = hidden.all(1).sum(1)
+    stretches = hidden.all(2).sum(1)
     assert bands.max() <= 8 and stretches.max() <= 10 and bands.float().mean() > 2
     ramp = torch.arange(50.0).expand(200, 50)[:, :, None]
     rolled = data.augment_features(ramp, shift=5)[:, :, 0]  # (B, T)
     assert rolled.sort(1).values.equal(ramp[:, :, 0])
     start = (rolled.argmin(1) + 5) % 50
     assert start.max() == 10 and start.min() == 0
-    wave, zeros = torch.ones(200, 100), torch.zeros(200, dtype=torch.int64)
+    wave = torch.ones(200, 100)
+    zeros = torch.zeros(200, dtype=torch.int64)
     louder = data.augment_waves(data.Batch(wave, zeros + 100, zeros, zeros.numpy()), 1, 0, gain=6.0)
     decibels = 20 * louder.x.log10()  # a clip is louder as a whole, its padding stays silent
     assert decibels.std(1).max() < 1e-4 and 5 < decibels.abs().max() <= 6
@@ -460,7 +715,8 @@ def test_augmentation_hides_rolls_and_amplifies_within_its_bounds():
 
 def test_a_faster_voice_is_higher_and_another_speaker():
     torch.manual_seed(0)
-    size, labels = data.samples_of(112), torch.arange(30) % 5
+    size = data.samples_of(112)
+    labels = torch.arange(30) % 5
     tone = 9000 * torch.sin(2 * math.pi * 1000 * torch.arange(size) / 16000).repeat(30, 1)
     batch = data.Batch(tone, torch.full((30,), 8000), labels, np.arange(30))
     batch = data.perturb_speed(batch, 100, 5)
@@ -473,7 +729,8 @@ def test_a_faster_voice_is_higher_and_another_speaker():
 
 def test_a_room_is_a_convolution_that_keeps_the_direct_path_in_place_and_the_energy():
     rng = np.random.default_rng(0)
-    x, rooms = rng.standard_normal((3, 500)), 0.1 * rng.standard_normal((3, 120))
+    x = rng.standard_normal((3, 500))
+    rooms = 0.1 * rng.standard_normal((3, 120))
     rooms[range(3), [0, 40, 119]] = 2.0  # the direct path: at once, late, last of all
     wet = data.reverberate(torch.from_numpy(x), torch.from_numpy(rooms)).numpy()
     for row, delay in enumerate((0, 40, 119)):
@@ -485,7 +742,8 @@ def test_a_room_is_a_convolution_that_keeps_the_direct_path_in_place_and_the_ene
 def test_noise_has_the_ratio_that_is_asked_for(tmp_path):
     torch.manual_seed(0)
     folder_corpus(tmp_path / "noises", classes=1)
-    x, lengths = 1000 * torch.randn(20, data.samples_of(60)), torch.full((20,), 5000)
+    x = 1000 * torch.randn(20, data.samples_of(60))
+    lengths = torch.full((20,), 5000)
     x[:, 5000:] = 0  # padding is no part of the signal's power
     for sounds in ("generated", data.open_sounds(tmp_path / "noises", tmp_path / "cache")):
         batch = data.Batch(x, lengths, lengths, lengths.numpy())
@@ -494,6 +752,25 @@ def test_noise_has_the_ratio_that_is_asked_for(tmp_path):
         ratio = 10 * (x.square().sum(1) / 5000 / power).log10()[power > 0]
         assert_close(ratio, torch.full((12,), 7.0), atol=0.01, rtol=0)  # a share of 60 %
         assert (data.augment_waves(batch, 1, 60, rooms=sounds, share=1).x != x).any(1).all()
+
+
+@pytest.mark.parametrize("silent", ["noise", "clip", "room"])
+def test_a_silent_clip_noise_or_room_leaves_the_clip_as_it_is(silent):
+    x = 1000 * torch.randn(2, data.samples_of(60))
+    sound = np.zeros(16000) if silent != "clip" else np.random.default_rng(0).integers(-9, 9, 16000)
+    sounds = corpus_of([sound], [0], ["train"])
+    if silent == "clip":
+        x = 0 * x
+    lengths = torch.full((2,), x.shape[1])
+    batch = data.Batch(x, lengths, lengths, lengths.numpy())
+    option = dict(rooms=sounds) if silent == "room" else dict(noise=sounds)
+    assert torch.equal(data.augment_waves(batch, 1, 60, share=1.0, **option).x, x)
+
+
+def test_a_batch_of_one_has_no_babble_and_stays_finite():
+    batch = data.Batch(torch.randn(1, 16240), torch.tensor([16240]), torch.tensor([0]), np.arange(1))
+    for _ in range(8):
+        assert data.augment_waves(batch, 1, 100, noise="generated", share=1.0).x.isfinite().all()
 
 
 # --------------------------------------------------------------------------------------------------
