@@ -1176,7 +1176,7 @@ def profile(cfg, typed, own):
     check_training(cfg, typed)
     cfg, corpus, augment_waves, model = prepare(replace(cfg, steps=10, epochs=1))
     kinds = [getattr(torch.profiler.ProfilerActivity, kind) for kind in {"CPU", cfg.device.upper()}]
-    profilers = contextlib.nullcontext(), torch.profiler.profile(kinds, acc_events=True)
+    profilers = contextlib.nullcontext(), torch.profiler.profile(activities=kinds, acc_events=True)
     for profiler in profilers:  # the first warms up
         with tempfile.TemporaryDirectory() as out, profiler:
             fit(cfg, corpus, model, augment_waves, Path(out))
@@ -1358,13 +1358,15 @@ def main(argv=None):
             data.check_figure(cfg.figure)
         if cfg.download:
             on_first_rank(lambda: data.download_corpus(cfg.data, cfg.root, cfg.cache))
-        sys.exit(COMMANDS[command][0](cfg, typed.keys(), own))  # with what is left to complain of
+        complaint = COMMANDS[command][0](cfg, typed.keys(), own)
     except (ValueError, OSError) as error:
         where = f" in process {RANK}" if RANK else ""
         sys.exit(f"error{where}: {error}")
     except KeyboardInterrupt as stop:  # it carries the run's folder
         how = f"; the same command with --resume --out {stop} goes on" if stop.args else ""
         sys.exit(f"stopped{how}")
+    if complaint:
+        sys.exit(complaint)
 
 
 if __name__ == "__main__":
