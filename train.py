@@ -116,8 +116,9 @@ class Config:
     speed_perturb: bool = flag(False, "play x1, x0.9 and x1.1, as other speakers")
     noise: str = flag("", "a folder of noises, such as MUSAN's, or: generated")
     reverb: str = flag("", "a folder of rooms' impulse responses, or: generated")
-    distorted: float = flag(0.6, "share with noise or a room", least=0, most=1, needs="noise reverb")
-    snr: tuple = flag((0.0, 15.0), "lowest, highest dB of sound to noise", item=float, needs="noise")
+    distorted: float = flag(0.6, "share of clips with either", least=0, most=1,
+                            needs="noise reverb")
+    snr: tuple = flag((0.0, 15.0), "lowest and highest dB", item=float, needs="noise")
 
     rank: int = flag(None, "adapters, LoRA: width of the bottleneck", model="ast",
                      group="Options of AST and its methods: for ablations")
@@ -131,8 +132,8 @@ class Config:
     targets: str = flag(None, "LoRA: which of q, k, v, o, such as qv", model="ast")
     experts: int = flag(None, "mixtures: adapters a layer", model="ast")
     slots: int = flag(None, "Soft-MoA: slots an expert", model="ast")
-    pos_embed: str = flag("crop", "zero: as P1's code has it", choices=("crop", "zero"), model="ast")
-    pool: str = flag("mean", "embedding: of all tokens or two", choices=("mean", "cls"), model="ast")
+    pos_embed: str = flag("crop", "zero: as in P1's code", choices=("crop", "zero"), model="ast")
+    pool: str = flag("mean", "of all tokens, or of two", choices=("mean", "cls"), model="ast")
 
     subsets: int = flag(1, "feature subsets S; 1 is the plain host", least=1, model="speaker",
                         group="Speaker models: how light, and how hard the training task")
@@ -156,6 +157,13 @@ class Config:
     @property
     def speaker(self):
         return self.model in lightweight_sv.MODELS
+
+    @property
+    def crop(self):
+        """Frames that are cut for training: what is played faster needs a tenth more."""
+        if not self.speed_perturb:
+            return self.frames
+        return math.ceil(1.1 * data.samples_of(self.frames) / data.HOP)
 
     @property
     def name(self):
@@ -301,19 +309,17 @@ def fit(cfg, corpus, model, augment_waves, out):
     clips = corpus.pick("train")
     per_epoch = steps_an_epoch(cfg, clips)
     steps = cfg.epochs * per_epoch
-    frames = cfg.frames
-    if cfg.speed_perturb:  # a clip that is played faster needs a tenth more
-        frames = math.ceil(1.1 * data.samples_of(cfg.frames) / data.HOP)
     for epoch in range(state["epoch"], cfg.epochs):
         # A resumed epoch draws what it would have drawn; each process draws its own.
         torch.manual_seed(1000 * cfg.seed + epoch + 10**9 * RANK)
         model.train()
+        losses = []  # [(loss, clips of the batch)]
         start = time.time()
-        losses = []
-        batches = data.batches(corpus, clips, cfg.batch_size, frames, cfg.seed, epoch,
+        batches = data.batches(corpus, clips, cfg.batch_size, cfg.crop, cfg.seed, epoch,
                                repeat=cfg.speaker, shard=(RANK, WORLD), steps=cfg.steps)
         for i in progress(range(per_epoch), f"epoch {epoch + 1}"):
-            with record_function("data"):  # the names are those of `profile`
+            # The next slices of the packed corpus. (`profile` reads the names of these ranges.)
+            with record_function("data"):
                 batch = next(batches)
             # The learning rate follows the step; so does the margin of a speaker head.
             step = epoch * per_epoch + i
@@ -328,6 +334,7 @@ def fit(cfg, corpus, model, augment_waves, out):
                 x = data.features(batch, model.encoder)  # (B, T, F)
             with record_function("augmentation"):
                 x = data.augment_features(x, cfg.shift, cfg.spec_f, cfg.spec_t)
+            # Forward: features to logits, (B, T, F) -> (B, C), to a loss.
             with record_function("forward"), autocast(cfg):
                 loss = F.cross_entropy(forward(x, batch.labels), batch.labels)
             with record_function("backward"):
@@ -339,6 +346,7 @@ def fit(cfg, corpus, model, augment_waves, out):
             check_loss(losses[-1:], corpus)
             losses.append((loss.detach(), batch.clips))
         check_loss(losses[-1:], corpus)
+        # Validate, keep the best weights, log, save.
         end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start)
     return state["seconds"]
 
@@ -390,13 +398,17 @@ VECTORS = ("cls_token", "dist_token", "m")
 def make_optimiser(cfg, model):
     """AdamW on what trains. Matrices, kernels, positions and prompts decay. Biases and scales that
     start at one (LayerNorm, SSF, IA3, DoRA's magnitude) do not: it would pull them to zero."""
-    matrices, vectors = [], []
+    decaying = []
+    others = []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            vector = p.ndim < 2 or name.rpartition(".")[2] in VECTORS
-            (vectors if vector else matrices).append(p)
-    settings = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(settings, cfg.lr, betas=(0.9, 0.98), eps=1e-6,
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2 or name.rpartition(".")[2] in VECTORS:
+            others.append(p)
+        else:
+            decaying.append(p)  # also LoRA's A and B of rank 1, which are one row and one column
+    return torch.optim.AdamW([dict(params=decaying), dict(params=others, weight_decay=0.0)],
+                             cfg.lr, betas=(0.9, 0.98), eps=1e-6,
                              weight_decay=cfg.weight_decay, fused=True)
 
 
@@ -427,7 +439,7 @@ def evaluate_classes(cfg, corpus, model, split, frames):
     clips = corpus.pick(split)
     labels = corpus.labels[clips]
     chances = class_probabilities(cfg, corpus, model, clips, frames)  # (clips, C)
-    right = 100.0 * (chances.argmax(1).numpy() == labels)
+    right = np.where(chances.argmax(1).numpy() == labels, 100.0, 0.0)
     results = dict(accuracy=right.mean(), score=right.mean())
     ordered = np.array([">" in corpus.classes[label] for label in labels])
     if ordered.any():  # of `sounds`
@@ -500,7 +512,8 @@ def cohort(cfg, corpus, model, each=20):
     train = np.random.default_rng(cfg.seed).permutation(corpus.pick("train"))
     chosen = [train[corpus.labels[train] == c][:each] for c in range(len(corpus.classes))]
     unit = embeddings(cfg, corpus, model, np.concatenate(chosen))
-    return torch.stack([own.mean(0) for own in unit.split([len(clips) for clips in chosen])])
+    sizes = [len(clips) for clips in chosen]
+    return torch.stack([own.mean(0) for own in unit.split(sizes)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -832,8 +845,8 @@ def test_once(cfg, corpus, out):
     print(f"tested once, with the weights of epoch {best.saved['epoch']}: {numbers(results)}")
     if corpus.trials:
         rows = zip(corpus.trials["test"], results.pop("scores"))
-        save(out / "scores.txt", "".join(
-            f"{corpus.ids[a]} {corpus.ids[b]} {score:.6f} {label}\n" for (label, a, b), score in rows))
+        save(out / "scores.txt", "".join(f"{corpus.ids[a]} {corpus.ids[b]} {score:.6f} {label}\n"
+                                         for (label, a, b), score in rows))
     else:
         results["chance"] = 100 / len(corpus.classes)
     if cfg.speaker:
@@ -875,7 +888,7 @@ COLUMNS = {  # key of the results: (title, digits behind the point)
     "trainable": ("trainable", 0), "share": ("share %", 2), "macs": ("MACs", 0),
     "latency_ms": ("latency ms", 1), "seconds": ("seconds", 1), "memory_mb": ("memory MB", 1),
     "peak_mb": ("peak MB", 0), "adapter_kb": ("adapter KB", 0)}
-MEMORY = ("memory: what a training step keeps for the backward pass, gradients and AdamW's moments; "
+MEMORY = ("memory: what a training step keeps for its backward pass, gradients, AdamW's moments; "
           "peak: all that this program has held so far")
 
 
@@ -959,11 +972,12 @@ def draw_table(table, path, title):
     swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
     first = [results[0] for results in table.values()]
     key = "eer" if "eer" in first[0] else "accuracy"
+    labels = list(table)
     x = [result.get("trainable") for result in first]
     name = "trainable parameters, without the head"
     if swept:
-        x = [float(label.partition("=")[2]) for label in table]
-        name = [*table][0].partition("=")[0]
+        x = [float(label.partition("=")[2]) for label in labels]
+        name = labels[0].partition("=")[0]
     scores = [[result[key] for result in results] for results in table.values()]
     y = [np.mean(values) for values in scores]
     deviations = [np.std(values, ddof=len(values) > 1) for values in scores]
@@ -973,12 +987,12 @@ def draw_table(table, path, title):
         if 0 < 8 * min(x) < max(x):
             axes.set_xscale("log")
         if "full" in table:
-            axes.axhline(y[list(table).index("full")], color="grey", linestyle="--")
+            axes.axhline(y[labels.index("full")], color="grey", linestyle="--")
         if "chance" in first[0]:
             axes.axhline(first[0]["chance"], color="grey", linestyle=":")
         if not swept:  # names in a column beside the frame: none meet
             for n, i in enumerate(np.argsort(y)):
-                axes.annotate([*table][i], (x[i], y[i]), (1.03, (n + 0.5) / len(y)), fontsize=8,
+                axes.annotate(labels[i], (x[i], y[i]), (1.03, (n + 0.5) / len(y)), fontsize=8,
                               textcoords="axes fraction", va="center",
                               arrowprops=dict(arrowstyle="-", color="lightgrey"))
 
@@ -1180,12 +1194,14 @@ def profile(cfg, typed, own):
     for profiler in profilers:  # the first warms up
         with tempfile.TemporaryDirectory() as out, profiler:
             fit(cfg, corpus, model, augment_waves, Path(out))
-    clips = min(cfg.batch_size, len(corpus.pick("train")))  # in a step
+    train_clips = corpus.pick("train")
+    clips = min(cfg.batch_size, len(train_clips))  # in a step
+    steps = steps_an_epoch(cfg, train_clips)
     spent = dict.fromkeys(PHASES, 0.0)  # ms
     for event in profiler.key_averages():
         if event.key in spent:  # a GPU has each name twice: launching, and its own work
-            taken = max(event.cpu_time_total, event.device_time_total) / 1000
-            spent[event.key] = max(spent[event.key], taken / steps_an_epoch(cfg, corpus.pick("train")))
+            taken = max(event.cpu_time_total, event.device_time_total) / 1000 / steps
+            spent[event.key] = max(spent[event.key], taken)
     step = sum(spent.values())
     # The floor: a step's multiply-accumulates at the rate of this machine's product of matrices.
     with FlopCounterMode(display=False) as counter:
@@ -1267,12 +1283,10 @@ COMMANDS = {  # name: (function, example, its own arguments, the fields of Confi
 
 def default_of(f):
     """Return the default of a field as --help prints it, or where it comes from."""
-    known = {None: "the recipe's", "": "none", True: "yes", False: "no"}
-    if f.default is None and f.name in METHOD_OPTIONS:
+    if f.name in METHOD_OPTIONS:
         return "the method's"
-    if isinstance(f.default, (bool, str, type(None))):
-        return f.metadata.get("shown", known.get(f.default, f.default))
-    return f.default
+    words = {"None": "the recipe's", "": "none", "True": "yes", "False": "no"}
+    return f.metadata.get("shown", words.get(str(f.default), f.default))
 
 
 def add_field(parser, f):
@@ -1321,15 +1335,12 @@ def nearest(word, known):
 
 
 def check_fields():
-    """Every option of a method and of a speaker model must be a field of Config: a flag."""
-    wanted = dict.fromkeys(METHOD_OPTIONS, "METHODS")
-    for model in lightweight_sv.MODELS:
-        wanted |= dict.fromkeys(host_options(model), model)
-    missing = wanted.keys() - FIELDS.keys()
+    """An option of a method or of a speaker model must be a field of Config, and so a flag."""
+    hosts = [name for model in lightweight_sv.MODELS for name in host_options(model)]
+    missing = {*METHOD_OPTIONS, *hosts} - FIELDS.keys()
     if missing:
-        name = min(missing)
-        raise ValueError(f"{wanted[name]} has an option {name!r} that is no flag: add a field of "
-                         "this name to Config")
+        raise ValueError(f"METHODS or MODELS has an option {min(missing)!r} that is no flag: add a "
+                         "field of this name to Config")
 
 
 def main(argv=None):
