@@ -166,6 +166,10 @@ class Config:
         return math.ceil(1.1 * data.samples_of(self.frames) / data.HOP)
 
     @property
+    def kind(self):
+        return "speaker" if self.speaker else "ast"
+
+    @property
     def name(self):
         return self.model if self.speaker else f"{self.model}-{self.method}"
 
@@ -200,12 +204,11 @@ def as_config(values):
 
 def check(cfg, typed):
     """Refuse, before anything is opened, what is typed and breaks a rule of its field."""
-    kind = "speaker" if cfg.speaker else "ast"
     for name in sorted(typed):
         rules = FIELDS[name].metadata
         value = getattr(cfg, name)
         broken = None
-        if rules.get("model", kind) != kind:
+        if rules.get("model", cfg.kind) != cfg.kind:
             broken = f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
         elif "least" in rules and not rules["least"] <= value <= rules.get("most", math.inf):
             broken = f"expected at least {rules['least']} and at most {rules.get('most', 'any')}"
@@ -255,11 +258,11 @@ RECIPES = {  # (corpus, method, model or its kind): settings. Of the rows that f
     ("*", "prefix", "ast"): dict(lr=1e-2),
     # The nano AST is four hundred times smaller than AST-base, and P1's 300 prompts are more than
     # its 50 tokens. Rates and epochs were chosen on validation clips of `sounds`.
-    ("*", "*", "nano"): dict(lr=1e-2, warmup=0.1, batch_size=16, frames=100),
-    ("*", "full", "nano"): dict(lr=1.5e-3),
-    ("*", "prompt-shallow", "nano"): dict(tokens=32),
-    ("*", "prompt-deep", "nano"): dict(tokens=8),
-    ("*", "prefix", "nano"): dict(tokens=8),
+    ("*", "*", "ast-nano"): dict(lr=1e-2, warmup=0.1, batch_size=16, frames=100),
+    ("*", "full", "ast-nano"): dict(lr=1.5e-3),
+    ("*", "prompt-shallow", "ast-nano"): dict(tokens=32),
+    ("*", "prompt-deep", "ast-nano"): dict(tokens=8),
+    ("*", "prefix", "ast-nano"): dict(tokens=8),
     # Speaker models: ours.
     ("*", "*", "speaker"): dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3,
                                 weight_decay=0.05),
@@ -272,7 +275,7 @@ RECIPES = {  # (corpus, method, model or its kind): settings. Of the rows that f
     ("fsdd", "*", "speaker"): dict(gain=0.0),  # each bin's mean is removed, and so the level
     ("voxceleb", "*", "*"): dict(frames=200),
     ("sounds", "*", "*"): dict(frames=100, epochs=9),
-    ("sounds", "full", "nano"): dict(lr=3e-3),
+    ("sounds", "full", "ast-nano"): dict(lr=3e-3),
     ("sounds-source", "*", "*"): dict(frames=100, epochs=7),
     ("voices", "*", "*"): dict(frames=150, epochs=6, batch_size=32),
     # Hosts of 200,000 parameters learn `voices` in two minutes.
@@ -284,15 +287,10 @@ RECIPES = {  # (corpus, method, model or its kind): settings. Of the rows that f
 
 def with_recipe(cfg):
     """Fill every None that a recipe has."""
-    kind = "ast"
-    if cfg.speaker:
-        kind = "speaker"
-    elif cfg.model == "ast-nano":
-        kind = "nano"
     recipe = {}
     for (corpus, method, model), settings in RECIPES.items():
         fits = corpus in ("*", cfg.data) and method in ("*", cfg.method)
-        if fits and model in ("*", kind, cfg.model):
+        if fits and model in ("*", cfg.kind, cfg.model):
             recipe |= settings
     return replace(cfg, **{k: v for k, v in recipe.items() if getattr(cfg, k) is None})
 
@@ -306,23 +304,21 @@ def fit(cfg, corpus, model, augment_waves, out):
     optimiser = make_optimiser(cfg, model)
     state = load_last(out, corpus, model, optimiser)  # a new run's, or where --resume goes on
     forward = parallel_model(cfg, model)
-    clips = corpus.pick("train")
-    per_epoch = steps_an_epoch(cfg, clips)
+    per_epoch = steps_an_epoch(cfg, corpus)
     steps = cfg.epochs * per_epoch
     for epoch in range(state["epoch"], cfg.epochs):
         # A resumed epoch draws what it would have drawn; each process draws its own.
         torch.manual_seed(1000 * cfg.seed + epoch + 10**9 * RANK)
         model.train()
-        losses = []  # [(loss, clips of the batch)]
         start = time.time()
-        batches = data.batches(corpus, clips, cfg.batch_size, cfg.crop, cfg.seed, epoch,
-                               repeat=cfg.speaker, shard=(RANK, WORLD), steps=cfg.steps)
-        for i in progress(range(per_epoch), f"epoch {epoch + 1}"):
+        losses = []  # [(loss, clips of the batch)]
+        batches = data.batches(corpus, corpus.pick("train"), cfg.batch_size, cfg.crop, cfg.seed,
+                               epoch, repeat=cfg.speaker, shard=(RANK, WORLD), steps=cfg.steps)
+        for step in progress(range(epoch * per_epoch, (epoch + 1) * per_epoch), f"epoch {epoch + 1}"):
             # The next slices of the packed corpus. (`profile` reads the names of these ranges.)
             with record_function("data"):
                 batch = next(batches)
             # The learning rate follows the step; so does the margin of a speaker head.
-            step = epoch * per_epoch + i
             lr = learning_rate(cfg, step, steps)
             for group in optimiser.param_groups:
                 group["lr"] = lr
@@ -345,7 +341,6 @@ def fit(cfg, corpus, model, augment_waves, out):
             # A loss is looked at one step late: nothing waits for the GPU.
             check_loss(losses[-1:], corpus)
             losses.append((loss.detach(), batch.clips))
-        check_loss(losses[-1:], corpus)
         # Validate, keep the best weights, log, save.
         end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start)
     return state["seconds"]
@@ -353,6 +348,7 @@ def fit(cfg, corpus, model, augment_waves, out):
 
 def end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start):
     """Validate, keep the best weights, write the log and last.pt; tell what a person wants."""
+    check_loss(losses[-1:], corpus)
     # The mean loss comes first: it waits for the GPU, so the time that follows is whole.
     mean = sum_over_ranks(torch.stack([loss for loss, _ in losses]).mean()).item() / WORLD
     speed = WORLD * sum(len(clips) for _, clips in losses) / (time.time() - start)
@@ -373,9 +369,9 @@ def end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start):
           f"{left:.0f} s left", flush=True)
 
 
-def steps_an_epoch(cfg, clips):
+def steps_an_epoch(cfg, corpus):
     """Whole batches, at least one, at most --steps."""
-    return min(cfg.steps or 10**9, max(1, len(clips) // cfg.batch_size))
+    return min(cfg.steps or 10**9, max(1, len(corpus.pick("train")) // cfg.batch_size))
 
 
 def autocast(cfg):
@@ -779,13 +775,13 @@ def run(cfg, position=""):
 def measure_step(cfg, corpus, model):
     """Return the MB of a training step, and the seconds of all: of a copy, since a step moves
     BatchNorm's means."""
-    clips = corpus.pick("train")
+    clips = min(cfg.batch_size, len(corpus.pick("train")))
     twin = copy.deepcopy(model)
     for _ in range(2):  # the first sets things up
         start = time.perf_counter()
-        memory = training_memory(twin, min(cfg.batch_size, len(clips)), cfg.frames, cfg.bf16)
+        memory = training_memory(twin, clips, cfg.frames, cfg.bf16)
         seconds = (time.perf_counter() - start) / WORLD
-    return memory, seconds * cfg.epochs * steps_an_epoch(cfg, clips)
+    return memory, seconds * cfg.epochs * steps_an_epoch(cfg, corpus)
 
 
 def peak_memory(device):
@@ -937,7 +933,7 @@ def study(cfg, title, rows):
     save(folder / "compare.md", markdown(table))
     print(f"\n{markdown(table)}\n{MEMORY}\n{folder}")
     if cfg.figure:
-        draw_table(table, cfg.figure, f"{', '.join(rows)} on {cfg.data}")
+        draw_table(table, cfg.figure, f"{cfg.model} on {cfg.data}")
 
 
 def mean_and_deviation(values, digits):
@@ -987,9 +983,10 @@ def draw_table(table, path, title):
         if 0 < 8 * min(x) < max(x):
             axes.set_xscale("log")
         if "full" in table:
-            axes.axhline(y[labels.index("full")], color="grey", linestyle="--")
+            axes.axhline(y[labels.index("full")], color="grey", linestyle="--", label="full")
         if "chance" in first[0]:
-            axes.axhline(first[0]["chance"], color="grey", linestyle=":")
+            axes.axhline(first[0]["chance"], color="grey", linestyle=":", label="chance")
+            axes.legend()
         if not swept:  # names in a column beside the frame: none meet
             for n, i in enumerate(np.argsort(y)):
                 axes.annotate(labels[i], (x[i], y[i]), (1.03, (n + 0.5) / len(y)), fontsize=8,
@@ -1194,9 +1191,8 @@ def profile(cfg, typed, own):
     for profiler in profilers:  # the first warms up
         with tempfile.TemporaryDirectory() as out, profiler:
             fit(cfg, corpus, model, augment_waves, Path(out))
-    train_clips = corpus.pick("train")
-    clips = min(cfg.batch_size, len(train_clips))  # in a step
-    steps = steps_an_epoch(cfg, train_clips)
+    clips = min(cfg.batch_size, len(corpus.pick("train")))  # in a step
+    steps = steps_an_epoch(cfg, corpus)
     spent = dict.fromkeys(PHASES, 0.0)  # ms
     for event in profiler.key_averages():
         if event.key in spent:  # a GPU has each name twice: launching, and its own work
@@ -1261,6 +1257,11 @@ def seconds(text):
     return value
 
 
+def all_fields(*but):
+    """Return the names of all fields of Config but these."""
+    return [name for name in FIELDS if name not in but]
+
+
 RUN = ("run", dict(metavar="RUN", help="a run's folder, or its best.pt"))
 FILES = ("files", dict(metavar="FILE", nargs="+", help="sound files, or folders of them"))
 LENGTHS = ("--durations", dict(type=seconds, nargs="+", default=[None], metavar="SECONDS",
@@ -1271,10 +1272,11 @@ VALUES = ("values", dict(metavar="FIELD=v1,v2,...", help="a setting and its valu
 CSV = ("--csv", dict(default="", help="write the predictions to this file too"))
 TESTED = ("data", "root", "cache", "fold", "trials", "skip_bad", "bf16", "device", "figure")
 COMMANDS = {  # name: (function, example, its own arguments, the fields of Config that it reads)
-    "train": (train, "--data fsdd --root DIR --method lora --rank 4", [], [*FIELDS]),
-    "compare": (compare, "--data fsdd --root DIR --seeds 3", [], [*FIELDS]),
-    "sweep": (sweep, "rank=1,4,16 --method lora", [VALUES], [*FIELDS]),
-    "profile": (profile, "--model ast-base --init none --method lora", [], [*FIELDS]),
+    "train": (train, "--data fsdd --root DIR --method lora --rank 4", [], all_fields()),
+    "compare": (compare, "--data fsdd --root DIR --seeds 3", [], all_fields("method")),
+    "sweep": (sweep, "rank=1,4,16 --method lora", [VALUES], all_fields()),
+    "profile": (profile, "--model ast-base --init none --method lora", [],
+                all_fields("epochs", "steps", "seeds", "out", "resume")),
     "evaluate": (evaluate_run, "out/RUN --durations 1 2 3 full", [RUN, LENGTHS, NORM], TESTED),
     "predict": (predict_files, "out/RUN a.wav DIR", [RUN, FILES, CSV], ("device", "figure")),
     "verify": (verify_files, "out/RUN mine1.wav mine2.wav whose.wav", [RUN, FILES], ("device",)),
@@ -1330,7 +1332,7 @@ def parse(argv):
 
 def nearest(word, known):
     """Return ": did you mean ...?" if something known is near."""
-    near = difflib.get_close_matches(word, known, 3)
+    near = difflib.get_close_matches(word, known, 3, 0.7)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
@@ -1373,9 +1375,10 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         where = f" in process {RANK}" if RANK else ""
         sys.exit(f"error{where}: {error}")
-    except KeyboardInterrupt as stop:  # it carries the run's folder
-        how = f"; the same command with --resume --out {stop} goes on" if stop.args else ""
-        sys.exit(f"stopped{how}")
+    except KeyboardInterrupt as stop:  # with the run's folder, if there is one
+        if stop.args and Path(stop.args[0]).exists():
+            sys.exit(f"stopped; the same command with --resume --out {stop} goes on")
+        sys.exit("stopped")
     if complaint:
         sys.exit(complaint)
 
