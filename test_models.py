@@ -1035,7 +1035,7 @@ def without(key):
     (lambda: without("norm.bias"), "is not an AST-nano: .*norm.bias"),
     (lambda: original_layout(AST("tiny")), "is not an AST-nano: .*size mismatch"),
     (lambda: AST("nano", grid=(1, 5)).state_dict(), "5 positions are no grid"),
-    (lambda: {"ls1.gamma": torch.ones(3)}, "it has no patch.weight"),
+    (lambda: {"blocks.0.ls1.gamma": torch.ones(3)}, "it has no blocks.0.attn.o.weight"),
     (lambda: torch.zeros(1), "holds no weights")])
 def test_other_weights_are_refused_with_a_sentence(tmp_path, content, sentence):
     torch.save(content(), tmp_path / "a.pt")
