@@ -67,6 +67,7 @@ FFT = 512  # the next power of two
 # (format code, bytes of a sample) -> (its type, full scale): PCM has code 1, floats have 3.
 SAMPLES = {(1, 1): ("u1", 2**7), (1, 2): ("<i2", 2**15), (1, 3): ("<i4", 2**31),
            (1, 4): ("<i4", 2**31), (3, 4): ("<f4", 1), (3, 8): ("<f8", 1)}
+PLACEHOLDERS = range(2_000_000_000, 2**32)  # sizes, in bytes, of who writes a stream
 
 
 class NotPlain(ValueError):
@@ -125,15 +126,11 @@ def read_chunks(file):
     start = file.tell()
     there = os.fstat(file.fileno()).st_size - start
     whole = int.from_bytes(riff[4:8], "little")
-    if size == 0 and (whole + 8 <= start or is_placeholder(whole)):
+    if size == 0 and (whole + 8 <= start or whole in PLACEHOLDERS):
         size = there
-    elif there < size and (is_placeholder(size) or size - there <= 0.01 * size):
+    elif there < size and (size in PLACEHOLDERS or size - there <= 0.01 * size):
         size = there
     return chunks, size
-
-
-def is_placeholder(size):
-    return size >= 0x7F000000 or size == 2_000_000_000
 
 
 def announced(chunks, size, code, block):
@@ -146,7 +143,7 @@ def announced(chunks, size, code, block):
         if 0 < fact <= count:
             count = fact  # the last block may be filled up
         return count
-    return 0 if is_placeholder(fact) else fact
+    return 0 if fact in PLACEHOLDERS else fact
 
 
 def load_audio(path):
@@ -290,7 +287,7 @@ def printable(name):
 
 def composed(name):
     """A name with each accent in its letter; a Mac writes them apart, which is another text."""
-    return unicodedata.normalize("NFC", name)
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def locate(root, clip):
@@ -346,25 +343,23 @@ def find_audio(root, found=None):
 def keep_one(clips, key, found):
     """Of recordings with one key (1.wav and 1.m4a) keep one, by the order of AUDIO."""
     rank = lambda clip: AUDIO.index(clip.rpartition(".")[2].lower())
-    kept = {}
-    twins = []
-    for clip in clips:
-        first = kept.setdefault(key(clip), clip)
-        if first != clip:
-            best, other = sorted((first, clip), key=rank)
-            kept[key(clip)] = best
-            twins.append(other)
-    if found:
-        found.note("recordings are there twice, the same under another ending or place, and "
-                   "count once; left out", twins)
-    return list(kept.values())
+    kept = dict(zip(map(key, clips), clips))
+    if len(kept) < len(clips):
+        kept = {}
+        for clip in sorted(clips, key=rank):
+            kept.setdefault(key(clip), clip)
+        if found:
+            found.note("recordings are there twice, under another ending or place, and count once; "
+                       "left out", sorted(set(clips) - set(kept.values())))
+    return sorted(kept.values())
 
 
 def leave_out(clips, wanted, why, found):
     """Return the clips that are `wanted`, and note the others."""
-    if found:
-        found.note(why, [clip for clip in clips if not wanted(clip)])
-    return [clip for clip in clips if wanted(clip)]
+    kept = [clip for clip in clips if wanted(clip)]
+    if found and len(kept) < len(clips):
+        found.note(why, sorted(set(clips) - set(kept)))
+    return kept
 
 
 def read_text(path):
@@ -451,7 +446,7 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     paths, names, splits = list_clips(name, root, file, found)
     found.stop(skip_bad, f"{name}: {len(found.bad)} rows or clips are not clear")
     ids = [printable(path) for path in paths]
-    found.note("names are no UTF-8, here escaped", [i for i, path in zip(ids, paths) if i != path])
+    found.note("names are no UTF-8, here escaped", sorted(set(ids) - set(paths)))
 
     # Pack: decode each clip once.
     length, store = pack(name, root, paths, source.read, cache, skip_bad, found)
@@ -504,14 +499,13 @@ def list_clips(name, root, file, found):
         raise ValueError(f"--data {name} needs --root, a folder with what follows ({error}).\n"
                          f"{tree}") from error
     first = {}
-    for clip, label, split in rows:
-        key = composed(clip)
-        if key not in first:
-            first[key] = clip, composed(printable(label)), split
-        else:
-            found.bad.append(f"{printable(clip)}: in two rows, as {' '.join(first[key][1:])} and "
-                             f"as {label} {split}")
+    for row in rows:
+        before = first.setdefault(composed(row[0]), row)
+        if before is not row:
+            clip, label, split = map(printable, row)
+            found.bad.append(f"{clip}: in two rows, as {label} {split} and {' '.join(before[1:])}")
     clips, labels, splits = zip(*first.values())
+    labels = [composed(printable(label)) for label in labels]
     return list(clips), np.array(labels), np.array(splits, object)
 
 
@@ -1297,17 +1291,18 @@ def folder_rows(root, found=None):
     """ROOT/dog/1.wav: a class is a folder, the splits are drawn. With ROOT/train/dog/1.wav and
     ROOT/test/dog/2.wav, and maybe validation, they are the folders'."""
     clips = find_audio(root, found)
-    role = {clip: SPLIT_FOLDERS.get(clip.split("/")[0].lower(), "") for clip in clips}
-    roles = set(role.values())
-    if not {"train", "test"} <= roles:
-        clips = leave_out(clips, lambda clip: "/" in clip,
-                          "recordings directly in ROOT are left out", found)
-        return [(clip, clip.split("/")[0], "any") for clip in clips]
-    clips = leave_out(clips, lambda clip: role[clip] and clip.count("/") > 1,
-                      "recordings in no folder of a class, as ROOT/train/dog, are left out", found)
-    if "valid" not in roles:
-        role = {clip: split.replace("train", "train*") for clip, split in role.items()}
-    return [(clip, clip.split("/")[1], role[clip]) for clip in clips]
+    tops = {clip.partition("/")[0] for clip in clips if "/" in clip}
+    role = {top: SPLIT_FOLDERS[top.lower()] for top in tops if top.lower() in SPLIT_FOLDERS}
+    if not {"train", "test"} <= set(role.values()):
+        why = "recordings directly in ROOT are left out"
+        clips = leave_out(clips, lambda clip: "/" in clip, why, found)
+        return [(clip, clip.partition("/")[0], "any") for clip in clips]
+    if "valid" not in role.values():
+        role = {top: split.replace("train", "train*") for top, split in role.items()}
+    why = "recordings in no folder of a class, as ROOT/train/dog, are left out"
+    clips = leave_out(clips, lambda clip: clip.count("/") > 1 and clip.split("/")[0] in role, why,
+                      found)
+    return [(clip, clip.split("/")[1], role[clip.split("/")[0]]) for clip in clips]
 
 
 def fsdd_rows(root, found):

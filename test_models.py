@@ -389,7 +389,7 @@ def test_names_in_another_normal_form_and_in_no_utf8_are_found(tmp_path):
     for split in ("train", "valid", "test"):
         write(tmp_path / f"data/{split}_data.csv", "path,action,object,location",
               *(f"wavs/\u00fcber{i}.wav,{i % 2},b,c" for i in range(4)))
-    with pytest.raises(ValueError, match="in two rows, as 0/b/c train and as 0/b/c valid"):
+    with pytest.raises(ValueError, match="in two rows, as 0/b/c valid and 0/b/c train"):
         data.open_corpus("fluentspeech", tmp_path, cache=tmp_path / "cache")
     save_clips(tmp_path / "root", *(f"{c}/{i}.wav" for c in "ab" for i in range(4)))
     name = os.fsencode(tmp_path / "root") + b"/a/h\xfc.wav"
@@ -409,7 +409,7 @@ def test_tables_are_read_in_any_common_encoding(tmp_path, encoding):
 
 @pytest.mark.parametrize("line, sentence", [
     ("1.wav,1,dog,more", "line 12: 4 columns, the header has 3"), ("1.wav,1", "line 12: 2 columns"),
-    ("1.wav,1, ", "line 12: 'category' is empty"), ("0.wav,2,c0", "0.wav: in two rows, as c0 1 and"),
+    ("1.wav,1, ", "line 12: 'category' is empty"), ("0.wav,2,c0", "0.wav: in two rows, as c0 2 and c0 1"),
     ("10.wav,1,new", "'new' trains and is never tested"),
     ("10.wav,5,new", "'new' is tested and never trains")])
 def test_a_doubtful_row_stops_training_or_is_left_out_and_is_named(tmp_path, line, sentence):
