@@ -292,13 +292,12 @@ def composed(name):
 
 def locate(root, clip):
     """Return the path of a clip, whose name may have its accents apart, or not, on the disk."""
-    path = f"{root}/{clip}"  # Path's slash takes longer than all the rest
-    if not os.path.exists(path):
+    if not clip.isascii():
         for form in ("NFC", "NFD"):
-            other = f"{root}/{unicodedata.normalize(form, clip)}"
-            if os.path.exists(other):
-                return other
-    return path
+            path = f"{root}/{unicodedata.normalize(form, clip)}"
+            if os.path.exists(path):
+                return path
+    return f"{root}/{clip}"  # Path's slash takes longer than all the rest
 
 
 def walk(root):
@@ -451,9 +450,8 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     # Pack: decode each clip once.
     length, store = pack(name, root, paths, source.read, cache, skip_bad, found)
     splits[length == 0] = "bad"
-    good = np.count_nonzero(length)
-    if source.clips not in (0, good):
-        found.notes.append(f"expected {source.clips:,} clips, found {good:,}")
+    if source.clips not in (0, np.count_nonzero(length)):
+        found.notes.append(f"expected {source.clips:,} clips, found {np.count_nonzero(length):,}")
 
     # Trials: pairs of clips, of one speaker or of two. A corpus without any is one of classes.
     pairs = {}
@@ -474,7 +472,8 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
 
     # Number: classes are those that train.
     classes = np.unique(names[splits == "train"]).tolist()
-    choose_few(splits, names, classes, few_shot, seed)
+    if few_shot:
+        choose_few(splits, names, classes, few_shot, seed)
     number = {label: k for k, label in enumerate(classes)}
     labels = np.array([number.get(label, -1) for label in names])
     return Corpus(name, ids, labels, splits, classes, np.cumsum(length) - length, length, store,
@@ -509,15 +508,6 @@ def list_clips(name, root, file, found):
     return list(clips), np.array(labels), np.array(splits, object)
 
 
-def file_stamp(root, clip):
-    """Return a clip's size and time of change."""
-    try:
-        status = os.stat(f"{root}/{clip}")
-    except OSError:
-        status = os.stat(locate(root, clip))
-    return status.st_size, status.st_mtime_ns
-
-
 def pack(name, root, clips, read, cache, skip_bad, found):
     """Decode clips once, into a file named by a hash of their names, sizes and times; return
     (length of each clip, memory map of samples). Without `skip_bad`, bad clips are read again,
@@ -527,7 +517,8 @@ def pack(name, root, clips, read, cache, skip_bad, found):
         stamp = VERSION
         if not read:
             with contextlib.suppress(OSError):  # missing: reading it will say so
-                stamp = file_stamp(root, clip)
+                status = os.stat(locate(root, clip))
+                stamp = status.st_size, status.st_mtime_ns
         digest.update(f"{clip} {stamp}\n".encode("utf-8", "surrogateescape"))
     owner = "own"
     if not read:
@@ -788,13 +779,11 @@ def split_by_class(splits, names, rng, fold):
 
 
 def choose_few(splits, names, classes, few_shot, seed):
-    """Leave `few_shot` clips of each class in training, 0: all. What is chosen does not depend on
-    what was drawn before."""
+    """Leave `few_shot` clips of each class in training; what was drawn before has no part in it."""
     rng = np.random.default_rng(seed)
-    if few_shot:
-        for name in classes:
-            clips = np.flatnonzero((names == name) & (splits == "train"))
-            splits[rng.permutation(clips)[few_shot:]] = "unused"
+    for name in classes:
+        clips = np.flatnonzero((names == name) & (splits == "train"))
+        splits[rng.permutation(clips)[few_shot:]] = "unused"
 
 
 def check_splits(name, splits, train):
@@ -822,7 +811,7 @@ def check_classes(name, splits, names, drawn, train, skip_bad, found):
     faults = [f"class {label!r} trains and is never tested" for label in trained - tested - drawn]
     faults += [f"class {label!r} is tested and never trains" for label in tested - trained]
     faults = Findings(sorted(faults))
-    faults.stop(skip_bad or not train, f"{name}: {len(faults.bad)} classes are not in both training and test")
+    faults.stop(skip_bad or not train, f"{name}: {len(faults.bad)} classes train or test alone")
     found.bad += faults.bad
     splits[(splits == "test") & ~np.isin(names, list(trained))] = "unused"
 
@@ -927,7 +916,9 @@ def mel_triangles(mels, device):
     mel = lambda hertz: 1127 * torch.log(1 + hertz / 700)
     low, high = mel(torch.tensor([20.0, RATE / 2]))
     edges = low + torch.arange(mels + 2) * (high - low) / (mels + 1)
-    left, middle, right = edges[:-2], edges[1:-1], edges[2:]  # (mels,) each
+    left = edges[:-2]  # (mels,), as the next two
+    middle = edges[1:-1]
+    right = edges[2:]
     bins = mel(torch.arange(FFT // 2 + 1) * RATE / FFT)[:, None]  # (FFT/2 + 1, 1)
     rising = (bins - left) / (middle - left)  # (FFT/2 + 1, mels)
     falling = (right - bins) / (right - middle)
@@ -1002,7 +993,8 @@ def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", room
     half = 0  # how many of them get a room
     if rooms:
         half = len(chosen) // 2 if noise else len(chosen)
-    indoors, noisy = chosen[:half], chosen[half:]
+    indoors = chosen[:half]
+    noisy = chosen[half:]
     if half:
         if rooms == "generated":
             responses = make_rooms(half, x.device)
@@ -1106,7 +1098,7 @@ def band_noise(rng, low, high):
 
 def dying(start, decay):
     """An envelope that starts at second `start` and falls by e every `decay` seconds."""
-    return (TIME >= start) * np.exp(-np.maximum(TIME - start, 0) / decay)
+    return np.where(TIME >= start, np.exp(-np.maximum(TIME - start, 0) / decay), 0)
 
 
 def part_of(rng, half):
@@ -1151,6 +1143,11 @@ def drum(rng, start):
     return tone(skin) * dying(start, rng.uniform(0.08, 0.2))
 
 
+def cricket(rng):
+    wings = tone(rng.uniform(3500, 5500)) * np.maximum(tone(rng.uniform(35, 60)), 0)
+    return np.where(tone(rng.uniform(2, 4)) > 0, wings, 0)
+
+
 # Source classes: steady or slowly changing textures, to pre-train on.
 SOURCE = {
     "sweep-up": lambda r: tone(log_uniform(r, 200, 1200) * r.uniform(2, 5) ** TIME),
@@ -1175,8 +1172,7 @@ SOURCE = {
 # name with ">" has a twin of the same parts in another order: a model without order guesses there.
 TARGET = {
     "bell": lambda r: bell(r, r.uniform(0, 0.4), 0.2, 0.5),
-    "cricket": lambda r: (tone(r.uniform(3500, 5500)) * np.maximum(tone(r.uniform(35, 60)), 0)
-                          * (tone(r.uniform(2, 4)) > 0)),
+    "cricket": cricket,
     "engine": lambda r: clicks(regular(r, r.uniform(22, 40)), r.uniform(120, 300), 0.03),
     "rain": lambda r: clicks(r.uniform(0, 1, r.integers(40, 90)), r.uniform(1500, 3500), 0.004),
     "drum": lambda r: drum(r, r.uniform(0, 0.5)),
@@ -1193,8 +1189,11 @@ SOUNDS = {"sounds": TARGET, "sounds-source": SOURCE}
 
 def sound_rows(name, root, found):
     """Clips are named before they are made: the name is the seed of the wave."""
-    return [(f"{name}/{kind}/{split}-{n}", kind, split) for kind in SOUNDS[name]
-            for split, count in COUNTS.items() for n in range(count)]
+    rows = []
+    for kind in SOUNDS[name]:
+        for split, count in COUNTS.items():
+            rows += [(f"{name}/{kind}/{split}-{n}", kind, split) for n in range(count)]
+    return rows
 
 
 def sound(clip):
@@ -1224,9 +1223,11 @@ STFT = dict(n_fft=2 * STEP, hop_length=STEP, window=torch.hann_window(2 * STEP).
 
 def voice_rows(root, found):
     """Nobody is in two splits, so a test is of strangers."""
-    return [(f"voices/{split}-{who}/{n}", f"{split}-{who}", split)
-            for split, (speakers, each) in VOICES.items()
-            for who in range(speakers) for n in range(each)]
+    rows = []
+    for split, (speakers, each) in VOICES.items():
+        for speaker in [f"{split}-{who}" for who in range(speakers)]:
+            rows += [(f"voices/{speaker}/{n}", speaker, split) for n in range(each)]
+    return rows
 
 
 def voice(clip):
@@ -1358,26 +1359,22 @@ CORPORA = {
         tree="A folder per class or speaker: ROOT/dog/1.wav, ...; or ROOT/train/dog/1.wav, "
              "ROOT/test/dog/2.wav, ..."),
     "fsdd": Source(
-        fsdd_rows,
-        tree="ROOT/recordings/7_jackson_32.wav, ...",
-        clips=3000,
+        fsdd_rows, tree="ROOT/recordings/7_jackson_32.wav, ...", clips=3000,
         address="https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/heads/"
                 "master.zip"),
     "esc50": Source(
         lambda root, found: read_table(
             root / "meta/esc50.csv", found, "audio/{filename}", "{category}", "{fold}"),
         tree="ROOT/meta/esc50.csv, ROOT/audio/1-100032-A-0.wav, ...",
-        clips=2000,
-        address="https://github.com/karolpiczak/ESC-50/archive/master.zip",
-        folds=5),
+        clips=2000, folds=5,
+        address="https://github.com/karolpiczak/ESC-50/archive/master.zip"),
     "urbansound8k": Source(  # slices of one recording are in one fold, so the folds stay whole
         lambda root, found: read_table(
             root / "metadata/UrbanSound8K.csv", found, "audio/fold{fold}/{slice_file_name}",
             "{class}", "{fold}"),
         tree="ROOT/metadata/UrbanSound8K.csv, ROOT/audio/fold1/101415-3-0-2.wav, ...",
-        clips=8732,
-        address="https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz",
-        folds=10),
+        clips=8732, folds=10,
+        address="https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz"),
     "speechcommands": Source(
         speechcommands_rows,
         tree="ROOT/validation_list.txt, ROOT/testing_list.txt, ROOT/bed/00176480_nohash_0.wav, ...",
