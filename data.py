@@ -443,15 +443,16 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
 
     # List: the clips that lie there, or that the corpus' own tables name.
     paths, names, splits = list_clips(name, root, file, found)
-    found.stop(skip_bad, f"{name}: {len(found.bad)} rows or clips are not clear")
+    found.stop(skip_bad, f"{name}: {len(found.bad)} rows are not clear")
     ids = [printable(path) for path in paths]
     found.note("names are no UTF-8, here escaped", sorted(set(ids) - set(paths)))
 
     # Pack: decode each clip once.
     length, store = pack(name, root, paths, source.read, cache, skip_bad, found)
     splits[length == 0] = "bad"
-    if source.clips not in (0, np.count_nonzero(length)):
-        found.notes.append(f"expected {source.clips:,} clips, found {np.count_nonzero(length):,}")
+    good = np.count_nonzero(length)
+    if source.clips not in (0, good):
+        found.notes.append(f"expected {source.clips:,} clips, found {good:,}")
 
     # Trials: pairs of clips, of one speaker or of two. A corpus without any is one of classes.
     pairs = {}
@@ -464,9 +465,7 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     # Splits: as the corpus says, else drawn by the seed.
     drawn = set(names[splits == "any"].tolist())
     make_splits(splits, names, pairs, seed, fold or 1, valid, train)
-    if pairs:
-        check_trials(name, splits, names, pairs, train)
-    check_splits(name, splits, train)
+    check_splits(name, splits, names, pairs, train)
     if not pairs:
         check_classes(name, splits, names, drawn, train, skip_bad, found)
 
@@ -786,8 +785,16 @@ def choose_few(splits, names, classes, few_shot, seed):
         splits[rng.permutation(clips)[few_shot:]] = "unused"
 
 
-def check_splits(name, splits, train):
-    """Raise a sentence for splits that cannot train, or test."""
+def check_splits(name, splits, names, trials, train):
+    """Raise a sentence for trials and splits that cannot train, or test."""
+    for split, rows in trials.items():
+        if len({label for label, _, _ in rows}) < 2:
+            raise ValueError(f"{name}: trials to {split} are all of one kind, or none; they need "
+                             "two speakers and two recordings of one. Validation is drawn from "
+                             "the training speakers, --no-valid does without")
+    if trials and train and len(set(names[splits == "train"])) < 2:
+        raise ValueError(f"{name}: fewer than two speakers train; --no-valid leaves more to train. "
+                         "(VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2.)")
     counts = Counter(splits)
     needed = {"train", "test"} if train else {"test"}
     if not needed <= counts.keys() <= {"train", "valid", "test", "bad", "unused"}:
@@ -814,18 +821,6 @@ def check_classes(name, splits, names, drawn, train, skip_bad, found):
     faults.stop(skip_bad or not train, f"{name}: {len(faults.bad)} classes train or test alone")
     found.bad += faults.bad
     splits[(splits == "test") & ~np.isin(names, list(trained))] = "unused"
-
-
-def check_trials(name, splits, names, trials, train):
-    """Raise a sentence for trials of one kind, and for fewer than two speakers to train."""
-    for split, rows in trials.items():
-        if len({label for label, _, _ in rows}) < 2:
-            raise ValueError(f"{name}: trials to {split} are all of one kind, or none; they need "
-                             "two speakers and two recordings of one. Validation is drawn from "
-                             "the training speakers, --no-valid does without")
-    if train and len(set(names[splits == "train"])) < 2:
-        raise ValueError(f"{name}: fewer than two speakers train; --no-valid leaves more to train. "
-                         "(VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2.)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -913,15 +908,12 @@ def samples_of(frames):
 def mel_triangles(mels, device):
     """(FFT/2 + 1, mels): triangles, equally wide in mel from 20 Hz to 8 kHz. Mel is nearly linear
     below 700 Hz and logarithmic above, as an ear is."""
-    mel = lambda hertz: 1127 * torch.log(1 + hertz / 700)
-    low, high = mel(torch.tensor([20.0, RATE / 2]))
-    edges = low + torch.arange(mels + 2) * (high - low) / (mels + 1)
-    left = edges[:-2]  # (mels,), as the next two
-    middle = edges[1:-1]
-    right = edges[2:]
-    bins = mel(torch.arange(FFT // 2 + 1) * RATE / FFT)[:, None]  # (FFT/2 + 1, 1)
-    rising = (bins - left) / (middle - left)  # (FFT/2 + 1, mels)
-    falling = (right - bins) / (right - middle)
+    low = 1127 * math.log(1 + 20 / 700)  # mel
+    step = (1127 * math.log(1 + RATE / 2 / 700) - low) / (mels + 1)
+    edges = low + torch.arange(mels + 2) * step  # left, middle and right of a triangle: a step each
+    bins = 1127 * torch.log(1 + torch.arange(FFT // 2 + 1)[:, None] * RATE / FFT / 700)
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])  # (FFT/2 + 1, mels)
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     return torch.minimum(rising, falling).clamp_min(0).to(device)
 
 
