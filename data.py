@@ -532,9 +532,8 @@ def pack(name, root, clips, read, cache, skip_bad, found):
     index = read_index(path)
     bad = [f"{printable(clip)}: {reason}" for clip, reason in index["bad"].items()]
     if bad:
-        unusable = Findings(bad)
-        unusable.stop(skip_bad and len(bad) < len(clips),
-                      f"{len(bad)} of {len(clips)} clips of {name} cannot be used")
+        Findings(bad).stop(skip_bad and len(bad) < len(clips),
+                           f"{len(bad)} of {len(clips)} clips of {name} cannot be used")
         found.bad += bad
         found.notes.append(f"{len(bad)} unusable clips are left out")
     for remark, noticed in index["remarks"].items():
@@ -609,7 +608,7 @@ def corpus_of_waves(waves):
     def read(name):
         return prepare(*check_wave(*waves[name]))
 
-    corpus = corpus_in_memory(list(waves), read)
+    corpus = corpus_in_memory(list(waves), read, Findings())
     if corpus.bad:
         name, reason = corpus.bad[0]
         raise ValueError(f"{name}: {reason}")
@@ -639,21 +638,21 @@ def corpus_of_files(paths):
     """Return the readable ones of audio files, and of those below folders, as a corpus in memory,
     without classes. `bad` holds a pair (file, reason) for each of the others."""
     files = []
+    found = Findings()
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"no such file or folder: {path}")
         if path.is_dir():
-            files += [str(path / name) for name in find_audio(path)]
+            files += [str(path / name) for name in find_audio(path, found)]
         else:
             files.append(str(path))
     if not files:
         raise ValueError("expected audio files, or folders that hold some; found none")
-    return corpus_in_memory(files, read_clip)
+    return corpus_in_memory(files, read_clip, found)
 
 
-def corpus_in_memory(names, read):
+def corpus_in_memory(names, read, found):
     """Read each name's (wave, remarks); return a Corpus of what can be read."""
-    found = Findings()
     ids = []
     waves = []
     for name in names:
