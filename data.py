@@ -67,6 +67,7 @@ FFT = 512  # the next power of two
 # (format code, bytes of a sample) -> (its type, full scale): PCM has code 1, floats have 3.
 SAMPLES = {(1, 1): ("u1", 2**7), (1, 2): ("<i2", 2**15), (1, 3): ("<i4", 2**31),
            (1, 4): ("<i4", 2**31), (3, 4): ("<f4", 1), (3, 8): ("<f8", 1)}
+PLACEHOLDERS = range(2_000_000_000, 2**32)  # sizes, in bytes, of who writes a stream
 
 
 class NotPlain(ValueError):
@@ -125,15 +126,11 @@ def read_chunks(file):
     start = file.tell()
     there = os.fstat(file.fileno()).st_size - start
     whole = int.from_bytes(riff[4:8], "little")
-    if size == 0 and (whole + 8 <= start or is_placeholder(whole)):
+    if size == 0 and (whole + 8 <= start or whole in PLACEHOLDERS):
         size = there
-    elif there < size and (is_placeholder(size) or size - there <= 0.01 * size):
+    elif there < size and (size in PLACEHOLDERS or size - there <= 0.01 * size):
         size = there
     return chunks, size
-
-
-def is_placeholder(size):
-    return size >= 0x7F000000 or size == 2_000_000_000
 
 
 def announced(chunks, size, code, block):
@@ -146,7 +143,7 @@ def announced(chunks, size, code, block):
         if 0 < fact <= count:
             count = fact  # the last block may be filled up
         return count
-    return 0 if is_placeholder(fact) else fact
+    return 0 if fact in PLACEHOLDERS else fact
 
 
 def load_audio(path):
@@ -290,18 +287,17 @@ def printable(name):
 
 def composed(name):
     """A name with each accent in its letter; a Mac writes them apart, which is another text."""
-    return unicodedata.normalize("NFC", name)
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def locate(root, clip):
     """Return the path of a clip, whose name may have its accents apart, or not, on the disk."""
-    path = f"{root}/{clip}"  # Path's slash takes longer than all the rest
-    if not os.path.exists(path):
+    if not clip.isascii():
         for form in ("NFC", "NFD"):
-            other = f"{root}/{unicodedata.normalize(form, clip)}"
-            if os.path.exists(other):
-                return other
-    return path
+            path = f"{root}/{unicodedata.normalize(form, clip)}"
+            if os.path.exists(path):
+                return path
+    return f"{root}/{clip}"  # Path's slash takes longer than all the rest
 
 
 def walk(root):
@@ -346,25 +342,23 @@ def find_audio(root, found=None):
 def keep_one(clips, key, found):
     """Of recordings with one key (1.wav and 1.m4a) keep one, by the order of AUDIO."""
     rank = lambda clip: AUDIO.index(clip.rpartition(".")[2].lower())
-    kept = {}
-    twins = []
-    for clip in clips:
-        first = kept.setdefault(key(clip), clip)
-        if first != clip:
-            best, other = sorted((first, clip), key=rank)
-            kept[key(clip)] = best
-            twins.append(other)
-    if found:
-        found.note("recordings are there twice, the same under another ending or place, and "
-                   "count once; left out", twins)
-    return list(kept.values())
+    kept = dict(zip(map(key, clips), clips))
+    if len(kept) < len(clips):
+        kept = {}
+        for clip in sorted(clips, key=rank):
+            kept.setdefault(key(clip), clip)
+        if found:
+            found.note("recordings are there twice, under another ending or place, and count once; "
+                       "left out", sorted(set(clips) - set(kept.values())))
+    return sorted(kept.values())
 
 
 def leave_out(clips, wanted, why, found):
     """Return the clips that are `wanted`, and note the others."""
-    if found:
-        found.note(why, [clip for clip in clips if not wanted(clip)])
-    return [clip for clip in clips if wanted(clip)]
+    kept = [clip for clip in clips if wanted(clip)]
+    if found and len(kept) < len(clips):
+        found.note(why, sorted(set(clips) - set(kept)))
+    return kept
 
 
 def read_text(path):
@@ -449,9 +443,9 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
 
     # List: the clips that lie there, or that the corpus' own tables name.
     paths, names, splits = list_clips(name, root, file, found)
-    found.stop(skip_bad, f"{name}: {len(found.bad)} rows or clips are not clear")
+    found.stop(skip_bad, f"{name}: {len(found.bad)} rows are not clear")
     ids = [printable(path) for path in paths]
-    found.note("names are no UTF-8, here escaped", [i for i, path in zip(ids, paths) if i != path])
+    found.note("names are no UTF-8, here escaped", sorted(set(ids) - set(paths)))
 
     # Pack: decode each clip once.
     length, store = pack(name, root, paths, source.read, cache, skip_bad, found)
@@ -471,15 +465,14 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     # Splits: as the corpus says, else drawn by the seed.
     drawn = set(names[splits == "any"].tolist())
     make_splits(splits, names, pairs, seed, fold or 1, valid, train)
-    if pairs:
-        check_trials(name, splits, names, pairs, train)
-    check_splits(name, splits, train)
+    check_splits(name, splits, names, pairs, train)
     if not pairs:
         check_classes(name, splits, names, drawn, train, skip_bad, found)
 
     # Number: classes are those that train.
     classes = np.unique(names[splits == "train"]).tolist()
-    choose_few(splits, names, classes, few_shot, seed)
+    if few_shot:
+        choose_few(splits, names, classes, few_shot, seed)
     number = {label: k for k, label in enumerate(classes)}
     labels = np.array([number.get(label, -1) for label in names])
     return Corpus(name, ids, labels, splits, classes, np.cumsum(length) - length, length, store,
@@ -504,24 +497,14 @@ def list_clips(name, root, file, found):
         raise ValueError(f"--data {name} needs --root, a folder with what follows ({error}).\n"
                          f"{tree}") from error
     first = {}
-    for clip, label, split in rows:
-        key = composed(clip)
-        if key not in first:
-            first[key] = clip, composed(printable(label)), split
-        else:
-            found.bad.append(f"{printable(clip)}: in two rows, as {' '.join(first[key][1:])} and "
-                             f"as {label} {split}")
+    for row in rows:
+        before = first.setdefault(composed(row[0]), row)
+        if before is not row:
+            clip, label, split = map(printable, row)
+            found.bad.append(f"{clip}: in two rows, as {label} {split} and {' '.join(before[1:])}")
     clips, labels, splits = zip(*first.values())
+    labels = [composed(printable(label)) for label in labels]
     return list(clips), np.array(labels), np.array(splits, object)
-
-
-def file_stamp(root, clip):
-    """Return a clip's size and time of change."""
-    try:
-        status = os.stat(f"{root}/{clip}")
-    except OSError:
-        status = os.stat(locate(root, clip))
-    return status.st_size, status.st_mtime_ns
 
 
 def pack(name, root, clips, read, cache, skip_bad, found):
@@ -533,7 +516,8 @@ def pack(name, root, clips, read, cache, skip_bad, found):
         stamp = VERSION
         if not read:
             with contextlib.suppress(OSError):  # missing: reading it will say so
-                stamp = file_stamp(root, clip)
+                status = os.stat(locate(root, clip))
+                stamp = status.st_size, status.st_mtime_ns
         digest.update(f"{clip} {stamp}\n".encode("utf-8", "surrogateescape"))
     owner = "own"
     if not read:
@@ -548,9 +532,8 @@ def pack(name, root, clips, read, cache, skip_bad, found):
     index = read_index(path)
     bad = [f"{printable(clip)}: {reason}" for clip, reason in index["bad"].items()]
     if bad:
-        unusable = Findings(bad)
-        unusable.stop(skip_bad and len(bad) < len(clips),
-                      f"{len(bad)} of {len(clips)} clips of {name} cannot be used")
+        Findings(bad).stop(skip_bad and len(bad) < len(clips),
+                           f"{len(bad)} of {len(clips)} clips of {name} cannot be used")
         found.bad += bad
         found.notes.append(f"{len(bad)} unusable clips are left out")
     for remark, noticed in index["remarks"].items():
@@ -625,7 +608,7 @@ def corpus_of_waves(waves):
     def read(name):
         return prepare(*check_wave(*waves[name]))
 
-    corpus = corpus_in_memory(list(waves), read)
+    corpus = corpus_in_memory(list(waves), read, Findings())
     if corpus.bad:
         name, reason = corpus.bad[0]
         raise ValueError(f"{name}: {reason}")
@@ -655,21 +638,21 @@ def corpus_of_files(paths):
     """Return the readable ones of audio files, and of those below folders, as a corpus in memory,
     without classes. `bad` holds a pair (file, reason) for each of the others."""
     files = []
+    found = Findings()
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"no such file or folder: {path}")
         if path.is_dir():
-            files += [str(path / name) for name in find_audio(path)]
+            files += [str(path / name) for name in find_audio(path, found)]
         else:
             files.append(str(path))
     if not files:
         raise ValueError("expected audio files, or folders that hold some; found none")
-    return corpus_in_memory(files, read_clip)
+    return corpus_in_memory(files, read_clip, found)
 
 
-def corpus_in_memory(names, read):
+def corpus_in_memory(names, read, found):
     """Read each name's (wave, remarks); return a Corpus of what can be read."""
-    found = Findings()
     ids = []
     waves = []
     for name in names:
@@ -794,17 +777,23 @@ def split_by_class(splits, names, rng, fold):
 
 
 def choose_few(splits, names, classes, few_shot, seed):
-    """Leave `few_shot` clips of each class in training, 0: all. What is chosen does not depend on
-    what was drawn before."""
+    """Leave `few_shot` clips of each class in training; what was drawn before has no part in it."""
     rng = np.random.default_rng(seed)
-    if few_shot:
-        for name in classes:
-            clips = np.flatnonzero((names == name) & (splits == "train"))
-            splits[rng.permutation(clips)[few_shot:]] = "unused"
+    for name in classes:
+        clips = np.flatnonzero((names == name) & (splits == "train"))
+        splits[rng.permutation(clips)[few_shot:]] = "unused"
 
 
-def check_splits(name, splits, train):
-    """Raise a sentence for splits that cannot train, or test."""
+def check_splits(name, splits, names, trials, train):
+    """Raise a sentence for trials and splits that cannot train, or test."""
+    for split, rows in trials.items():
+        if len({label for label, _, _ in rows}) < 2:
+            raise ValueError(f"{name}: trials to {split} are all of one kind, or none; they need "
+                             "two speakers and two recordings of one. Validation is drawn from "
+                             "the training speakers, --no-valid does without")
+    if trials and train and len(set(names[splits == "train"])) < 2:
+        raise ValueError(f"{name}: fewer than two speakers train; --no-valid leaves more to train. "
+                         "(VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2.)")
     counts = Counter(splits)
     needed = {"train", "test"} if train else {"test"}
     if not needed <= counts.keys() <= {"train", "valid", "test", "bad", "unused"}:
@@ -828,21 +817,9 @@ def check_classes(name, splits, names, drawn, train, skip_bad, found):
     faults = [f"class {label!r} trains and is never tested" for label in trained - tested - drawn]
     faults += [f"class {label!r} is tested and never trains" for label in tested - trained]
     faults = Findings(sorted(faults))
-    faults.stop(skip_bad or not train, f"{name}: {len(faults.bad)} classes are not in both training and test")
+    faults.stop(skip_bad or not train, f"{name}: {len(faults.bad)} classes train or test alone")
     found.bad += faults.bad
     splits[(splits == "test") & ~np.isin(names, list(trained))] = "unused"
-
-
-def check_trials(name, splits, names, trials, train):
-    """Raise a sentence for trials of one kind, and for fewer than two speakers to train."""
-    for split, rows in trials.items():
-        if len({label for label, _, _ in rows}) < 2:
-            raise ValueError(f"{name}: trials to {split} are all of one kind, or none; they need "
-                             "two speakers and two recordings of one. Validation is drawn from "
-                             "the training speakers, --no-valid does without")
-    if train and len(set(names[splits == "train"])) < 2:
-        raise ValueError(f"{name}: fewer than two speakers train; --no-valid leaves more to train. "
-                         "(VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2.)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -930,13 +907,12 @@ def samples_of(frames):
 def mel_triangles(mels, device):
     """(FFT/2 + 1, mels): triangles, equally wide in mel from 20 Hz to 8 kHz. Mel is nearly linear
     below 700 Hz and logarithmic above, as an ear is."""
-    mel = lambda hertz: 1127 * torch.log(1 + hertz / 700)
-    low, high = mel(torch.tensor([20.0, RATE / 2]))
-    edges = low + torch.arange(mels + 2) * (high - low) / (mels + 1)
-    left, middle, right = edges[:-2], edges[1:-1], edges[2:]  # (mels,) each
-    bins = mel(torch.arange(FFT // 2 + 1) * RATE / FFT)[:, None]  # (FFT/2 + 1, 1)
-    rising = (bins - left) / (middle - left)  # (FFT/2 + 1, mels)
-    falling = (right - bins) / (right - middle)
+    low = 1127 * math.log(1 + 20 / 700)  # mel
+    step = (1127 * math.log(1 + RATE / 2 / 700) - low) / (mels + 1)
+    edges = low + torch.arange(mels + 2) * step  # left, middle and right of a triangle: a step each
+    bins = 1127 * torch.log(1 + torch.arange(FFT // 2 + 1)[:, None] * RATE / FFT / 700)
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])  # (FFT/2 + 1, mels)
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     return torch.minimum(rising, falling).clamp_min(0).to(device)
 
 
@@ -1008,7 +984,8 @@ def augment_waves(batch, classes, frames, speeds=False, gain=0.0, noise="", room
     half = 0  # how many of them get a room
     if rooms:
         half = len(chosen) // 2 if noise else len(chosen)
-    indoors, noisy = chosen[:half], chosen[half:]
+    indoors = chosen[:half]
+    noisy = chosen[half:]
     if half:
         if rooms == "generated":
             responses = make_rooms(half, x.device)
@@ -1112,7 +1089,7 @@ def band_noise(rng, low, high):
 
 def dying(start, decay):
     """An envelope that starts at second `start` and falls by e every `decay` seconds."""
-    return (TIME >= start) * np.exp(-np.maximum(TIME - start, 0) / decay)
+    return np.where(TIME >= start, np.exp(-np.maximum(TIME - start, 0) / decay), 0)
 
 
 def part_of(rng, half):
@@ -1157,6 +1134,11 @@ def drum(rng, start):
     return tone(skin) * dying(start, rng.uniform(0.08, 0.2))
 
 
+def cricket(rng):
+    wings = tone(rng.uniform(3500, 5500)) * np.maximum(tone(rng.uniform(35, 60)), 0)
+    return np.where(tone(rng.uniform(2, 4)) > 0, wings, 0)
+
+
 # Source classes: steady or slowly changing textures, to pre-train on.
 SOURCE = {
     "sweep-up": lambda r: tone(log_uniform(r, 200, 1200) * r.uniform(2, 5) ** TIME),
@@ -1181,8 +1163,7 @@ SOURCE = {
 # name with ">" has a twin of the same parts in another order: a model without order guesses there.
 TARGET = {
     "bell": lambda r: bell(r, r.uniform(0, 0.4), 0.2, 0.5),
-    "cricket": lambda r: (tone(r.uniform(3500, 5500)) * np.maximum(tone(r.uniform(35, 60)), 0)
-                          * (tone(r.uniform(2, 4)) > 0)),
+    "cricket": cricket,
     "engine": lambda r: clicks(regular(r, r.uniform(22, 40)), r.uniform(120, 300), 0.03),
     "rain": lambda r: clicks(r.uniform(0, 1, r.integers(40, 90)), r.uniform(1500, 3500), 0.004),
     "drum": lambda r: drum(r, r.uniform(0, 0.5)),
@@ -1199,8 +1180,11 @@ SOUNDS = {"sounds": TARGET, "sounds-source": SOURCE}
 
 def sound_rows(name, root, found):
     """Clips are named before they are made: the name is the seed of the wave."""
-    return [(f"{name}/{kind}/{split}-{n}", kind, split) for kind in SOUNDS[name]
-            for split, count in COUNTS.items() for n in range(count)]
+    rows = []
+    for kind in SOUNDS[name]:
+        for split, count in COUNTS.items():
+            rows += [(f"{name}/{kind}/{split}-{n}", kind, split) for n in range(count)]
+    return rows
 
 
 def sound(clip):
@@ -1230,9 +1214,11 @@ STFT = dict(n_fft=2 * STEP, hop_length=STEP, window=torch.hann_window(2 * STEP).
 
 def voice_rows(root, found):
     """Nobody is in two splits, so a test is of strangers."""
-    return [(f"voices/{split}-{who}/{n}", f"{split}-{who}", split)
-            for split, (speakers, each) in VOICES.items()
-            for who in range(speakers) for n in range(each)]
+    rows = []
+    for split, (speakers, each) in VOICES.items():
+        for speaker in [f"{split}-{who}" for who in range(speakers)]:
+            rows += [(f"voices/{speaker}/{n}", speaker, split) for n in range(each)]
+    return rows
 
 
 def voice(clip):
@@ -1297,17 +1283,18 @@ def folder_rows(root, found=None):
     """ROOT/dog/1.wav: a class is a folder, the splits are drawn. With ROOT/train/dog/1.wav and
     ROOT/test/dog/2.wav, and maybe validation, they are the folders'."""
     clips = find_audio(root, found)
-    role = {clip: SPLIT_FOLDERS.get(clip.split("/")[0].lower(), "") for clip in clips}
-    roles = set(role.values())
-    if not {"train", "test"} <= roles:
-        clips = leave_out(clips, lambda clip: "/" in clip,
-                          "recordings directly in ROOT are left out", found)
-        return [(clip, clip.split("/")[0], "any") for clip in clips]
-    clips = leave_out(clips, lambda clip: role[clip] and clip.count("/") > 1,
-                      "recordings in no folder of a class, as ROOT/train/dog, are left out", found)
-    if "valid" not in roles:
-        role = {clip: split.replace("train", "train*") for clip, split in role.items()}
-    return [(clip, clip.split("/")[1], role[clip]) for clip in clips]
+    tops = {clip.partition("/")[0] for clip in clips if "/" in clip}
+    role = {top: SPLIT_FOLDERS[top.lower()] for top in tops if top.lower() in SPLIT_FOLDERS}
+    if not {"train", "test"} <= set(role.values()):
+        why = "recordings directly in ROOT are left out"
+        clips = leave_out(clips, lambda clip: "/" in clip, why, found)
+        return [(clip, clip.partition("/")[0], "any") for clip in clips]
+    if "valid" not in role.values():
+        role = {top: split.replace("train", "train*") for top, split in role.items()}
+    why = "recordings in no folder of a class, as ROOT/train/dog, are left out"
+    clips = leave_out(clips, lambda clip: clip.count("/") > 1 and clip.split("/")[0] in role, why,
+                      found)
+    return [(clip, clip.split("/")[1], role[clip.split("/")[0]]) for clip in clips]
 
 
 def fsdd_rows(root, found):
@@ -1363,26 +1350,22 @@ CORPORA = {
         tree="A folder per class or speaker: ROOT/dog/1.wav, ...; or ROOT/train/dog/1.wav, "
              "ROOT/test/dog/2.wav, ..."),
     "fsdd": Source(
-        fsdd_rows,
-        tree="ROOT/recordings/7_jackson_32.wav, ...",
-        clips=3000,
+        fsdd_rows, tree="ROOT/recordings/7_jackson_32.wav, ...", clips=3000,
         address="https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/heads/"
                 "master.zip"),
     "esc50": Source(
         lambda root, found: read_table(
             root / "meta/esc50.csv", found, "audio/{filename}", "{category}", "{fold}"),
         tree="ROOT/meta/esc50.csv, ROOT/audio/1-100032-A-0.wav, ...",
-        clips=2000,
-        address="https://github.com/karolpiczak/ESC-50/archive/master.zip",
-        folds=5),
+        clips=2000, folds=5,
+        address="https://github.com/karolpiczak/ESC-50/archive/master.zip"),
     "urbansound8k": Source(  # slices of one recording are in one fold, so the folds stay whole
         lambda root, found: read_table(
             root / "metadata/UrbanSound8K.csv", found, "audio/fold{fold}/{slice_file_name}",
             "{class}", "{fold}"),
         tree="ROOT/metadata/UrbanSound8K.csv, ROOT/audio/fold1/101415-3-0-2.wav, ...",
-        clips=8732,
-        address="https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz",
-        folds=10),
+        clips=8732, folds=10,
+        address="https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz"),
     "speechcommands": Source(
         speechcommands_rows,
         tree="ROOT/validation_list.txt, ROOT/testing_list.txt, ROOT/bed/00176480_nohash_0.wav, ...",

@@ -341,7 +341,7 @@ def found_in(root):
 
 
 def test_what_is_hidden_linked_twice_or_no_recording_is_not_in_a_folder(tmp_path):
-    save_clips(tmp_path, "dog/1.wav", "dog/._1.wav", ".ipynb_checkpoints/1.wav", "__MACOSX/dog/1.wav",
+    save_clips(tmp_path, "dog/1.wav", "dog/._1.wav", ".ipynb_checkpoints/1.wav", "__MACOSX/1.wav",
                "cat/1.WAV", "cat/1.flac", "cat/1.m4a", "loose.wav", "dog/notes.txt", "dog/2.xyz")
     (tmp_path / "ant").symlink_to(tmp_path / "dog")  # sorted before the folder that it is
     (tmp_path / "dog/again").symlink_to(tmp_path)
@@ -372,14 +372,15 @@ def test_folders_named_train_and_test_are_splits(tmp_path, valid):
     save_clips(tmp_path, *(f"{folder}/{c}/1.wav" for folder in folders for c in "ab"))
     save_clips(tmp_path, "extra/a/1.wav")
     rows, notes = found_in(tmp_path)
-    expected = {"train/a/1.wav": ("a", "train" if valid else "train*"), "Test/b/1.wav": ("b", "test")}
-    assert rows.items() >= expected.items() and len(rows) == 2 * len(folders)
+    assert len(rows) == 2 * len(folders)
+    assert rows["Test/b/1.wav"] == ("b", "test")
+    assert rows["train/a/1.wav"] == ("a", "train" if valid else "train*")
     assert not valid or rows[f"{valid}/a/1.wav"] == ("a", "valid")
     assert "extra/a/1.wav" in notes[0]
 
 
 def test_one_class_alone_is_refused(tmp_path):
-    save_clips(tmp_path, "corpus/dog/1.wav", "corpus/dog/2.wav", *(f"corpus/{i}.wav" for i in "345"))
+    save_clips(tmp_path, *(f"corpus/{kind}/{i}.wav" for kind in ("dog", "cat") for i in "345"))
     with pytest.raises(ValueError, match="'corpus'. Is ROOT a folder too high or too deep"):
         data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache")
 
@@ -390,7 +391,7 @@ def test_names_in_another_normal_form_and_in_no_utf8_are_found(tmp_path):
     for split in ("train", "valid", "test"):
         write(tmp_path / f"data/{split}_data.csv", "path,action,object,location",
               *(f"wavs/\u00fcber{i}.wav,{i % 2},b,c" for i in range(4)))
-    with pytest.raises(ValueError, match="in two rows, as 0/b/c train and as 0/b/c valid"):
+    with pytest.raises(ValueError, match="in two rows, as 0/b/c valid and 0/b/c train"):
         data.open_corpus("fluentspeech", tmp_path, cache=tmp_path / "cache")
     save_clips(tmp_path / "root", *(f"{c}/{i}.wav" for c in "ab" for i in range(4)))
     name = os.fsencode(tmp_path / "root") + b"/a/h\xfc.wav"
@@ -410,7 +411,8 @@ def test_tables_are_read_in_any_common_encoding(tmp_path, encoding):
 
 @pytest.mark.parametrize("line, sentence", [
     ("1.wav,1,dog,more", "line 12: 4 columns, the header has 3"), ("1.wav,1", "line 12: 2 columns"),
-    ("1.wav,1, ", "line 12: 'category' is empty"), ("0.wav,2,c0", "0.wav: in two rows, as c0 1 and"),
+    ("1.wav,1, ", "line 12: 'category' is empty"),
+    ("0.wav,2,c0", "0.wav: in two rows, as c0 2 and c0 1"),
     ("10.wav,1,new", "'new' trains and is never tested"),
     ("10.wav,5,new", "'new' is tested and never trains")])
 def test_a_doubtful_row_stops_training_or_is_left_out_and_is_named(tmp_path, line, sentence):
@@ -442,8 +444,9 @@ def test_bad_trials_are_answered_with_a_sentence(tmp_path, text, sentence):
 @pytest.mark.parametrize("gap", [" ", "\t"])
 def test_trials_may_name_files_with_spaces(tmp_path, gap):
     save_clips(tmp_path, *(f"{who} L/take {n}.wav" for who in ("Ada", "Bob") for n in (1, 2)))
-    write(tmp_path / "trials.txt", gap.join("1/Ada L*take 1.wav/Ada L*take 2.wav".split("/"))
-          .replace("*", "/"), gap.join("0/Ada L*take 1.wav/Bob L*take 2.wav".split("/")).replace("*", "/"))
+    trials = [("1", "Ada L/take 1.wav", "Ada L/take 2.wav"),
+              ("0", "Ada L/take 1.wav", "Bob L/take 2.wav")]
+    write(tmp_path / "trials.txt", *map(gap.join, trials))
     corpus = data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache", train=False)
     assert corpus.trials["test"] == [(1, 0, 1), (0, 0, 3)]
 
@@ -452,7 +455,7 @@ def test_a_missing_table_or_column_is_answered_with_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="(?s)UrbanSound8K.csv'.*audio/fold1.*--download"):
         data.open_corpus("urbansound8k", tmp_path)
     write(tmp_path / "meta/esc50.csv", "file;fold;category", "1.wav;1;dog")
-    with pytest.raises(ValueError, match="no column 'filename'; its columns are file;fold;category"):
+    with pytest.raises(ValueError, match="no column 'filename'; its columns are file;fold"):
         data.open_corpus("esc50", tmp_path)
 
 
@@ -639,17 +642,21 @@ def test_an_archive_writes_nothing_outside_its_folder(
 def test_a_download_comes_whole_in_its_official_layout_or_leaves_nothing(
         tmp_path, monkeypatch, kind, top, fault):
     wave = np.random.default_rng(0).uniform(-0.5, 0.5, (3000, 1))
-    files = {"audio/1.wav": wav_bytes(wave), "meta/esc50.csv": b"filename,fold,category\n1.wav,1,a\n"
-             b"2.wav,2,b"}
+    table = b"filename,fold,category\n1.wav,1,a\n2.wav,2,b"
+    files = {"audio/1.wav": wav_bytes(wave), "meta/esc50.csv": table}
     body = archive(kind, {"__MACOSX/x": b""} | {top + name: files[name] for name in files})
     sha256 = hashlib.sha256(body).hexdigest() if "hash" in fault else ""
     monkeypatch.setitem(data.CORPORA, "esc50", replace(
         data.CORPORA["esc50"], address=(tmp_path / "x").as_uri(), sha256=sha256))
-    root, cache = tmp_path / "new/root", tmp_path / "cache"
+    root = tmp_path / "new/root"
+    cache = tmp_path / "cache"
     for answer, sentence in (
             (None, "/x could not be .*No such.*by hand and save it as"), (b"<html></html>", fault),
             (body[: len(body) // 2], fault), (body, "1"), (None, "1")):  # 1: clips are missing
-        (tmp_path / "x").write_bytes(answer) if answer else (tmp_path / "x").unlink(missing_ok=True)
+        if answer:
+            (tmp_path / "x").write_bytes(answer)
+        else:
+            (tmp_path / "x").unlink(missing_ok=True)
         with pytest.raises(SystemExit, match=sentence):
             data.main(["esc50", str(root), "--cache", str(cache), "--download"])
         assert sentence == "1" or not list(root.glob("*"))
@@ -768,7 +775,8 @@ def test_a_silent_clip_noise_or_room_leaves_the_clip_as_it_is(silent):
 
 
 def test_a_batch_of_one_has_no_babble_and_stays_finite():
-    batch = data.Batch(torch.randn(1, 16240), torch.tensor([16240]), torch.tensor([0]), np.arange(1))
+    wave = torch.randn(1, 16240)
+    batch = data.Batch(wave, torch.tensor([16240]), torch.tensor([0]), np.arange(1))
     for _ in range(8):
         assert data.augment_waves(batch, 1, 100, noise="generated", share=1.0).x.isfinite().all()
 
