@@ -314,7 +314,8 @@ def fit(cfg, corpus, model, augment_waves, out):
         losses = []  # [(loss, clips of the batch)]
         batches = data.batches(corpus, corpus.pick("train"), cfg.batch_size, cfg.crop, cfg.seed,
                                epoch, repeat=cfg.speaker, shard=(RANK, WORLD), steps=cfg.steps)
-        for step in progress(range(epoch * per_epoch, (epoch + 1) * per_epoch), f"epoch {epoch + 1}"):
+        span = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        for step in progress(span, f"epoch {epoch + 1}"):
             # The next slices of the packed corpus. (`profile` reads the names of these ranges.)
             with record_function("data"):
                 batch = next(batches)
@@ -328,7 +329,6 @@ def fit(cfg, corpus, model, augment_waves, out):
                 batch = augment_waves(batch.to(cfg.device))  # speed, gain, noise, rooms
             with record_function("features"):
                 x = data.features(batch, model.encoder)  # (B, T, F)
-            with record_function("augmentation"):
                 x = data.augment_features(x, cfg.shift, cfg.spec_f, cfg.spec_t)
             # Forward: features to logits, (B, T, F) -> (B, C), to a loss.
             with record_function("forward"), autocast(cfg):
