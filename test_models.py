@@ -8,6 +8,7 @@ published counts, values worked by hand. Real recordings are looked for in ../sh
 import argparse
 import contextlib
 import copy
+import csv
 import doctest
 import hashlib
 import importlib.util
@@ -18,6 +19,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -36,6 +38,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import ast_adapters
@@ -1409,7 +1412,8 @@ BLOCKS = [(sv.BasicBlock, 16, 32, dict(stride=2), (2, 16, 6, 10)),
           (sv.SERes2Block, 32, 32, dict(dilation=2, bottleneck=4), (2, 32, 1, 20)),
           (sv.MultiScaleBlock, 16, 32, {}, (2, 16, 1, 20)),
           (sv.RecurrentBlock, 32, 32, {}, (2, 32, 1, 20))]
-NORMAL = np.random.RandomState(0).randn(11_000)
+EIGHT = [.9, .8, .7, .3, .6, .5, .2, .1]
+SAME = [1, 1, 1, 1, 0, 0, 0, 0]
 
 
 def slim(name, **options):
@@ -1442,7 +1446,6 @@ def test_light_hosts_keep_their_budget(name, millions, giga):
 @pytest.mark.parametrize("name", SLIM)
 @pytest.mark.parametrize("options", LIGHT.values(), ids=LIGHT)
 def test_every_parameter_is_trained_and_reloads(name, options):
-    torch.manual_seed(0)
     x = torch.randn(4, 60, 40)
     y = torch.arange(4)
     head = sv.AAMSoftmax(24, 5)
@@ -1471,7 +1474,7 @@ def test_lightening_shrinks_a_host_and_only_the_module_costs_parameters(name):
 
 
 @pytest.mark.parametrize("block, d_in, d_out, options, shape", BLOCKS)
-def test_groups_do_not_hear_of_each_other(block, d_in, d_out, options, shape):
+def test_groups_are_blocks_that_do_not_hear_of_each_other(block, d_in, d_out, options, shape):
     torch.manual_seed(0)
     narrow = block(d_in, d_out, groups=2, **options).eval()
     x = torch.randn(shape)
@@ -1481,13 +1484,8 @@ def test_groups_do_not_hear_of_each_other(block, d_in, d_out, options, shape):
     first_changed, second_changed = narrow(changed).chunk(2, dim=1)
     assert torch.equal(second, second_changed), "group 2 hears of group 1"
     assert not torch.allclose(first, first_changed), "group 1 does not hear of itself"
-
-
-@pytest.mark.parametrize("block, d_in, d_out, options, shape", BLOCKS)
-def test_groups_are_narrow_blocks_side_by_side(block, d_in, d_out, options, shape):
-    narrow = block(d_in // 2, d_out // 2, **options)
-    wide = block(d_in, d_out, groups=2, **options)
-    assert size(wide) == 2 * size(narrow), "two groups are not two narrow blocks"
+    one = block(d_in // 2, d_out // 2, **options)
+    assert size(narrow) == 2 * size(one), "two groups are not two narrow blocks"
 
 
 @pytest.mark.parametrize("block, d_in, d_out, options, shape", BLOCKS)
@@ -1514,15 +1512,6 @@ def test_the_module_by_hand():
     x = torch.tensor([[[[1.0, 3.0]], [[6.0, 6.0]]]])  # p = 2 and 6, so m = 3
     expected = torch.tensor([[[[4.0, 6.0]], [[12.0, 12.0]]]])
     assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kernel, dilation, groups", [(1, 1, 1), (1, 1, 4), (3, 4, 2)])
-def test_a_convolution_over_time_is_torchs(kernel, dilation, groups):
-    conv = sv.conv(8, 16, groups, kernel, dilation)
-    x = torch.randn(1, 8, 20)
-    padding = dilation * (kernel // 2)
-    expected = F.conv1d(x, conv.weight[:, :, 0], conv.bias, 1, padding, dilation, groups)
-    assert_close(conv(x.unsqueeze(2)).squeeze(2), expected)
 
 
 def test_the_context_stands_beside_every_frame():
@@ -1558,9 +1547,7 @@ def test_macs_by_hand(layer, macs):
 
 def test_timing_leaves_the_threads_alone():
     threads = torch.get_num_threads()
-    layer = nn.Linear(6, 7)
-    layer.mels = 6
-    assert sv.complexity(layer, frames=50)["latency_ms"] > 0
+    assert sv.latency_ms(slim("amcrn"), frames=50, repeats=1) > 0
     assert torch.get_num_threads() == threads
 
 
@@ -1582,26 +1569,26 @@ def test_aam_softmax_has_a_gradient_where_embedding_and_weight_are_parallel(sign
     assert head.weight.grad.isfinite().all(), "the weight's gradient is not finite"
 
 
-@pytest.mark.parametrize("targets, others, eer, dcf_01, dcf_05", [
-    ([.4, .5, .6], [.1, .2, .3], 0, 0, 0), ([.1, .2, .3], [.4, .5, .6], 100, 1, 1),
-    ([.9, .8, .7, .3], [.6, .5, .2, .1], 25, .25, .25),
-    ([.9, .8, .4], [.7, .5, .3, .2, .1], 100 / 3, 1 / 3, 1 / 3),
-    ([.5, .5, .9, .9], [.5, .1, .1, .9], 100 / 3, 1, 1), ([.5, .5], [.5, .5], 50, 1, 1),
-    (NORMAL[:1000] + 3, NORMAL[1000:], 6.8, .632, .4313)])
-def test_metric_vectors_whatever_the_order(targets, others, eer, dcf_01, dcf_05):
-    scores = np.concatenate([targets, others])
+@pytest.mark.parametrize("targets, others, eer, dcf", [  # a digit is a score
+    ("456", "123", 0, 0),
+    ("123", "456", 100, 1),
+    ("9873", "6521", 25, 1 / 4),
+    ("984", "75321", 100 / 3, 1 / 3),
+    ("5599", "5119", 100 / 3, 1),
+    ("55", "55", 50, 1)])
+def test_error_rates_by_hand_whatever_the_order(targets, others, eer, dcf):
+    scores = [int(digit) for digit in targets + others]
     labels = np.repeat([1, 0], [len(targets), len(others)])
     for order in (1, -1):
         rates = sv.error_rates(scores[::order], labels[::order])
-        assert list(rates.values()) == pytest.approx([eer, dcf_01, dcf_05], abs=1e-6)
+        assert list(rates.values()) == pytest.approx([eer, dcf, dcf])
 
 
-def test_each_rate_alone_equals_that_of_error_rates():
-    scores = NORMAL + np.repeat([3, 0], [1000, 10_000])
+def test_error_rates_of_normal_scores():
     labels = np.repeat([1, 0], [1000, 10_000])
+    scores = np.random.RandomState(0).randn(11_000) + 3 * labels
     rates = sv.error_rates(scores, labels)
-    assert rates["eer"] == 100 * sv.equal_error_rate(scores, labels)
-    assert rates["min_dcf_0.05"] == sv.min_dcf(scores, labels, 0.05)
+    assert list(rates.values()) == pytest.approx([6.8, .632, .4313], abs=1e-6)
 
 
 def test_adaptive_s_norm_by_hand():
@@ -1612,24 +1599,16 @@ def test_adaptive_s_norm_by_hand():
     assert score == pytest.approx([2.0, -2.0])
 
 
-EIGHT = [.9, .8, .7, .3, .6, .5, .2, .1]
-SAME = [1, 1, 1, 1, 0, 0, 0, 0]
-
-
 def test_a_threshold_gives_the_error_rates_that_belong_to_it():
     assert sv.error_rates_at(EIGHT, SAME, sv.threshold_at(EIGHT, SAME)) == (.25, .25)
     assert sv.error_rates_at(EIGHT, SAME, .3) == (0, .5), "a score at the threshold is accepted"
 
 
-def test_a_score_file_gives_error_rates(tmp_path, capsys):
+def test_a_score_file_gives_error_rates_or_the_line_that_is_bad(tmp_path, capsys):
     path = tmp_path / "scores.txt"
     path.write_text("".join(f"a b {score} {label}\n" for score, label in zip(EIGHT, SAME)))
     sv.main([str(path)])
     assert "8 trials, 4 of one speaker: EER 25.000 %" in capsys.readouterr().out
-
-
-def test_a_bad_line_of_a_score_file_is_named(tmp_path):
-    path = tmp_path / "scores.txt"
     path.write_text("a b .5 1\na b .5 yes")
     with pytest.raises(SystemExit, match="line 2: expected `id_a id_b score label`"):
         sv.main([str(path)])
@@ -1650,10 +1629,21 @@ def test_bad_sizes_features_and_trials_are_answered_with_a_sentence(call, senten
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. train.py and the README
+# 5. train.py and the README: helpers, training, files, refusals, tables, use, a pretended GPU
 
 TRAIN = [sys.executable, str(HERE / "train.py")]
 README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def tone(label, samples=8000):
+    """A clip as those of a class of `folder_corpus`."""
+    return 0.5 * np.sin(np.arange(samples) * (label + 1) * 0.3)
+
+
+def write_wav(path, wave, rate=16000):
+    """Write samples (n,) or (n, channels)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(wav_bytes(wave.reshape(len(wave), -1), rate))
 
 
 @pytest.fixture(scope="module")
@@ -1662,11 +1652,12 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     folder_corpus(folder / "root")
     torch.manual_seed(0)
-    ast, init = AST("nano"), folder / "nano.pt"
-    torch.save(dict(encoder=ast.state_dict(), settings=ast.settings), init)
-    return folder, dict(data="folder", root=str(folder / "root"), cache=str(folder / "cache"),
-                        method="lora", init=str(init), epochs=3, batch_size=4, frames=50,
-                        device="cpu", bf16=False)
+    ast = AST("nano")
+    torch.save(dict(encoder=ast.state_dict(), settings=ast.settings), folder / "nano.pt")
+    settings = dict(data="folder", root=str(folder / "root"), cache=str(folder / "cache"),
+                    method="lora", init=str(folder / "nano.pt"), epochs=3, batch_size=4, frames=50,
+                    device="cpu", bf16=False)
+    return folder, settings
 
 
 def run(settings, out, **changes):
@@ -1674,7 +1665,7 @@ def run(settings, out, **changes):
 
 
 def told(*arguments):
-    """What a command prints, with the sentence that it ends with."""
+    """What a command prints, with the sentence or the status that it ends with."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
@@ -1685,22 +1676,31 @@ def told(*arguments):
 
 
 def as_flags(settings):
-    return ["--no-bf16", *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items()
-                           if k != "bf16")]
+    flags = ["--no-bf16"]
+    for name, value in settings.items():
+        if name != "bf16":
+            flags.append(f"--{name.replace('_', '-')}={value}")
+    return flags
 
 
 def weights(out):
     return torch.load(out / "last.pt", weights_only=True)["model"]
 
 
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def log_of(out, key="epoch"):
-    lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-    return [json.loads(line)[key] for line in lines]
+    if not (out / "log.jsonl").exists():
+        return []
+    return [json.loads(line)[key] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def stop_after(patch, saves):
     """Let Ctrl-C come behind so many epochs; return the growing list of their folders."""
-    save_last, saved = train.save_last, []
+    save_last = train.save_last
+    saved = []
 
     def save_and_stop(out, *state):
         save_last(out, *state)
@@ -1711,73 +1711,209 @@ def stop_after(patch, saves):
     return saved
 
 
-@pytest.mark.parametrize("changes", [dict(method="lora"), dict(
-    method="conformer", noise="generated", reverb="generated", gain=6.0)], ids=str)
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(small, tmp_path, changes):
-    """Killed twice at random moments, and each time begun again by the same command."""
-    settings, whole, out = small[1] | dict(changes, epochs=10), tmp_path / "whole", tmp_path / "run"
-    results = run(settings, whole)
-    for _ in range(2):
-        done, process = log_of(out), subprocess.Popen(
-            [*TRAIN, *as_flags(settings), "--out", out, "--resume"], stdout=subprocess.DEVNULL)
-        while log_of(out) == done and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(np.random.default_rng().uniform(0, 0.1))  # training, evaluating, saving
-        process.kill()
-        assert process.wait() == -9
-        torch.load(out / "best.pt", weights_only=True)
-    resumed = run(settings, out, resume=True)
-    assert_close(weights(whole), weights(out), atol=0, rtol=0)
-    assert results | {"seconds": 0} == resumed | {"seconds": 0}
-    assert log_of(out) == list(range(1, 11))  # none twice, none missing
+# Every model, through the command line.
+
+ONE_STEP = ["--epochs=1", "--steps=1"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_trained_for_a_step(small, tmp_path, method):
+    flags = as_flags(small[1] | dict(method=method, out=tmp_path / "run"))
+    printed = told(*flags, *ONE_STEP)
+    assert "tested once" in printed, printed
+    assert read_json(tmp_path / "run/results.json")["trainable"] > 0, "nothing was trained"
+
+
+@pytest.mark.parametrize("subsets", [1, 2])
+@pytest.mark.parametrize("host", sv.MODELS)
+def test_every_host_is_trained_for_a_step(verified, tmp_path, host, subsets):
+    settings = verified[1] | dict(model=host, width=16, subsets=subsets, out=tmp_path / "run")
+    for name in ("init", "method", "speed_perturb", "noise", "reverb"):
+        settings.pop(name, None)
+    printed = told(*as_flags(settings), *ONE_STEP)
+    assert "tested once" in printed, printed
+    assert 0 <= read_json(tmp_path / "run/results.json")["eer"] <= 100
+
+
+def test_an_option_of_a_method_without_a_field_of_config_is_named(monkeypatch):
+    method, options = METHODS["lora"]
+    monkeypatch.setitem(METHODS, "lora", (method, options | dict(wings=2)))
+    monkeypatch.setattr(train, "METHOD_OPTIONS", ["rank", "wings"])
+    assert "'wings' that is no flag" in told("evaluate", "gone"), "the option is ignored"
+
+
+def test_a_keyword_of_a_host_without_a_field_of_config_is_named(monkeypatch):
+    monkeypatch.setitem(sv.MODELS, "winged", lambda mels=80, wings=2: None)
+    assert "'wings' that is no flag" in told("evaluate", "gone"), "the keyword is ignored"
+
+
+# Going on where a run stopped.
+
+
+def kill_after_an_epoch(settings, out):
+    """Start or resume a run, and kill it at a random moment after its next epoch."""
+    done = log_of(out)
+    command = [*TRAIN, *as_flags(settings), "--out", out, "--resume"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while log_of(out) == done and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(np.random.default_rng().uniform(0, 0.1))  # training, evaluating, saving
+    process.kill()
+    assert process.wait() == -9, "the run ended before it could be killed"
+
+
+@pytest.fixture(scope="module", params=[
+    dict(method="lora"), dict(method="conformer", noise="generated", reverb="generated", gain=6.0)],
+    ids=["lora", "augmented"])
+def resumed(request, small, tmp_path_factory):
+    """An unbroken run, and one that was killed twice: (folder, results) of each."""
+    folder = tmp_path_factory.mktemp("resumed")
+    settings = small[1] | request.param | dict(epochs=10)
+    unbroken = folder / "unbroken", run(settings, folder / "unbroken")
+    kill_after_an_epoch(settings, folder / "killed")
+    torch.load(folder / "killed/best.pt", weights_only=True)  # whole, whenever it was killed
+    kill_after_an_epoch(settings, folder / "killed")
+    killed = folder / "killed", run(settings, folder / "killed", resume=True)
+    return unbroken, killed
+
+
+def test_a_resumed_run_has_the_weights_of_an_unbroken_one_bit_for_bit(resumed):
+    (unbroken, _), (killed, _) = resumed
+    assert_close(weights(killed), weights(unbroken), atol=0, rtol=0)
+
+
+def test_a_resumed_run_has_the_results_of_an_unbroken_one(resumed):
+    (_, unbroken), (_, killed) = resumed
+    machine = dict(seconds=0, peak_mb=0)
+    assert killed | machine == unbroken | machine
+
+
+def test_a_resumed_run_logs_each_epoch_once(resumed):
+    assert log_of(resumed[1][0]) == list(range(1, 11))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, small):
+    """A run that Ctrl-C stopped after its first epoch: (folder, settings, what it said)."""
+    folder = tmp_path_factory.mktemp("stopped")
+    folder_corpus(folder / "root")
+    settings = small[1] | dict(root=str(folder / "root"))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 1)
+        said = told(*as_flags(settings), "--out", folder / "run")
+    return folder, settings, said
+
+
+def test_ctrl_c_names_the_folder_to_resume(stopped):
+    assert f"--resume --out {stopped[0] / 'run'}" in stopped[2]
+
+
+def refused(stopped, sentence, **changes):
+    """Assert that going on is refused with a sentence, and that last.pt stays as it was."""
+    folder, settings, _ = stopped
+    good = (folder / "run/last.pt").read_bytes()
+    with pytest.raises((ValueError, OSError), match=re.escape(sentence)):
+        run(settings, folder / "run", **changes)
+    assert (folder / "run/last.pt").read_bytes() == good, "last.pt changed"
+
+
+def test_another_configuration_is_not_resumed(stopped):
+    refused(stopped, "configuration (lr 0.01 -> 0.5)", lr=0.5, resume=True)
+
+
+def test_a_run_is_not_written_over(stopped):
+    refused(stopped, "holds a run already")
+
+
+def test_a_run_on_other_clips_is_not_resumed(stopped):
+    clip = stopped[0] / "root/class1/3.wav"
+    sound = clip.read_bytes()
+    clip.write_bytes(sound[:-2000] + bytes(2000))
+    refused(stopped, "begun on other clips", resume=True)
+    clip.write_bytes(sound)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_another_run_other_clips_or_a_full_disk_change_no_checkpoint(small, tmp_path, monkeypatch):
-    out, clip = tmp_path / "run", tmp_path / "root/class1/3.wav"
-    folder_corpus(tmp_path / "root")
-    settings = small[1] | dict(root=str(tmp_path / "root"))
-    stop_after(monkeypatch, 1)
-    told(*as_flags(settings), "--out", out)
-    good, sound = (out / "last.pt").read_bytes(), clip.read_bytes()
-    (out / "last.pt.part").symlink_to("/dev/full")  # every write there answers: no space left
-    for changes, content, sentence in (
-            (dict(lr=0.5), sound, "configuration (lr 0.01 -> 0.5)"),
-            ({}, sound, "holds a run already"),
-            (dict(resume=True), sound[:-2000] + bytes(2000), "run was begun on other clips"),
-            (dict(resume=True), sound, "No space left")):
-        clip.write_bytes(content)
-        with pytest.raises((ValueError, OSError), match=re.escape(sentence)):
-            run(settings, out, **changes)
-        assert (out / "last.pt").read_bytes() == good, sentence
-    run(settings, out, resume=True)
-    assert log_of(out) == [1, 2, 3] and not list(out.glob("*.part"))
+def test_a_full_disk_spoils_no_checkpoint(stopped):
+    part = stopped[0] / "run/last.pt.part"
+    part.symlink_to("/dev/full")  # every write there answers: no space left
+    refused(stopped, "No space left", resume=True)
+    assert not part.is_symlink(), "a half-written file stays"
 
 
-# What each of two processes runs: the last run of the sweep fails in the second process.
+def test_a_run_of_an_older_program_goes_on(stopped, tmp_path):
+    """Its config lacks a field that is new, and has one that is gone."""
+    out = tmp_path / "run"
+    shutil.copytree(stopped[0] / "run", out)
+    config = read_json(out / "config.json")
+    del config["snr"]
+    (out / "config.json").write_text(json.dumps(config | dict(wings=2)))
+    run(stopped[1], out, resume=True)
+    assert log_of(out) == [1, 2, 3]
+
+
+# Several processes. The last run of this sweep fails in the second process.
+
 WORKER = """
 import train
+
+def fail(ast):
+    ast.requires_grad_(True)
+    ast.register_forward_hook(lambda *call: call[2] * float("nan"))
+
 if train.RANK == 1:
-    train.METHODS["full"] = lambda ast: ast.requires_grad_(True).register_forward_hook(
-        lambda *call: call[2] * float("nan")), {}
+    train.METHODS["full"] = fail, {}
 train.main()
 """
 
 
-def test_two_processes_learn_what_one_learns_and_end_each_other(small, tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "worker.py", *as_flags(small[1]), "--sweep", "method=lora,full", "--out=two"], timeout=240,
-        cwd=tmp_path, text=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE)})
-    one, two = tmp_path / "one", tmp_path / "two/lora"
-    results = run(small[1], one)
-    assert_close(weights(two), weights(one), atol=1e-4, rtol=1e-5)
-    assert log_of(one, "loss") == pytest.approx(log_of(two, "loss"), abs=1e-5)
-    shared = json.loads((two / "results.json").read_text())  # each tested half of the clips
-    assert shared["accuracy"] == results["accuracy"] and done.stdout.count("lora on folder") == 1
-    assert done.returncode == 1 and not (tmp_path / "two/full/last.pt").exists()
+@pytest.fixture(scope="module")
+def two_processes(small, tmp_path_factory):
+    """(folder, what they printed, results of the same run in one process)."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "worker.py", "sweep", "method=lora,full", *as_flags(small[1]), "--out=two"]
+    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=240,
+                          env=os.environ | {"PYTHONPATH": str(HERE)})
+    return folder, done, run(small[1], folder / "one")
+
+
+def test_two_processes_learn_the_weights_that_one_learns(two_processes):
+    folder, done, _ = two_processes
+    assert (folder / "two/lora/last.pt").exists(), done.stderr
+    assert_close(weights(folder / "two/lora"), weights(folder / "one"), atol=1e-4, rtol=1e-5)
+
+
+def test_two_processes_log_the_losses_of_one(two_processes):
+    folder = two_processes[0]
+    two = log_of(folder / "two/lora", "loss")
+    assert two == pytest.approx(log_of(folder / "one", "loss"), abs=1e-5)
+
+
+def test_two_processes_that_test_half_of_the_clips_each_find_the_accuracy_of_one(two_processes):
+    folder, _, one = two_processes
+    assert read_json(folder / "two/lora/results.json")["accuracy"] == one["accuracy"]
+
+
+def test_one_of_two_processes_prints(two_processes):
+    assert two_processes[1].stdout.count("tested once") == 1
+
+
+def test_a_process_that_fails_ends_the_others_with_a_sentence(two_processes):
+    folder, done, _ = two_processes
+    assert done.returncode == 1 and not (folder / "two/full/last.pt").exists()
     assert re.search(r"error in process 1: the loss became nan in .* class\d/", done.stderr)
+
+
+def test_clips_that_do_not_divide_among_processes_are_refused(small, monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    cfg = train.with_recipe(train.Config(**small[1] | dict(batch_size=32)))
+    with pytest.raises(ValueError, match="21 clips a step do not divide among 2 processes"):
+        train.check_corpus(cfg, train.open_corpus(cfg))
+
+
+# What a run leaves.
 
 
 @pytest.fixture(scope="module")
@@ -1787,170 +1923,549 @@ def classifier(small):
     return out / "best.pt", run(small[1], out, epochs=10, method="conformer", seed=3)
 
 
-def test_a_run_leaves_its_files_and_best_is_not_the_live_model(small, classifier, tmp_path):
+def test_results_are_written_as_they_are_returned(classifier):
     best, results = classifier
-    out, saved, plain = best.parent, torch.load(best, weights_only=True), AST("nano")
-    assert results == json.loads((out / "results.json").read_text()) and results["seed"] == 3
-    assert saved["epoch"] == 1 + np.argmax(log_of(out, "valid")) < len(log_of(out)) == 10
-    assert (out / "adapter.pt").stat().st_size < best.stat().st_size / 5
-    ast_adapters.load_pretrained(plain, small[0] / "nano.pt")
-    twin = ast_adapters.load_adapter(plain, torch.load(out / "adapter.pt")["adapter"])
-    assert_close(twin.state_dict(), saved["encoder"], atol=0, rtol=0)
+    assert results == read_json(best.parent / "results.json")
+    assert results["seed"] == 3
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Let validation give these scores, epoch by epoch; return them and the weights it saw."""
+    scores = []
+    seen = []
+
+    def evaluate(cfg, corpus, model, split, *more, **options):
+        score = scores[len(seen)] if split == "valid" else 50.0
+        if split == "valid":
+            seen.append(copy.deepcopy(model.encoder.state_dict()))
+        return dict(accuracy=score, score=score)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    return scores, seen
+
+
+@pytest.mark.parametrize("scores, best", [((50.0, 80.0, 20.0), 2), ((50.0, 80.0, 80.0, 20.0), 3)],
+                         ids=["the best epoch", "the later of equal ones"])
+def test_best_pt_holds_the_weights_of(small, scripted, tmp_path, scores, best):
+    scripted[0].extend(scores)
+    run(small[1], tmp_path, epochs=len(scores))
+    saved = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert saved["epoch"] == best
+    assert_close(saved["encoder"], scripted[1][best - 1], atol=0, rtol=0)
+
+
+def test_an_adapter_file_is_small(classifier):
+    best = classifier[0]
+    assert (best.parent / "adapter.pt").stat().st_size < best.stat().st_size / 5
+
+
+def test_a_log_counts_clips_that_are_there(small, tmp_path):
     run(small[1], tmp_path, batch_size=10**6)
-    assert max(log_of(tmp_path, "clips_per_second")) < 1e5  # there are 21, not a million
+    assert max(log_of(tmp_path, "clips_per_second")) < 1e5, "there are 21, not a million"
 
 
-def test_what_no_epoch_changes_is_computed_once_and_changes_nothing(small, tmp_path, monkeypatch):
-    for n, changes in enumerate((dict(), dict(method="linear"), dict(frames=20), dict(gain=20.0),
-                                 dict(model="ecapa-tdnn", width=16, init=""))):
-        kept, plain = tmp_path / f"kept{n}", tmp_path / f"plain{n}"
-        run(small[1], kept, **changes)
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "cache_inputs", lambda cfg, corpus, *rest: (corpus, cfg.frames))
-            run(small[1], plain, **changes)
-        assert_close(weights(kept), weights(plain), atol=1e-4, rtol=1e-5)
+def test_a_figure_is_drawn_of_a_log_without_a_new_key(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    write(tmp_path / "log.jsonl", '{"epoch": 1, "loss": 2.5}', '{"epoch": 2, "loss": 1.5}')
+    train.draw_log(tmp_path, str(tmp_path / "log.png"))
+    assert (tmp_path / "log.png").stat().st_size > 1000
 
 
-def test_the_profile_times_the_real_loop_and_writes_nothing(small, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    printed = told("--profile", *as_flags(small[1] | dict(batch_size=16)))
-    *lines, step, products = map(float, re.findall(r"^ *([\d.]+) ms +[\d.]+% ", printed, re.M))
-    assert 0.8 * step < sum(lines) < 1.01 * step and 0 < products < step
-    assert " loss.backward()" in printed and not list(tmp_path.iterdir())
+# The loop: rates, margin, weight decay, losses; where its time goes.
 
 
-def test_rate_and_margin_follow_the_steps_of_an_ast_that_learns_speakers(
-        verified, small, tmp_path, monkeypatch):
+def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     cfg = train.Config(lr=2.0, warmup=0.1)
     rates = [train.learning_rate(cfg, step, 100) for step in (0, 9, 55, 99)]
     assert rates == pytest.approx([0.2, 2.0, 1.0, 0.0], abs=1e-3)
-    forward, margins, root = sv.AAMSoftmax.forward, [], verified[1]["root"]
-    monkeypatch.setattr(sv.AAMSoftmax, "forward", lambda head, *inputs: (
-        margins.append(head.margin) or forward(head, *inputs)))
-    run(small[1], tmp_path, root=root, epochs=2, steps=5, margin_rise=0.5)
-    assert margins[:10] == pytest.approx([.04, .08, .12, .16, .2, .2, .2, .2, .2, .2])
 
 
-def test_weight_decay_leaves_scales_biases_and_norms_alone():
-    for method in METHODS:
-        model = train.Model(adapt(AST("nano"), method), ast_adapters.LinearHead(64, 3))
-        optimiser = train.make_optimiser(train.Config(lr=0.1, weight_decay=0.5), model)
-        ids = {id(p) for g in optimiser.param_groups if g["weight_decay"] for p in g["params"]}
-        names = {name for name, p in model.named_parameters() if id(p) in ids}
-        assert "head.weight" in names, method
-        assert not {n for n in names if n.endswith(("bias", "scale", "shift", ".m", "norm.weight"))}
+def test_the_margin_of_an_ast_that_learns_speakers_rises(verified, small, tmp_path, monkeypatch):
+    forward = sv.AAMSoftmax.forward
+    margins = []
+
+    def noted(head, *inputs):
+        if head.training and len(inputs[0]) == 4:  # not the step that is measured
+            margins.append(head.margin)
+        return forward(head, *inputs)
+    monkeypatch.setattr(train, "measure_step", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(sv.AAMSoftmax, "forward", noted)
+    run(small[1], tmp_path, root=verified[1]["root"], epochs=2, steps=5, margin_rise=0.5)
+    assert margins == pytest.approx([.04, .08, .12, .16, .2, .2, .2, .2, .2, .2])
+
+
+def decaying(method, **options):
+    """The names of the parameters that weight decay pulls to zero."""
+    model = train.Model(adapt(AST("nano"), method, **options), ast_adapters.LinearHead(64, 3))
+    optimiser = train.make_optimiser(train.Config(lr=0.1, weight_decay=0.5), model)
+    ids = set()
+    for group in optimiser.param_groups:
+        if group["weight_decay"]:
+            ids |= {id(p) for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in ids}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weight_decay_leaves_scales_biases_and_norms_alone(method):
+    names = decaying(method)
+    assert "head.weight" in names, "the head's matrix should decay"
+    vectors = ("bias", "scale", "shift", ".m", "norm.weight", "cls_token", "dist_token")
+    assert not {name for name in names if name.endswith(vectors)}, "vectors decay"
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adapter", "conformer"])
+def test_weight_decay_is_of_the_same_parameters_at_rank_1(method):
+    assert decaying(method, rank=1) == decaying(method, rank=4)
+
+
+def test_a_loss_that_is_not_finite_names_the_clips_of_its_batch(small, tmp_path, monkeypatch):
+    batches = []
+    features = data.features
+
+    def broken(batch, encoder):
+        batches.append([int(clip) for clip in batch.clips])
+        x = features(batch, encoder)
+        return x * math.nan if len(batches) == 2 else x  # the second step's
+    monkeypatch.setattr(data, "features", broken)
+    ids = train.open_corpus(train.Config(**small[1])).ids
+    with pytest.raises(ValueError, match="the loss became nan") as stop:
+        run(small[1], tmp_path)
+    assert all(ids[clip] in str(stop.value) for clip in batches[1]), stop.value
+
+
+@pytest.fixture(scope="module")
+def profiled(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, told("profile", *as_flags(small[1]), "--figure", "trace.json")
+
+
+def test_a_profile_has_a_line_for_each_phase_of_the_loop(profiled):
+    times = dict(re.findall(r"^ *([\d.]+ ms) +[\d.]+% +([\w ]+)$", profiled[1], re.M))
+    phases = ["data", "augmentation", "features", "forward", "backward", "optimiser", "a step",
+              "its products alone"]
+    assert list(times.values()) == phases, profiled[1]
+
+
+def test_the_phases_of_a_profile_add_up_to_a_step(profiled):
+    *phases, step, products = map(float, re.findall(r"^ *([\d.]+) ms", profiled[1], re.M))
+    assert sum(phases) == pytest.approx(step, abs=0.1)
+    assert 0 < products < step, "the floor is below a step"
+
+
+def test_a_profile_writes_its_trace_and_nothing_else(profiled):
+    assert os.listdir(profiled[0]) == ["trace.json"]
+    assert "forward" in (profiled[0] / "trace.json").read_text()
+
+
+# Settings: recipes, flags, commands.
 
 
 @pytest.mark.parametrize("corpus, recipe", [  # P1, section 3.1
     ("esc50", (500, 32, 50, 24, 80)), ("urbansound8k", (400, 32, 30, 24, 80)),
     ("speechcommands", (100, 128, 75, 0, 0)), ("fluentspeech", (400, 32, 75, 0, 0))])
-def test_presets_are_p1s_recipes_and_what_is_typed_wins(corpus, recipe):
-    for method, rate in dict(full=5e-5, linear=1e-3, bitfit=5e-3, lora=5e-3, prefix=1e-2).items():
-        cfg = train.with_preset(train.Config(data=corpus, model="ast-base", method=method))
-        assert (cfg.frames, cfg.batch_size, cfg.epochs, cfg.spec_f, cfg.spec_t) == recipe
-        assert (cfg.lr, cfg.weight_decay, cfg.warmup) == (rate, 0.1, 0)
-    assert train.with_preset(train.Config(data=corpus, epochs=2)).epochs == 2
+def test_recipes_of_corpora_are_p1s(corpus, recipe):
+    cfg = train.with_recipe(train.Config(data=corpus, model="ast-base"))
+    assert (cfg.frames, cfg.batch_size, cfg.epochs, cfg.spec_f, cfg.spec_t) == recipe
 
 
-RANDOM = "--method full --init none"
-BAD_COMMANDS = [  # command, part of the sentence that answers
-    ("--data nope", "--data: invalid choice: 'nope'"), ("--lrr 1", "unrecognized arguments: --lrr"),
-    ("--data folder", "--data folder needs --root"), ("--data voices --noise nope", "nope"),
-    ("--data esc50 --root empty", "empty/meta/esc50.csv'"), ("--init code.pt", "is never run"),
-    ("--evaluate code.pt", "is never run"), ("--data features --root empty", "empty/features.npy'"),
+@pytest.mark.parametrize("method, rate", [
+    ("full", 5e-5), ("linear", 1e-3), ("bitfit", 5e-3), ("lora", 5e-3), ("prefix", 1e-2)])
+def test_recipes_of_methods_are_p1s(method, rate):
+    cfg = train.with_recipe(train.Config(data="esc50", model="ast-base", method=method))
+    assert (cfg.lr, cfg.weight_decay, cfg.warmup) == (rate, 0.1, 0)
+
+
+def test_what_is_typed_wins_over_the_recipe():
+    assert train.with_recipe(train.Config(data="esc50", epochs=2)).epochs == 2
+
+
+def test_every_setting_is_a_flag_of_train():
+    flags = set(re.findall(r"--[\w-]+", told("train", "--help")))
+    assert {f"--{name.replace('_', '-')}" for name in train.FIELDS} <= flags
+
+
+@pytest.mark.parametrize("command", train.COMMANDS)
+def test_the_help_of_a_command_has_an_example_that_it_understands(command):
+    printed = told(command, "--help")
+    example = re.search(r"example: python train.py ([^\n]+(?:\n[^\n]+)*)", printed)[1]
+    assert train.parse(shlex.split(example))[0] == command
+
+
+@pytest.mark.parametrize("command", train.COMMANDS)
+def test_the_help_names_every_command(command):
+    assert re.search(rf"^ +{command} ", told("--help"), re.M)
+
+
+def test_help_says_which_default_will_act():
+    printed = " ".join(told("train", "--help").split())
+    assert "(default: the recipe's)" in printed and "(default: None)" not in printed
+
+
+def refusal(command):
+    """What the parser says to a command line that it refuses."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises((SystemExit, ValueError)) as stop:
+        train.parse(shlex.split(command))
+    return f"{said.getvalue()} {stop.value}"
+
+
+@pytest.mark.parametrize("command, sentence", [
+    ("trian", "did you mean train"), ("evalute RUN", "did you mean evaluate"),
+    ("--metod lora", "did you mean --method"), ("train --epoch 3", "did you mean --epochs"),
+    ("predict RUN a.wav --cvs x", "did you mean --csv"), ("--lrr 1", "did you mean --lr")])
+def test_a_mistyped_word_is_answered_with_the_nearest(command, sentence):
+    assert sentence in refusal(command)
+
+
+@pytest.mark.parametrize("command", [
+    "predict RUN a.wav --epochs 7", "evaluate RUN --lr 1", "verify RUN a.wav b.wav --csv x",
+    "embed RUN a.wav --method lora", "train --csv x", "train --durations 1", "train --as-norm",
+    "compare --method lora", "profile --seeds 2", "sweep rank=1 --durations 1"])
+def test_a_flag_of_another_command_is_refused(command):
+    assert "unrecognized arguments: --" in refusal(command)
+
+
+@pytest.fixture(scope="module")
+def bad_place(small, tmp_path_factory):
+    """A folder to type bad commands in: an empty folder, a file that holds code, a corpus."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty").mkdir()
+    torch.save(Payload(folder / "owned"), folder / "code.pt")
+    (folder / "notes.txt").write_text("no checkpoint")
+    (folder / "tones").symlink_to(small[1]["root"], target_is_directory=True)
+    (folder / "cache").symlink_to(small[1]["cache"], target_is_directory=True)
+    return folder
+
+
+TONES = "--method full --init none --data folder --root tones"
+
+
+@pytest.mark.parametrize("command, sentence", [
+    ("--data nope", "--data: invalid choice: 'nope'"), ("--data folder", "needs --root"),
+    (f"{TONES} --noise nope", "nope"), ("--data esc50 --root empty", "empty/meta/esc50.csv'"),
     ("--data voxceleb --root empty", "Ask for the audio by the form at https:"),
-    ("--model ast-base", "needs --init"), ("--init audioset", "add --model ast-base"),
-    ("--model ecapa-tdnn --rank 3", "does not read it"), ("--subsets 4", "does not read it"),
-    ("--rank 99", "at most 64"), ("--evaluate x --predict y", "by predict, not by"),
-    ("--sweep rank=2,many", "invalid int"), ("--sweep batch-size=8,0", "0: expected at least 1"),
-    ("--evaluate x --epochs 7", "read by train, compare, sweep, profile, not by evaluate"),
-    ("--evaluate x --fold 2", "has no folds"), ("--evaluate x --durations inf", "above 0, or full"),
-    ("--as-norm", "not by train"), ("--lr -1", "expected at least 0"), ("--lr nan", "expected"),
-    ("--margin 3", "expected at least 0 and at most 1.5"), ("--snr 3", "nothing without --noise"),
-    ("--fold 1", "sounds has no folds"), ("--trials e", "sounds has no lists"),
-    ("--data features --root empty --speed-perturb", "--data features has no audio"),
-    ("--device tpu", "invalid choice"), (f"{RANDOM} --speed-perturb", "has no trials"),
-    (f"{RANDOM} --frames 100000", "longest training clip"), (f"{RANDOM} --out code.pt", "a file")]
+    (f"{TONES} --init code.pt", "is never run"), ("evaluate code.pt", "is never run"),
+    ("evaluate notes.txt", "is no best.pt of this program"), ("evaluate gone", "no such file: gone"),
+    ("predict empty a.wav", "no such file: empty/best.pt"), ("--model ast-base", "needs --init"),
+    ("--init audioset", "add --model ast-base"), ("--subsets 4", "does not read it"),
+    ("--model ecapa-tdnn --rank 3", "does not read it"), ("--rank 99", "at most 64"),
+    ("sweep rank=2,many", "invalid int"), ("sweep batch-size=8,0", "0: expected at least 1"),
+    ("sweep rank", "expected FIELD=v1,v2"), ("compare --model amcrn", "no methods"),
+    ("evaluate x --durations inf", "above 0, or full"), ("--lr -1", "expected at least 0"),
+    ("--lr nan", "expected"), ("--margin 3", "expected at least 0 and at most 1.5"),
+    ("--snr 3", "nothing without --noise"), ("--fold 1", "sounds has no folds"),
+    ("--trials e", "sounds has no lists"), ("--device tpu", "invalid choice"),
+    (f"{TONES} --speed-perturb", "has no trials"), (f"{TONES} --margin 0.5", "has no trials"),
+    (f"{TONES} --frames 100000", "longest training clip"), (f"{TONES} --out code.pt", "a file"),
+    ("--figure a.jpg", "a name that ends in .png, .svg or .pdf"),
+    ("profile --figure a.png", "expected FILE.json"),
+    ("predict x y --csv gone/rows.csv", "there is no folder gone")])
+def test_bad_input_is_answered_with_a_sentence_and_nothing_is_made(
+        bad_place, monkeypatch, command, sentence):
+    monkeypatch.chdir(bad_place)
+    printed = told(*command.split())
+    assert sentence in printed, printed
+    assert re.search("ended with (error|2)", printed), "it should end with an error"
+    assert set(os.listdir()) == {"empty", "code.pt", "notes.txt", "tones", "cache"}
 
 
-def test_bad_input_is_answered_with_a_sentence_and_nothing_is_made(tmp_path, monkeypatch, small):
-    (tmp_path / "empty").mkdir()
-    torch.save(Payload(tmp_path / "owned"), tmp_path / "code.pt")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(data.COUNTS, "train", 2)
-    for command, sentence in BAD_COMMANDS:
-        printed = told(*command.split())
-        assert sentence in printed and re.search("ended with (error|2)", printed), command
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "ACCELERATOR", torch.device("mps"))  # as on a Mac
-        assert "--bf16: mps has no bfloat16" in told("--profile", "--bf16")
-    assert set(os.listdir()) <= {"empty", "code.pt", "cache"}
-    monkeypatch.setattr(train, "WORLD", 2)
-    cfg = train.with_preset(train.Config(**small[1] | dict(batch_size=32)))
-    with pytest.raises(ValueError, match="21 clips a step do not divide among 2 processes"):
-        train.check_corpus(cfg, train.open_corpus(cfg))
+def test_a_batch_of_one_for_batchnorm_is_refused_before_packing(tmp_path):
+    flags = ["--data=voices", "--batch-size=1", "--device=cpu", f"--cache={tmp_path / 'cache'}"]
+    printed = told("--model=ecapa-tdnn", *flags)
+    assert "--batch-size 1: a step of one clip" in printed
+    assert not (tmp_path / "cache").exists(), "the corpus was packed first"
 
 
-def test_folds_and_seeds_go_on_where_they_stopped(small, tmp_path, monkeypatch):
+def test_bfloat16_is_refused_on_a_mac(monkeypatch):
+    monkeypatch.setattr(train, "ACCELERATOR", torch.device("mps"))
+    with pytest.raises(ValueError, match="--bf16: mps has no bfloat16"):
+        train.on_this_machine(train.Config(bf16=True))
+
+
+def test_bfloat16_on_a_processor_without_it_says_what_it_costs(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    train.on_this_machine(train.Config(bf16=True, device="cpu"))
+    assert "about 8 times as long" in capsys.readouterr().out
+
+
+# Tables: folds, seeds, methods, figures.
+
+
+@pytest.fixture(scope="module")
+def folded(small, tmp_path_factory):
+    """Four folds with two seeds, stopped after five runs, and gone on: (saved, printed, table)."""
+    out = tmp_path_factory.mktemp("folded")
     # Noise, in four folds that have one, four, one and no clips of the second class.
     clips = [(str(n), str(int(n in (0, 1, 2, 5, 9, 13))), str(n % 4 + 1)) for n in range(16)]
-    noise = lambda clip: np.random.default_rng(int(clip)).uniform(-1, 1, 8000)
-    monkeypatch.setitem(data.CORPORA, "folded", data.Source(lambda _: clips, read=noise, folds=4))
-    command = as_flags(small[1] | dict(data="folded", epochs=1, fold="all", seeds=2, out=tmp_path))
-    saved = stop_after(monkeypatch, 5)
-    assert "stopped; the same command with --resume" in told(*command)
-    printed = told(*command, "--resume")
-    runs = [(fold, seed) for fold in (1, 2, 3, 4) for seed in (0, 1)]
-    assert saved == [f"ast-nano-lora-fold{f}-seed{s}" for f, s in runs]
-    results = json.loads((tmp_path / "compare.json").read_text())["ast-nano-lora"]
-    assert [(result["fold"], result["seed"]) for result in results] == runs
-    right = [result["accuracy"] for result in results]
-    assert f"{np.mean(right):.2f} ± {np.std(right, ddof=1):.2f}" in printed
+    source = data.Source(lambda *_: clips, folds=4, read=lambda clip: np.random.default_rng(
+        int(clip)).uniform(-1, 1, 8000))
+    settings = small[1] | dict(data="folded", epochs=1, fold="all", seeds=2, out=out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.CORPORA, "folded", source)
+        saved = stop_after(patch, 5)
+        told(*as_flags(settings), "--skip-bad")
+        printed = told(*as_flags(settings), "--skip-bad", "--resume")
+    return saved, printed, read_json(out / "compare.json")["ast-nano-lora"]
 
 
-def test_evaluate_and_predict_agree_also_on_clips_a_little_longer_than_the_crop(
-        small, classifier, tmp_path):
+RUNS = [(fold, seed) for fold in (1, 2, 3, 4) for seed in (0, 1)]
+
+
+def test_folds_and_seeds_go_on_where_they_stopped(folded):
+    assert folded[0] == [f"ast-nano-lora-fold{fold}-seed{seed}" for fold, seed in RUNS]
+
+
+def test_a_table_has_every_fold_and_seed(folded):
+    assert [(result["fold"], result["seed"]) for result in folded[2]] == RUNS
+
+
+def test_a_table_shows_mean_and_deviation(folded):
+    right = [result["accuracy"] for result in folded[2]]
+    assert f"{np.mean(right):.2f} ± {np.std(right, ddof=1):.2f}" in folded[1]
+
+
+def test_compare_has_a_row_for_each_method(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "METHODS", {name: METHODS[name] for name in ("linear", "bitfit")})
+    flags = as_flags(small[1] | dict(out=tmp_path / "table"))
+    printed = told("compare", *[f for f in flags if "--method" not in f], *ONE_STEP)
+    assert list(read_json(tmp_path / "table/compare.json")) == ["linear", "bitfit"]
+    assert "2 of 2: bitfit" in printed, "no word of how far it is"
+
+
+def test_a_finished_table_is_not_trained_again(small, tmp_path):
+    command = ["sweep", "seed=0,1", *as_flags(small[1] | dict(out=tmp_path / "table")), *ONE_STEP]
+    told(*command)
+    assert told(*command, "--resume").count("is finished already") == 2
+
+
+FIGURES = {  # what is drawn: the command, without its --figure
+    "a run's log": "{flags} --epochs=1 --out=run",
+    "a table": "sweep seed=0,1 {flags} --epochs=1 --out=sweep",
+    "error rates": "evaluate {verified}",
+    "error rates over seconds": "evaluate {verified} --durations 0.2 0.4",
+    "attention": "predict {classifier} {sound}"}
+
+
+@pytest.fixture(scope="module")
+def words(small, classifier, verified):
+    """What stands in the braces of a command."""
+    return dict(flags=shlex.join(as_flags(small[1] | dict(epochs=1))), classifier=classifier[0],
+                verified=verified[0] / "run", sound=small[0] / "root/class0/0.wav")
+
+
+@pytest.mark.parametrize("command", FIGURES.values(), ids=FIGURES)
+def test_a_figure_is_drawn_of(words, tmp_path, monkeypatch, command):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    printed = told(*shlex.split(command.format(**words)), "--figure=a.png")
+    assert "drawn: a.png" in printed and Path("a.png").stat().st_size > 1000, printed
+
+
+@pytest.mark.parametrize("command, sentence", [
+    ("evaluate {classifier}", "has no trials"), ("predict {verified} {sound}", "holds no AST")])
+def test_a_figure_is_refused_of(words, tmp_path, monkeypatch, command, sentence):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert sentence in told(*shlex.split(command.format(**words)), "--figure=a.png")
+    assert not os.listdir(), "something was made"
+
+
+def test_without_matplotlib_a_figure_is_refused_before_any_work(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install matplotlib" in told(*shlex.split(words["flags"]), "--figure=a.png")
+    assert not os.listdir(), "something was made"
+
+
+# Using a classifier: evaluate, predict, and the functions for a script of one's own.
+
+
+@pytest.mark.parametrize("name", ["best.pt", ""], ids=["file", "folder"])
+def test_evaluate_takes_a_file_or_its_folder(classifier, name):
+    best, results = classifier
+    printed = told("evaluate", best.parent / name)
+    assert f"full  accuracy {results['accuracy']:.4g} %" in printed, printed
+
+
+def test_evaluate_has_a_line_for_each_duration(classifier):
+    printed = told("evaluate", classifier[0], "--durations", "0.3", "full")
+    assert re.search(r"^ *0.3 s  accuracy .*\n *full  accuracy", printed, re.M), printed
+
+
+def test_a_corpus_of_other_classes_is_refused(classifier, verified):
+    elsewhere = ["--root", verified[1]["root"], "--cache", verified[1]["cache"]]
+    assert "knows 3 classes" in told("evaluate", classifier[0], *elsewhere)
+
+
+@pytest.fixture(scope="module")
+def longer(small, classifier, tmp_path_factory):
+    """A corpus of stereo clips a little longer than the crop, and its accuracy by `evaluate`."""
+    folder = tmp_path_factory.mktemp("longer")
+    for label, clip in itertools.product(range(3), range(10)):
+        wave = np.stack([tone(label, 9500 + clip)] * 2, axis=1)
+        write_wav(folder / f"root/class{label}/{clip}.wav", wave)
+    printed = told("evaluate", classifier[0], "--data", "folder", "--root", folder / "root",
+                   "--cache", small[1]["cache"])
+    return folder, float(re.search(r"accuracy ([\d.]+)", printed)[1])
+
+
+def test_the_last_window_of_a_clip_has_no_more_weight_than_its_frames(classifier, longer):
     """A last window of a few frames once had the weight of a whole one: 84 fell to 6 %."""
-    (folder, settings), (best, results) = small, classifier
-    printed = told("--evaluate", best, "--durations", "0.3", "full")
-    assert f"full  accuracy {results['accuracy']:.4g}" in printed and "0.3 s  acc" in printed
-    elsewhere = ["--evaluate", best, "--cache", settings["cache"], "--data"]
-    assert re.search("knows 3 classes.* has 12", told(*elsewhere, "sounds"))
-    folder_corpus(tmp_path / "root")
-    for path in (tmp_path / "root").rglob("*.wav"):  # longer, and in stereo
-        wave = data.read_wav(path)[0].T.repeat(2, 1)
-        path.write_bytes(wav_bytes(np.pad(wave, ((0, 1500), (0, 0)), mode="reflect")))
-    printed = told(*elsewhere, "folder", "--root", tmp_path / "root")
-    accuracy = float(re.search(r"accuracy ([\d.]+)", printed)[1])
-    assert accuracy >= results["accuracy"] - 17  # one of six test clips
-    corpus = data.open_corpus("folder", tmp_path / "root", settings["cache"])
-    tested = [str(tmp_path / "root" / corpus.ids[i]) for i in corpus.pick("test")]
-    told("--predict", tmp_path / "root", "--checkpoint", best, "--csv", tmp_path / "rows.csv")
-    rows = [line.split(",") for line in (tmp_path / "rows.csv").read_text().splitlines()]
-    right = [Path(row[0]).parent.name == row[1] for row in rows if row[0] in tested]
-    assert len(right) == 6 and 100 * np.mean(right) == pytest.approx(accuracy, abs=0.1)
-    assert sum(float(chance) for chance in rows[0][2::2]) == pytest.approx(1, abs=1e-3)
+    assert longer[1] >= classifier[1]["accuracy"] - 17, "more than one of six clips is lost"
 
 
-def test_a_best_pt_that_lacks_something_is_refused_with_a_sentence(classifier, tmp_path):
-    whole = torch.load(classifier[0], weights_only=True)
-    broken = [{k: v for k, v in whole.items() if k != lost} for lost in (
-        "classes", "trials", "settings", "adaptation", "encoder", "head", "config", "threshold")]
-    broken.append(whole | dict(head=dict(weight=torch.zeros(7, 7), bias=torch.zeros(7))))
-    for saved in broken:
-        torch.save(saved, tmp_path / "best.pt")
-        with pytest.raises(ValueError, match="best.pt is no best.pt of this program"):
-            train.load_checkpoint(tmp_path / "best.pt", "cpu")
+@pytest.fixture(scope="module")
+def predicted(classifier, longer):
+    """The rows of predict's CSV for the clips of `longer`, a dictionary each."""
+    folder = longer[0]
+    told("predict", classifier[0].parent, folder / "root", "--csv", folder / "rows.csv")
+    with open(folder / "rows.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_csv_of_predict_has_a_header_and_a_row_a_file(predicted):
+    names = ["file", "class", "chance", "class2", "chance2", "class3", "chance3"]
+    assert list(predicted[0]) == names and len(predicted) == 30
+
+
+def test_predict_and_evaluate_agree(small, predicted, longer):
+    corpus = data.open_corpus("folder", longer[0] / "root", cache=small[1]["cache"])
+    tested = {str(longer[0] / "root" / corpus.ids[i]) for i in corpus.pick("test")}
+    right = []
+    for row in predicted:
+        if row["file"] in tested:
+            right.append(Path(row["file"]).parent.name == row["class"])
+    assert len(right) == 6
+    assert 100 * np.mean(right) == pytest.approx(longer[1], abs=0.1)
+
+
+def test_the_chances_of_all_classes_add_up_to_one(predicted):
+    chances = [float(predicted[0][name]) for name in ("chance", "chance2", "chance3")]
+    assert sum(chances) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.fixture
+def half_bad(small, tmp_path):
+    """What is typed for a file that is no sound, and then a good one."""
+    (tmp_path / "bad.wav").write_text("no sound")
+    return [tmp_path / "bad.wav", small[0] / "root/class0/0.wav"]
+
+
+@pytest.mark.parametrize("command", ["predict", "embed"])
+def test_an_unreadable_file_is_named_and_the_others_go_on(
+        classifier, half_bad, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    printed = told(command, classifier[0], *half_bad)
+    assert re.search(r"not read: .*bad.wav: \w+", printed), "the bad file and the reason are missing"
+    assert "class0/0.wav  class" in printed or "(1, 64)" in printed, "the good file is missing"
+    assert "ended with" in printed and "ended with 0" not in printed, "the exit status should be 1"
+
+
+@pytest.mark.parametrize("command", ["predict", "verify", "embed"])
+def test_a_path_that_does_not_exist_is_said_so(verified, command):
+    printed = told(command, verified[0] / "run", "gone.wav", "gone.wav")
+    assert "error: no such file or folder: gone.wav" in printed
+
+
+def test_a_name_that_the_screen_cannot_show_is_printed_escaped(classifier, tmp_path, monkeypatch):
+    write_wav(tmp_path / "é.wav", tone(0))
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    train.main(["predict", str(classifier[0]), str(tmp_path / "é.wav")])
+    screen.flush()
+    assert rb"\xe9.wav  class" in screen.buffer.getvalue()
+
+
+@pytest.mark.parametrize("lost", [
+    "classes", "trials", "settings", "adaptation", "encoder", "head", "config", "threshold"])
+def test_a_best_pt_without_a_part_is_refused_with_a_sentence(classifier, tmp_path, lost):
+    saved = torch.load(classifier[0], weights_only=True)
+    del saved[lost]
+    torch.save(saved, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="best.pt is no best.pt of this program"):
+        train.load_run(tmp_path)
+
+
+def test_a_best_pt_with_a_head_of_another_size_is_refused(classifier, tmp_path):
+    saved = torch.load(classifier[0], weights_only=True)
+    saved["head"] = dict(weight=torch.zeros(7, 7), bias=torch.zeros(7))
+    torch.save(saved, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="best.pt is no best.pt of this program"):
+        train.load_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tones(classifier, tmp_path_factory):
+    """(the Run, a file of class1 in 16 bits, its samples)."""
+    path = tmp_path_factory.mktemp("tones") / "clip.wav"
+    write_wav(path, tone(1))
+    return train.load_run(classifier[0].parent), path, np.round(tone(1) * 2**15) / 2**15
+
+
+def test_a_loaded_run_is_ready_for_use(tones, classifier):
+    loaded = tones[0]
+    assert not loaded.model.training, "the model should be in eval mode"
+    assert loaded.classes == ["class0", "class1", "class2"]
+
+
+def test_classify_says_what_predict_prints(tones, classifier):
+    ranked = train.classify(tones[0], tones[1])
+    printed = told("predict", classifier[0], tones[1]).split()
+    expected = [word for name, chance in ranked for word in (name, f"{chance:.4f}")]
+    assert printed[1:] == expected
+
+
+VARIANTS = {  # the same sound in other shapes: (samples -> array, rate, how near its embedding is)
+    "floats": (lambda wave: wave.astype(np.float32), 16000, 1e-5),
+    "int16": (lambda wave: (wave * 2**15).astype(np.int16), 16000, 1e-5),
+    "stereo": (lambda wave: np.stack([wave, wave]), 16000, 1e-5),
+    "twice the rate": (lambda wave: np.repeat(wave, 2).astype(np.float32), 32000, 0.2)}
+
+
+@pytest.mark.parametrize("make, rate, near", VARIANTS.values(), ids=VARIANTS)
+def test_an_array_is_embedded_as_its_file(tones, make, rate, near):
+    loaded, path, wave = tones
+    unit = train.embed(loaded, make(wave), rate)
+    assert unit.norm() == pytest.approx(1, abs=1e-5)
+    assert (unit - train.embed(loaded, path)).norm() < near
+
+
+@pytest.mark.parametrize("use", [train.classify, train.embed])
+@pytest.mark.parametrize("sound, rate, sentence", [
+    ("gone.wav", None, "no such file or folder: gone.wav"), (np.zeros(8000), None, "rate"),
+    (np.zeros((8000, 2)), 16000, r"\(channels, samples\)"),
+    (np.full(8000, np.nan), 16000, "finite"), (np.zeros(5), 16000, "short"),
+    (np.zeros((2, 2, 8000)), 16000, "expected an array")],
+    ids=["missing", "no rate", "wrong way round", "not finite", "short", "three axes"])
+def test_a_bad_sound_is_answered_with_a_sentence(tones, use, sound, rate, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        use(tones[0], sound, rate)
+
+
+def test_an_adapter_file_and_its_backbone_are_the_run(small, classifier, tones):
+    other = train.load_run(classifier[0].parent / "adapter.pt", backbone=small[0] / "nano.pt")
+    assert train.classify(other, tones[1]) == train.classify(tones[0], tones[1])
+
+
+def test_an_adapter_file_without_its_backbone_is_refused(classifier):
+    with pytest.raises(ValueError, match="holds an adapter alone: say backbone="):
+        train.load_run(classifier[0].parent / "adapter.pt")
+
+
+# Using a speaker model: trials, verify, embed, another start.
 
 
 def trial_corpus(root, classes=8):
     """A folder per speaker, and trials of the first two. Some have 150 ms: an AST reads 160."""
     folder_corpus(root, classes, clips=5)
-    for path in root.glob("*/1.wav"):
-        path.write_bytes(wav_bytes(data.read_wav(path)[0].T[:2400]))
-    pairs = itertools.product((0, 1), (0, 1), range(4))
-    (root / "trials.txt").write_text("\n".join(
-        f"{int(a == b)} class{a}/{i}.wav class{b}/4.wav" for a, b, i in pairs))
+    for label in range(classes):
+        write_wav(root / f"class{label}/1.wav", tone(label, 2400))
+    lines = []
+    for a, b, i in itertools.product((0, 1), (0, 1), range(4)):
+        lines.append(f"{int(a == b)} class{a}/{i}.wav class{b}/4.wav")
+    write(root / "trials.txt", *lines)
 
 
 @pytest.fixture(scope="module")
@@ -1964,79 +2479,240 @@ def verified(small, tmp_path_factory):
     return folder, settings, run(settings, folder / "run")
 
 
-def test_a_verification_run_leaves_scores_a_threshold_and_a_head_of_three_speeds(verified):
-    folder, _, results = verified
-    scores, labels = sv.read_scores(folder / "run/scores.txt")
-    assert results["eer"] == pytest.approx(100 * sv.equal_error_rate(scores, labels), abs=1e-3)
-    best = folder / "run/best.pt"
-    saved = torch.load(best, weights_only=True)
-    rates = [100 * rate for rate in sv.error_rates_at(scores, labels, saved["threshold"])]
-    assert rates == pytest.approx([results["miss"], results["false_alarm"]])
+def test_the_scores_of_a_run_give_its_error_rate(verified):
+    scores, labels = sv.read_scores(verified[0] / "run/scores.txt")
+    rate = 100 * sv.equal_error_rate(scores, labels)
+    assert verified[2]["eer"] == pytest.approx(rate, abs=1e-3)
+
+
+def test_the_threshold_of_validation_trials_judges_the_test(verified):
+    scores, labels = sv.read_scores(verified[0] / "run/scores.txt")
+    threshold = train.load_run(verified[0] / "run").threshold
+    miss, false_alarm = sv.error_rates_at(scores, labels, threshold)
+    found = verified[2]["miss"], verified[2]["false_alarm"]
+    assert found == pytest.approx((100 * miss, 100 * false_alarm))
+
+
+def test_a_speaker_at_three_speeds_is_three_classes_of_the_head(verified):
+    saved = train.load_run(verified[0] / "run").saved
     assert len(saved["head"]["weight"]) == 3 * len(saved["classes"]) == 12
-    printed = told("--predict", folder / "root/class7/0.wav", "--checkpoint", best)
-    assert printed.split()[1] in saved["classes"]  # a speaker at all speeds is one speaker
 
 
-def test_a_speaker_model_is_tested_on_a_corpus_whose_trials_name_every_speaker(verified, tmp_path):
-    """As VoxCeleb's lists E and H name all of VoxCeleb1: nobody trains in --evaluate."""
-    folder, settings, results = verified
-    trial_corpus(tmp_path / "root", classes=2)
-    saved = torch.load(folder / "run/best.pt", weights_only=True)
-    saved["config"]["root"] = "gone"  # so there is no cohort
-    torch.save(saved, tmp_path / "gone.pt")
-    command = ["--evaluate", folder / "run/best.pt", "--durations", "0.16", "full"]
-    cut, full = told(*command).splitlines()[-2:]
-    assert f"full  eer {results['eer']:.4g}" in full and "miss" in full
-    assert full.split("full")[1] != cut.split("0.16 s")[1]
-    elsewhere = ["--data", "folder", "--cache", settings["cache"], "--root", tmp_path / "root"]
-    printed = told(*command, *elsewhere, "--as-norm")
-    assert printed.count(" eer ") == 2 and "miss" not in printed  # the threshold is of cosines
-    assert " eer " in told("--evaluate", tmp_path / "gone.pt", *elsewhere)
-    assert "needs --root" in told("--evaluate", tmp_path / "gone.pt", *elsewhere, "--as-norm")
+def test_a_speaker_at_all_speeds_is_one_speaker_to_predict(verified):
+    loaded = train.load_run(verified[0] / "run")
+    ranked = train.classify(loaded, verified[0] / "root/class7/0.wav")
+    assert sorted(name for name, _ in ranked) == loaded.classes
+    assert sum(chance for _, chance in ranked) == pytest.approx(1, abs=1e-5)
 
 
-def test_verify_enrols_by_the_mean_of_the_embeddings_that_embed_writes(verified, tmp_path):
-    folder, settings, _ = verified
-    best, out = ["--checkpoint", folder / "run/best.pt"], tmp_path / "embeddings"
-    files = [str(folder / f"root/class{name}.wav") for name in ("0/0", "0/1", "1/0")]
-    told("--embed", *files, *best, "--out", out)
-    unit = np.load(out / "embeddings.npy")
-    assert (out / "names.txt").read_text().split() == files and unit.shape == (3, 12)
-    score = (unit[0] + unit[1]) @ unit[2] / np.linalg.norm(unit[0] + unit[1])
-    assert f"score {score:.4f}, threshold" in told("--verify", *files, *best)
-    assert "same speaker" in told("--verify", files[0], files[0], *best)
-    results = run(settings, tmp_path / "run", valid=False, epochs=1)
-    assert "eer" in results and "miss" not in results  # no validation trials: no threshold
+def test_evaluate_finds_the_error_rates_of_the_run(verified):
+    printed = told("evaluate", verified[0] / "run", "--durations", "0.16", "full")
+    cut, full = printed.splitlines()[-2:]
+    assert f"full  eer {verified[2]['eer']:.4g} %" in full and "miss" in full
+    assert full.split("full")[1] != cut.split("0.16 s")[1], "short utterances should score other"
 
 
-def test_a_speaker_model_goes_on_from_a_checkpoint_and_gives_a_cohort(verified):
-    folder, settings, _ = verified
-    saved = torch.load(folder / "run/best.pt", weights_only=True)
-    cfg = train.with_preset(train.Config(
-        **settings | dict(init=str(folder / "run/best.pt"), margin=0.5, speed_perturb=False)))
+@pytest.fixture(scope="module")
+def elsewhere(verified, tmp_path_factory):
+    """Flags of a corpus whose trials name every speaker, as VoxCeleb's lists E and H do."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    trial_corpus(folder / "root", classes=2)
+    return ["--data=folder", f"--cache={verified[1]['cache']}", f"--root={folder / 'root'}"]
+
+
+@pytest.fixture(scope="module")
+def homeless(verified):
+    """A best.pt whose training corpus is gone."""
+    saved = torch.load(verified[0] / "run/best.pt", weights_only=True)
+    saved["config"]["root"] = "gone"
+    torch.save(saved, verified[0] / "homeless.pt")
+    return verified[0] / "homeless.pt"
+
+
+def test_s_norm_takes_its_cohort_from_the_training_corpus(verified, elsewhere):
+    printed = told("evaluate", verified[0] / "run", *elsewhere, "--as-norm")
+    assert " eer " in printed, printed
+    assert "miss" not in printed, "the threshold is one of cosines"
+
+
+def test_a_speaker_model_is_tested_where_its_training_corpus_is_gone(homeless, elsewhere):
+    assert " eer " in told("evaluate", homeless, *elsewhere)
+
+
+def test_s_norm_without_the_training_corpus_is_refused(homeless, elsewhere):
+    assert "needs --root" in told("evaluate", homeless, *elsewhere, "--as-norm")
+
+
+@pytest.fixture(scope="module")
+def embedded(verified, tmp_path_factory):
+    """(files, two of one speaker and one of another; their embeddings as `embed` writes them)."""
+    out = tmp_path_factory.mktemp("embed") / "embeddings"
+    files = [str(verified[0] / f"root/class{name}.wav") for name in ("0/0", "0/1", "1/0")]
+    told("embed", verified[0] / "run", *files, "--out", out)
+    assert (out / "names.txt").read_text().split() == files
+    return files, np.load(out / "embeddings.npy")
+
+
+def test_embed_writes_what_the_function_returns(verified, embedded):
+    files, unit = embedded
+    loaded = train.load_run(verified[0] / "run/best.pt")
+    assert_close(torch.from_numpy(unit[2]), train.embed(loaded, files[2]), atol=1e-6, rtol=0)
+
+
+def test_verify_enrols_by_the_mean_of_embeddings(verified, embedded):
+    files, unit = embedded
+    mean = (unit[0] + unit[1]) / np.linalg.norm(unit[0] + unit[1])
+    assert f"score {mean @ unit[2]:.4f}, threshold" in told("verify", verified[0] / "run", *files)
+
+
+def test_a_recording_is_of_the_same_speaker_as_itself(verified, embedded):
+    same = embedded[0][:1] * 2
+    assert "same speaker" in told("verify", verified[0] / "run", *same)
+
+
+def test_without_validation_trials_there_is_no_threshold(verified, tmp_path):
+    results = run(verified[1], tmp_path / "run", valid=False, epochs=1)
+    assert "eer" in results and "miss" not in results
+
+
+@pytest.mark.parametrize("kind", ["classifier", "verified"])
+def test_a_sound_repeated_thirty_times_is_near_itself(request, monkeypatch, kind):
+    """A longer recording than a minute, for an AST than its segments, is a mean of windows."""
+    made = request.getfixturevalue(kind)
+    loaded = train.load_run(made[0].parent if kind == "classifier" else made[0] / "run")
+    monkeypatch.setattr(train, "MINUTE", 50)
+    once = train.embed(loaded, tone(1), 16000)
+    often = train.embed(loaded, np.tile(tone(1), 30), 16000)
+    assert once @ often > 0.9, f"cosine {once @ often:.3f}"
+
+
+@pytest.fixture(scope="module")
+def started(verified):
+    """(settings, corpus, model) of a training that starts from the best.pt of `verified`."""
+    changes = dict(init=str(verified[0] / "run"), margin=0.5, speed_perturb=False)
+    cfg = train.with_recipe(train.Config(**verified[1] | changes))
     corpus = train.open_corpus(cfg)
-    model = train.build_model(cfg, corpus)
-    assert_close(model.encoder.state_dict(), saved["encoder"], atol=0, rtol=0)
-    assert torch.equal(model.head.weight, saved["head"]["weight"][:4])  # at their own speed
+    return cfg, corpus, train.build_model(cfg, corpus)
+
+
+def test_a_speaker_model_starts_from_the_encoder_of_another_run(verified, started):
+    saved = train.load_run(verified[0] / "run").saved
+    assert_close(started[2].encoder.state_dict(), saved["encoder"], atol=0, rtol=0)
+
+
+def test_a_speaker_model_starts_from_the_speakers_at_their_own_speed(verified, started):
+    saved = train.load_run(verified[0] / "run").saved
+    assert torch.equal(started[2].head.weight, saved["head"]["weight"][:4])
+
+
+def test_a_start_of_another_width_is_refused(started):
+    cfg, corpus, _ = started
     with pytest.raises(ValueError, match="holds another model"):
         train.build_model(replace(cfg, width=32), corpus)
+
+
+def test_a_cohort_holds_the_mean_embedding_of_each_training_speaker(started):
+    cfg, corpus, model = started
     clips = np.flatnonzero((corpus.labels == 0) & (corpus.splits == "train"))
-    strangers = train.cohort(cfg, corpus, model)
-    assert_close(strangers[0], train.embeddings(cfg, corpus, model, clips).mean(0))
+    expected = train.embeddings(cfg, corpus, model, clips).mean(0)
+    assert_close(train.cohort(cfg, corpus, model)[0], expected)
+
+
+# A pretended GPU: FakeTensorMode makes CUDA tensors without a device, of shapes but no values. A
+# tensor left on the CPU raises. AMCRN (cuDNN's LSTM), speeds (`nonzero`), noises of a folder (their
+# places are numbers) and backward passes cannot run so and are left out.
+
+
+def pretend_gpu(module):
+    """Replace all parameters and buffers by tensors on the pretended GPU."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+    return module
+
+
+@contextlib.contextmanager
+def pretended_gpu():
+    data.mel_triangles.cache_clear()
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            yield
+    finally:
+        data.mel_triangles.cache_clear()  # it holds pretended triangles
+
+
+def pretended_batch():
+    draw = partial(torch.zeros, 4, dtype=torch.long, device="cuda")
+    waves = torch.zeros(4, 16000, dtype=torch.int16, device="cuda")
+    return data.Batch(waves, draw(), draw(), draw())
+
+
+def on_pretended_gpu(model):
+    """Return logits that a model on the pretended GPU makes of waves."""
+    with pretended_gpu():
+        batch = pretended_batch()
+        x = data.features(batch, pretend_gpu(model).encoder)
+        return model(x, batch.labels)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_runs_on_a_pretended_gpu(method):
+    model = train.Model(adapt(AST("nano"), method), ast_adapters.LinearHead(64, 3))
+    assert on_pretended_gpu(model).device.type == "cuda"
+
+
+@pytest.mark.parametrize("host", [name for name in sv.MODELS if name != "amcrn"])
+@pytest.mark.parametrize("options", [
+    dict(subsets=1), dict(subsets=2, share=True), dict(subsets=2), dict(subsets=2, fusion="mean"),
+    dict(subsets=2, fusion="none")], ids=str)
+def test_a_host_runs_on_a_pretended_gpu(host, options):
+    encoder = sv.MODELS[host](width=16, embed_dim=12, **options)
+    model = train.Model(encoder, sv.AAMSoftmax(12, 3))
+    assert on_pretended_gpu(model).device.type == "cuda"
+
+
+@pytest.mark.parametrize("options", [
+    dict(gain=6.0), dict(noise="generated"), dict(rooms="generated"),
+    dict(gain=6.0, noise="generated", rooms="generated")], ids=str)
+def test_waves_are_augmented_on_a_pretended_gpu(options):
+    with pretended_gpu():
+        batch = data.augment_waves(pretended_batch(), classes=3, frames=98, share=1.0, **options)
+    assert batch.x.device.type == "cuda"
+
+
+def test_features_are_augmented_on_a_pretended_gpu():
+    with pretended_gpu():
+        x = torch.zeros(4, 98, 128, device="cuda")
+        assert data.augment_features(x, 10, 24, 20).device.type == "cuda"
+
+
+def test_a_tensor_left_on_the_cpu_fails_on_a_pretended_gpu():
+    model = train.Model(AST("nano"), ast_adapters.LinearHead(64, 3))
+    ones = torch.ones(64)  # neither a parameter nor a buffer
+    model.encoder.norm.register_forward_hook(lambda module, inputs, out: out * ones)
+    with pytest.raises(Exception, match="(?i)device|FakeTensor"):
+        on_pretended_gpu(model)
+
+
+# The README.
 
 
 @pytest.fixture
 def quick_source(monkeypatch):
     """Make the nano AST of the quick start in two steps."""
-    source = replace(data.CORPORA["sounds-source"], recipe=dict(frames=100, epochs=1, steps=2))
-    monkeypatch.setitem(data.CORPORA, "sounds-source", source)
+    recipe = dict(frames=100, epochs=1, steps=2)
+    monkeypatch.setitem(train.RECIPES, ("sounds-source", "*", "*"), recipe)
 
 
 def test_two_first_runs_on_one_cache_both_get_the_nano_ast_and_draw_the_same(
         quick_source, tmp_path, monkeypatch):
     monkeypatch.setitem(data.COUNTS, "train", 2)
-    cfg = train.with_preset(train.Config(method="adapter", cache=str(tmp_path)))
-    made, run_once, corpus = [], train.run, corpus_of([np.zeros(16000)], [0], ["train"])
+    cfg = train.with_recipe(train.Config(method="adapter", cache=str(tmp_path), device="cpu"))
+    corpus = corpus_of([np.zeros(16000)], [0], ["train"])
+    run_once = train.run
+    made = []
 
     def run_twice(source):  # a second program begins, and ends, while the first one is at it
         made.append(source.out)
@@ -2044,92 +2720,147 @@ def test_two_first_runs_on_one_cache_both_get_the_nano_ast_and_draw_the_same(
             train.build_model(cfg, corpus)
         return run_once(source)
     monkeypatch.setattr(train, "run", run_twice)
-    first, second = (train.build_model(cfg, corpus).state_dict() for _ in range(2))
+    first = train.build_model(cfg, corpus).state_dict()
+    second = train.build_model(cfg, corpus).state_dict()
     assert_close(first, second, atol=0, rtol=0)
-    assert len(made) == 2  # the second came from the cache
+    assert len(made) == 2, "the second model should come from the cache"
 
 
-def test_figures_are_drawn_or_refused_before_any_work(
-        small, classifier, verified, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    flags, best = as_flags(small[1] | dict(epochs=1)), verified[0] / "run/best.pt"
-    use = ["--predict", small[0] / "root/class0/0.wav", "--checkpoint"]
-    for n, (command, sentence) in enumerate((
-            ([*flags, "--out", "run"], "drawn: 0.png"),
-            ([*flags, "--sweep", "seed=0,1", "--out", "sweep"], "drawn: 1.png"),
-            (["--evaluate", best], "drawn: 2.png"), ([*use, classifier[0]], "drawn: 3.png"),
-            (["--evaluate", classifier[0]], "has no trials"), ([*use, best], "holds no AST"),
-            (["--figure", "a.jpg"], "expected a name that ends in .png, .svg or .pdf"))):
-        assert sentence in told("--figure", f"{n}.png", *command), command
-    assert {"run", "sweep", "0.png", "1.png", "2.png", "3.png"} == set(os.listdir())
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install matplotlib" in told(*flags, "--figure", "a.png")
-    assert " seed=1 #" in told(*flags, "--sweep", "seed=0,1", "--out", "sweep", "--resume")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
+SHELL = re.compile(r"^(?:python|torchrun \S+) train\.py(.*?)(?:\s+#.*)?$", re.M)
+IN_BLOCKS = [line for _, block in BLOCKS for line in SHELL.findall(block)]
+IN_TEXT = re.findall(r"`python train\.py([^`]*)`", README)
+TYPED = sorted({" ".join(line.split()) for line in IN_BLOCKS + IN_TEXT})
+NOT_HERE = ("--root", "RUN", "CHECKPOINT", "profile", "compare", "sweep", "--seeds", "evaluate",
+            "predict", "verify", "embed", "--help", "ast-base", "--figure", "glu")
+OFFLINE = [line for line in TYPED if line and not any(word in line for word in NOT_HERE)]
 
 
-@torch.no_grad()
-def test_the_drawn_attention_is_the_attentions_own():
-    """Against the weights that torch's own layer returns, with a prompt between CLS and patches."""
-    ast, x = adapt(AST("nano"), "prompt-shallow", tokens=3).eval(), torch.randn(1, 60, 128)
-    inner, read = ast.blocks[-1].attn, []
-    inner.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-    drawn = ast_adapters.cls_attention(ast, x)  # (1, 12, 5)
-    theirs, qkv = nn.MultiheadAttention(64, 2, batch_first=True), (inner.q, inner.k, inner.v)
-    theirs.in_proj_weight.data = torch.cat([linear.weight for linear in qkv])
-    theirs.in_proj_bias.data = torch.cat([linear.bias for linear in qkv])
-    weights = theirs(*read[:1] * 3)[1][:, 0]  # (1, N), the mean of the heads
-    assert_close(drawn.flatten(1), weights[:, 2 + 3 :])
+@pytest.mark.parametrize("arguments", TYPED)
+def test_a_command_of_the_readme_is_understood(arguments, monkeypatch):
+    monkeypatch.setattr(train, "study", lambda *_: None)  # what trains
+    monkeypatch.setitem(METHODS, "glu", METHODS["adapter"])  # the workshop's own
+    command, typed, own = train.parse(shlex.split(arguments))
+    if command == "profile":
+        train.check_training(train.Config(**typed), typed.keys())
+    if command in ("train", "compare", "sweep"):  # these check all rows before anything is opened
+        train.COMMANDS[command][0](train.Config(**typed), typed.keys(), own)
 
 
-COMMANDS = re.findall(r"^(?:python|torchrun \S+) train\.py(.*?)(?:\s+#.*)?$", README, re.M)
+def test_the_readme_shows_every_command():
+    shown = {train.parse(shlex.split(line))[0] for line in TYPED if "glu" not in line}
+    assert shown == train.COMMANDS.keys()
 
 
-def test_the_quick_start_and_the_readmes_commands_run(quick_source, tmp_path, cache, monkeypatch):
-    """The README's commands as they stand, shortened by --epochs 1 and without real corpora."""
-    train.pretrained_file(train.Config(cache=cache))
-    skip = ("--root", "RUN", "--profile", "--compare", "--sweep", "CHECKPOINT", "--seeds")
-    offline = {c for c in COMMANDS if not any(word in c for word in skip)}
-    shortened = ["--epochs", "1", "--steps", "2", "--cache", cache]
-    done = subprocess.run([*TRAIN, *shortened], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def nano_cache(cache):
+    """A cache with the nano AST of the quick start, made in two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        recipe = dict(frames=100, epochs=1, steps=2)
+        patch.setitem(train.RECIPES, ("sounds-source", "*", "*"), recipe)
+        train.pretrained_file(train.Config(cache=cache, device="cpu"))
+    return cache
+
+
+@pytest.mark.parametrize("arguments", OFFLINE)
+def test_a_command_of_the_readme_runs(nano_cache, tmp_path, monkeypatch, arguments):
+    """As it stands, but for a short training."""
     monkeypatch.chdir(tmp_path)
     few_voices(monkeypatch)
-    for arguments in offline - {""}:
-        train.main([*shlex.split(arguments), *shortened])
-    table = (tmp_path / "out/quick-start/compare.md").read_text()
-    cells = lambda text: [[cell.strip() for cell in row.split("|")] for row in text.splitlines()]
-    said = cells(README[README.index("|           | accuracy") :].split("```")[0])
-    assert said[0] == cells(table)[0] and "" in offline
-    for column in (1, 5, 6):  # names, trainable, share: what the shorter training does not change
-        assert [row[column] for row in said] == [row[column] for row in cells(table)]
-    (tmp_path / "cache").symlink_to(cache, target_is_directory=True)  # of the workshop's step 2
-    shapes = re.search(r"```python\n(import data, train\n.*?)```", README, re.S)[1]
-    answers = re.findall(r"\(16, [\d, ]+\)", README[README.index(shapes) + len(shapes) :])[:5]
+    short = ["--epochs", "1", "--steps", "2", "--cache", nano_cache]
+    printed = told(*shlex.split(arguments), *short)
+    assert "tested once" in printed and "ended with" not in printed, printed
+
+
+def cells(table):
+    """Its columns, each a list from the top down, of a table of README or compare.md."""
+    rows = [line.strip().strip("|").split("|") for line in table.strip().splitlines()]
+    return [[cell.strip(" -:") for cell in column] for column in zip(*rows)]
+
+
+@pytest.fixture(scope="module")
+def quick_start(nano_cache, tmp_path_factory):
+    """The quick start as a program of its own, shortened: (what it printed, its table)."""
+    folder = tmp_path_factory.mktemp("quick")
+    short = ["--epochs", "1", "--steps", "2", "--cache", nano_cache]
+    done = subprocess.run([*TRAIN, *short], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, (folder / "out/quick-start/compare.md").read_text(encoding="utf-8")
+
+
+def test_the_quick_start_says_how_far_it_is_what_is_seen_and_what_to_try(quick_start):
+    for words in ("1 of 3: linear, about", "What you see", "Try next: python train.py"):
+        assert words in quick_start[0], words
+
+
+@pytest.mark.parametrize("title", ["", "trainable", "share %"])
+def test_the_readmes_first_table_is_what_the_quick_start_prints(quick_start, title):
+    """In the columns that a shorter training does not change."""
+    block = next(block for _, block in BLOCKS if re.search(r"^\| +\| accuracy", block))
+    said = cells("".join(line for line in block.splitlines(True) if line.startswith("|")))
+    printed = {column[0]: column for column in cells(quick_start[1])}
+    assert printed[title] in said, printed[title]
+
+
+def test_the_workshops_shapes_are_those_of_its_answers(nano_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").symlink_to(nano_cache, target_is_directory=True)
+    shapes = next(block for _, block in BLOCKS if "train.prepare" in block)
     with pytest.raises(AssertionError, match="it is not"):
-        exec(shapes, {})
-    exec(re.sub(r"\(\)(?=\)[,)])", lambda found: answers.pop(0), shapes), {})
+        exec(shapes, {})  # before it is filled in
+    behind = README[README.index(shapes) + len(shapes) :]
+    answers = iter(re.findall(r"\(16, [\d, ]+\)", behind))
+    exec(re.sub(r"\(\)(?=\)[,)])", lambda gap: next(answers), shapes), {})
 
 
-def test_every_setting_is_a_flag_and_every_command_of_the_readme_is_understood():
-    flags = told("--help").replace(",", " ").split()
-    assert {f"--{name.replace('_', '-')}" for name in train.Config.__dataclass_fields__} < {*flags}
-    assert len(COMMANDS) > 15
-    for arguments in COMMANDS:
-        cfg, typed = train.parse(shlex.split(arguments))
-        train.check(cfg, typed)
-        if not typed & {"evaluate", "checkpoint"}:
-            for variant in train.variants(cfg, typed)[1].values():
-                train.check(train.with_preset(variant), typed)
-    assert list(train.variants(*train.parse(["--rank=4"]))[1]) == ["ast-nano-conformer"]
+SCRIPTS = [block for language, block in BLOCKS if language == "python" and "load_run" in block]
 
 
-def test_the_readmes_tables_are_what_the_code_counts_and_prints(capsys):
-    rows = dict(re.findall(r"^\| `([\w-]+)` \| .* \| ([\d,]+) \| [\d.]+ % \|$", README, re.M))
-    assert len(rows) >= 15 and rows.keys() <= METHODS.keys()  # yours need no row
-    ast_adapters.main()
-    printed = capsys.readouterr().out
-    for method, trainable in rows.items():
-        assert re.search(rf"^{method} +{trainable} ", printed, re.M), (method, trainable)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_of_the_readme_runs_as_it_stands(
+        small, classifier, verified, tmp_path, monkeypatch, script):
+    """In a folder where the runs and the sounds that it names are there."""
+    monkeypatch.chdir(tmp_path)
+    for path in re.findall(r'load_run\("([^"]+)"', script):
+        made = verified[0] / "run" if "voice" in path or "speaker" in path else classifier[0].parent
+        where = Path(path)
+        if where.suffix:  # a file of the run
+            made = made / where.name
+        where.parent.mkdir(parents=True, exist_ok=True)
+        where.symlink_to(made)
+    for path in re.findall(r'backbone="([^"]+)"', script):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).symlink_to(small[0] / "nano.pt")
+    for path in re.findall(r'"([^"]+\.wav)"', script):
+        write_wav(Path(path), tone(1))
+    exec(script, {})
+
+
+def test_the_readme_has_a_script_of_ones_own():
+    assert SCRIPTS, "no block of python with load_run"
+
+
+METHOD_ROWS = re.findall(r"^\| `([\w-]+)` \| .* \| ([\d,]+) \| [\d.]+ % \|$", README, re.M)
+
+
+def test_the_readme_has_a_row_for_each_method_of_p1():
+    assert len(METHOD_ROWS) >= 15  # one of yours needs no row
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """What `python ast_adapters.py` prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        ast_adapters.main()
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("method, trainable", METHOD_ROWS)
+def test_the_readmes_counts_are_those_that_are_printed(counted, method, trainable):
+    assert re.search(rf"^{method} +{trainable} ", counted, re.M), counted
+
+
+def test_the_examples_in_docstrings_are_true():
     failed, tried = doctest.testmod(sv)
-    assert not failed and tried
+    assert tried and not failed
