@@ -90,8 +90,7 @@ class Shared(nn.Module):
 
     def __init__(self, block, subsets):
         super().__init__()
-        self.block = block
-        self.subsets = subsets
+        self.block, self.subsets = block, subsets
 
     def forward(self, x):
         x = x.unflatten(1, (self.subsets, -1)).flatten(0, 1)  # (B*S, D/S, H, T)
@@ -396,8 +395,7 @@ class AMCRN(nn.Module):
     def __init__(self, mels=80, width=128, embed_dim=192, subsets=1, share=False, fusion="module"):
         super().__init__()
         check_subsets(subsets, mels=mels, width=width)
-        self.mels = mels
-        self.embed_dim = embed_dim
+        self.mels, self.embed_dim = mels, embed_dim
         light = partial(lighten, subsets=subsets, share=share, fusion=fusion)
         self.multiscale = light(MultiScaleBlock, mels, 4 * width)
         self.recurrent = light(RecurrentBlock, 4 * width, 4 * width)
@@ -422,8 +420,7 @@ class AAMSoftmax(nn.Module):
 
     def __init__(self, embed_dim, classes, margin=0.2, scale=30.0):
         super().__init__()
-        self.margin = margin
-        self.scale = scale
+        self.margin, self.scale = margin, scale
         self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(classes, embed_dim)))
 
     def forward(self, embedding, labels=None):
@@ -685,14 +682,6 @@ def read_scores(path):
             raise ValueError(f"{path}, line {number}: expected `id_a id_b score label`, "
                              f"got {line!r}") from None
     return scores, labels
-
-
-def print_rates(path):
-    """Print the error rates of a score file."""
-    scores, labels = read_scores(path)
-    eer, dcf_01, dcf_05 = error_rates(scores, labels).values()
-    print(f"{len(scores):,} trials, {sum(labels):,} of one speaker: EER {eer:.3f} %, "
-          f"minDCF(p 0.01) {dcf_01:.4f}, minDCF(p 0.05) {dcf_05:.4f}")
 
 
 def main(arguments):
