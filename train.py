@@ -276,7 +276,6 @@ RECIPES = {  # (corpus, method, model or its kind): settings. Of the rows that f
     ("fsdd", "*", "speaker"): dict(gain=0.0),  # each bin's mean is removed, and so the level
     ("voxceleb", "*", "*"): dict(frames=200),
     ("sounds", "*", "*"): dict(frames=100, epochs=9),
-    ("sounds", "full", "ast-nano"): dict(lr=3e-3),
     ("sounds-source", "*", "*"): dict(frames=100, epochs=7),
     ("voices", "*", "*"): dict(frames=150, epochs=6, batch_size=32),
     # A small AST starts from a model of pictures (--init dinov2). Rates were chosen on validation
