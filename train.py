@@ -1380,7 +1380,10 @@ def main(argv=None):
         if RANK:  # the first process alone prints, draws and writes
             sys.stdout = open(os.devnull, "w")
             cfg = replace(cfg, figure="")
-        if cfg.figure and not (command == "profile" and cfg.figure.endswith(".json")):
+        if command == "profile":
+            if cfg.figure and not cfg.figure.endswith(".json"):
+                raise ValueError(f"profile --figure {cfg.figure}: expected a name in .json")
+        elif cfg.figure:
             data.check_figure(cfg.figure)
         if cfg.download:
             on_first_rank(lambda: data.download_corpus(cfg.data, cfg.root, cfg.cache))
