@@ -2763,7 +2763,7 @@ def test_the_quick_start_says_how_far_it_is_what_is_seen_and_what_to_try(quick_s
 @pytest.mark.parametrize("title", ["", "trainable", "share %"])
 def test_the_readmes_first_table_is_what_the_quick_start_prints(quick_start, title):
     """In the columns that a shorter training does not change."""
-    block = next(block for _, block in README_BLOCKS if re.search(r"^\| +\| accuracy", block))
+    block = next(block for _, block in README_BLOCKS if re.search(r"^\| +\| +accuracy", block))
     said = cells("".join(line for line in block.splitlines(True) if line.startswith("|")))
     printed = {column[0]: column for column in cells(quick_start[1])}
     assert printed[title] in said, printed[title]
