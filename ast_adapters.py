@@ -62,7 +62,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        # Four Linears instead of one fused qkv: LoRA, IA3 and prefixes wrap them one by one.
+        # Four Linears instead of one fused qkv: methods of section 2 wrap them one by one.
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(width, width)
         self.v = nn.Linear(width, width)
@@ -116,15 +116,14 @@ class AST(nn.Module):
     grid       (f, t) of the position embedding; None: the size's own
     stride     distance between patches; None: the size's own; 10 in the paper
     pool       "mean" over all tokens (P1) or "cls", the mean of CLS and DIST (AST)
-    pos_embed  "crop": the position embedding, cropped or interpolated to each input's grid;
+    pos_embed  "crop": the position embedding, cut to a shorter clip, stretched for a longer one;
                "zero": no positions at all, as P1's code trained (an experiment)
     eps        of the LayerNorms
-    normalise  (mean, std) of the log-mels it was trained on: data.py feeds (x - mean) / (2 std)
+    normalise  (mean, std) of its training log-mels: data.py feeds (x - mean) / (2 std)
     picture    True (DINOv2): positions are stretched over the whole clip, never cropped
     """
 
-    checkpointing = False  # True: less memory, but the backward pass runs each block once more
-    # (A Conformer adapter's BatchNorm then sees each batch twice: momentum 0.19 = 1 - 0.9 * 0.9.)
+    checkpointing = False  # True: less memory; blocks run twice a step (BatchNorms count it twice)
 
     def __init__(self, size="base", mels=128, grid=None, stride=None, pool="mean",
                  pos_embed="crop", eps=1e-6, normalise=AUDIOSET_MEAN_STD, picture=False):
@@ -156,7 +155,7 @@ class AST(nn.Module):
 
     def reset_parameters(self):
         """Normal numbers of std 0.02, biases zero, as in the Vision Transformer. Positions have std
-        0.3: with 0.02 a short training hardly sees order. `patch` keeps torch's random start."""
+        0.3: with 0.02 a short training hardly learns what comes first. `patch` stays torch's."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -207,16 +206,16 @@ class AST(nn.Module):
 
 
 class LinearHead(nn.Linear):
-    """The classifier, one Linear as in P1: (B, E) -> (B, C). Speakers' heads use the labels."""
+    """The classifier, one Linear as in P1: (B, E) -> (B, C)."""
 
-    def forward(self, embedding, labels=None):
+    def forward(self, embedding, labels=None):  # labels: for speakers' heads (lightweight_sv.py)
         return super().forward(embedding)
 
 
 # --------------------------------------------------------------------------------------------------
 # 2. Methods: units (small modules), each followed by the function that inserts it into the blocks.
-# For your own: an added path starts at zero (tokens need not). A tensor that all blocks share is
-# made by the insert function, from a fixed seed if it is random and frozen: files do not hold it.
+# For your own: what is added to an output starts at zero. Frozen random tensors need a fixed seed:
+# adapter files hold only what is trained. The insert function makes what all blocks share.
 
 
 def wrap(ast, names, unit, *args):
@@ -247,14 +246,14 @@ class Bottleneck(nn.Module):
 
 
 class Conformer(nn.Module):
-    """P1's Conformer adapter: a Conformer block's convolution module with r channels. It convolves
-    the sequence of tokens. Neighbours there are neighbours in time, so it sees order even without
-    positions. As in P1 it also mixes the end of a row with the next row, and CLS and DIST."""
+    """P1's Conformer adapter: a Conformer block's convolution module with r channels, along the
+    tokens: CLS, DIST, then row after row. Neighbours in a row are neighbours in time: it sees order
+    even without positions. As in P1 its kernel also crosses from a row into the next."""
 
     def __init__(self, width, rank, kernel):
         super().__init__()
         self.down = nn.Linear(width, 2 * rank)
-        self.pad = ((kernel - 1) // 2, kernel // 2)  # left, right; twice as fast as "same"
+        self.pad = ((kernel - 1) // 2, kernel // 2)  # left, right: padding="same" is slower
         self.depthwise = nn.Conv1d(rank, rank, kernel, groups=rank)
         self.norm = nn.BatchNorm1d(rank)
         self.up = zero(nn.Linear(rank, width))
@@ -321,7 +320,7 @@ class SoftMoA(nn.Module):
 
 class Placed(nn.Module):
     """A sub-layer f with an adapter a at one of P1's places: the formulas of D7. Without `residual`
-    only what a gives goes on. It starts at zero, so the start is not the frozen model any more."""
+    only a's output, zero at first, goes on: then training does not start at the frozen model."""
 
     def __init__(self, layer, adapter, form, at, residual):
         super().__init__()
@@ -354,7 +353,7 @@ def insert_adapters(unit, ast, where, form, at, residual, **options):
 
     wrap(ast, SITES[where], place)
     for block in ast.blocks:
-        block.norm1.requires_grad_("attn" in SITES[where])  # True or False
+        block.norm1.requires_grad_("attn" in SITES[where])
         block.norm2.requires_grad_("mlp" in SITES[where])
 
 
@@ -382,7 +381,7 @@ class LoRA(nn.Module):
 
 
 class DoRA(LoRA):
-    """LoRA turns the rows of W; their lengths are m, trained too (Liu et al., 2402.09353)."""
+    """LoRA sets the direction of W's rows; their lengths m train too (Liu et al., 2402.09353)."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__(linear, rank, alpha)
@@ -507,8 +506,8 @@ CHOICES = dict(where=SITES, form=("parallel", "sequential"), at=("before", "afte
 
 def adapt(ast, method, **options):
     """Turn a plain AST, in place, into one that trains only what `method` trains, and return it.
-    For options see METHODS and CHOICES; `at` and `residual` need form="sequential"; prefix counts
-    `tokens` of keys and values. All methods train the last LayerNorm too (BitFit: its bias)."""
+    For options see METHODS and CHOICES; `at` and `residual` need form="sequential".
+    All methods train the last LayerNorm too (BitFit: its bias)."""
     if ast.adaptation:
         raise ValueError(f"adapt a plain AST: this one carries {ast.adaptation['method']!r}")
     check_options(ast.settings["size"], method, options)
@@ -530,7 +529,8 @@ def check_options(size, method, options):
         if name in CHOICES:
             check_known(name, value, CHOICES[name])
         elif name == "targets":
-            if not value or len(set(value) & set("qkvo")) < len(value):  # a wrong or double one
+            twice = len(set(value)) < len(value)
+            if not value or twice or not set(value) <= set("qkvo"):  # <=: is a subset of
                 raise ValueError(f"targets {value!r}: name some of q, k, v, o once, such as 'qv'")
         elif name != "alpha":
             if not isinstance(value, int) or value < 1:
@@ -559,9 +559,9 @@ def count(module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Pretrained weights: five layouts of the same Transformer, told apart by their keys
+# 4. Pretrained weights: four layouts of the same Transformer, told apart by their keys
 
-# "audioset-16", stride 16, is for laptops: 10 s are 514 tokens, not 1,214; mAP 0.442, not 0.459.
+# "audioset-16" is for laptops: 10 s make 514 tokens, not 1,214. File names end with the scores.
 DROPBOX = "https://www.dropbox.com/s/"  # of AST's authors
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"  # Apache 2.0; not tried here
 DOWNLOADS = {  # (name, AST size): (address, sha256 or "": none is published)
@@ -575,7 +575,7 @@ MEAN_STD = {  # of the corpora that AST's authors fine-tuned on, by a word in a 
     "speechcommands": (-6.845978, 5.5654526),
 }
 RENAME = [  # (regular expression for a part of their key, ours), applied one after another
-    (r"^(module\.)?(v\.|audio_spectrogram_transformer\.)?", ""),  # prefixes of all keys
+    (r"^(module\.)?(v\.|audio_spectrogram_transformer\.)?", ""),  # before all keys: "module.v."
     (r"^embeddings\.patch_embeddings\.projection|^patch_embed\.proj", "patch"),
     (r"^embeddings\.distillation_token", "dist_token"),
     (r"^embeddings\.position_embeddings", "pos_embed"),
@@ -598,17 +598,17 @@ def load_pretrained(ast, path):
     The file, of the same size: AST's, Hugging Face's, ours, or a picture model (DeiT, DINOv2)."""
     if ast.adaptation:  # the new AST would be plain
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
-    state, own = read_weights(path)
+    state, own = read_weights(path)  # own: settings, {} if the file is not ours
     keys = " ".join(state)
     layout = "our"
-    found = dict(picture="ls1.gamma" in keys, eps=1e-6)  # only DINOv2 has such a key
+    found = dict(picture="ls1.gamma" in keys, eps=1e-6)  # a key of DINOv2 alone
     if found["picture"]:
         layout = "DINOv2"
     elif "qkv" in keys:
         layout = "original"  # also DeiT's
     elif "layernorm" in keys:
         layout = "Hugging Face"
-        found["eps"] = 1e-12  # near-zero tokens: 1e-6 changes the outputs by 1e-2
+        found["eps"] = 1e-12  # some tokens hardly vary: 1e-6 moves the outputs by 1e-2
     found["normalise"] = infer_mean_std(Path(path), layout) or ast.normalise
     try:
         state = to_our_names(state)
@@ -623,7 +623,7 @@ def load_pretrained(ast, path):
         state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)  # -> (D, 1, 16, 16)
         loaded.to_empty(device="cpu")  # memory for the weights
         loaded.load_state_dict(state)
-    except KeyError as error:
+    except KeyError as error:  # a tensor that is looked up by its name
         raise ValueError(f"{path} is not an AST: it has no {error.args[0]}") from error
     except (IndexError, RuntimeError, ValueError) as error:  # other keys or shapes
         raise ValueError(f"{path} is not an AST-{ast.settings['size']}: {error}") from error
@@ -659,7 +659,7 @@ def from_dinov2(state):
             state[f"{linear}.bias"] = gamma * state[f"{linear}.bias"]
     patch = state["patch.weight"]  # (D, 3, 14, 14)
     larger = F.interpolate(patch, (PATCH, PATCH), mode="bicubic", align_corners=False)
-    # A sum over more points: made smaller, so that a picture of one grey gives what it gave.
+    # A sum over 256 points, no longer 196: without this factor all outputs would grow.
     state["patch.weight"] = (patch.shape[2] / PATCH) ** 2 * larger
     state["dist_token"] = state["cls_token"]
     positions = state["pos_embed"]  # (1, 1 + 37 * 37, D)
@@ -668,30 +668,26 @@ def from_dinov2(state):
 
 
 def infer_grid(ast, state, picture):
-    """Return the first stride and grid (f, t) with as many patches as the file has positions.
-    Patches of pictures have three colours and a square grid."""
+    """Return stride and grid (f, t). A file holds the number of patches, f * t, only: its grid is
+    that of `ast`, or the first with whole rows, or, for all files of pictures, a square."""
     patches = state["pos_embed"].shape[1] - 2
-    grids = []  # (stride, (f, t))
-    if state["patch.weight"].shape[1] != 3:
-        grids.append((ast.stride, ast.grid))
-        for stride in range(16, 7, -1):  # AudioSet's clips have 1024 frames
+    colours = state["patch.weight"].shape[1]
+    if colours == 1:
+        if math.prod(ast.grid) == patches:
+            return ast.stride, ast.grid
+        for stride in (ast.stride, 10, 12, 14, 16):  # its own, then the published ones
             rows = (ast.mels - PATCH) // stride + 1
-            columns = (1024 - PATCH) // stride + 1
-            grids.append((stride, (rows, columns)))
-        for stride in (ast.stride, 10, 12, 14, 16):  # published strides, clips of any length
-            rows = (ast.mels - PATCH) // stride + 1
-            grids.append((stride, (rows, patches // rows)))
+            if patches % rows == 0:
+                return stride, (rows, patches // rows)
     side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(f"{patches} positions are no grid of patches")
     stride = PATCH if picture else ast.stride  # DINOv2's patches do not overlap
-    grids.append((stride, (side, side)))
-    for stride, grid in grids:
-        if math.prod(grid) == patches:
-            return stride, grid
-    raise IndexError(f"{patches} positions are no grid of patches")
+    return stride, (side, side)
 
 
 def infer_mean_std(path, layout):
-    """Return the mean and std, by Hugging Face's config or a corpus in the name, or None."""
+    """Return (mean, std), by Hugging Face's config or a corpus in the file's name, or None."""
     beside = path.with_name("preprocessor_config.json")
     if layout == "Hugging Face" and beside.is_file():
         try:
@@ -699,10 +695,7 @@ def infer_mean_std(path, layout):
             return float(config["mean"]), float(config["std"])
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{beside}: expected numbers `mean` and `std`") from error
-    name = path.name
-    if "model." in name:  # as in model.safetensors: then a folder may have the name
-        name = str(path)
-    name = re.sub("[-_]", "", name.lower())
+    name = re.sub("[-_]", "", path.name.lower())
     for corpus, mean_std in MEAN_STD.items():
         if corpus in name:
             return mean_std
@@ -717,7 +710,7 @@ def read_weights(path):
         if str(path).endswith(".safetensors"):
             state = read_safetensors(path)
         else:
-            with torch.serialization.safe_globals(harmless()):  # types it may make
+            with torch.serialization.safe_globals(harmless()):
                 state = torch.load(path, map_location="cpu", weights_only=True)
         settings = state.get("settings", {})
         wanted = ("grid", "stride", "eps", "normalise", "picture")
@@ -733,15 +726,12 @@ def read_weights(path):
 
 
 def harmless():
-    """Return types that checkpoints hold beside weights. None of them runs code when it is read."""
-    number = np.float64(0).__reduce__()[0]  # the function that makes a number from a file
-    array = np.zeros(0).__reduce__()[0]
-    allowed = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]  # bool, integers, floats
-    allowed += [argparse.Namespace, type(Path()), np.dtype, np.ndarray]
-    for package in ("numpy.core", "numpy._core"):  # their names in files of numpy 1 and 2
-        allowed.append((number, f"{package}.multiarray.scalar"))
-        allowed.append((array, f"{package}.multiarray._reconstruct"))
-    return allowed
+    """Return types that a file may hold beside weights: none of them runs code when it is read."""
+    number, _ = np.float64(0).__reduce__()  # the function that makes a number from a file
+    kinds = [type(np.dtype(name)) for name in ("bool", "int64", "float32", "float64")]
+    numpy_1 = (number, "numpy.core.multiarray.scalar")  # its name in a file
+    numpy_2 = (number, "numpy._core.multiarray.scalar")
+    return [argparse.Namespace, np.dtype, numpy_1, numpy_2, *kinds]
 
 
 def read_safetensors(path):
@@ -752,8 +742,6 @@ def read_safetensors(path):
     header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
     body = memoryview(raw)[start:]
-    if max(entry["data_offsets"][1] for entry in header.values()) != len(body):
-        raise ValueError("the last tensor does not end where the file ends")
     state = {}
     for key, entry in header.items():
         first, last = entry["data_offsets"]  # in `body`
@@ -765,14 +753,10 @@ def read_safetensors(path):
 # --------------------------------------------------------------------------------------------------
 # 5. Adapter files: only what was trained, for one backbone
 
-LATER = dict(normalise=list(AUDIOSET_MEAN_STD), picture=False)  # settings that old files lack
-
 
 def fingerprint(ast):
-    """A short hash of a plain AST's weights: an adapter fits the backbone it was trained on."""
-    # Settings count too; those of LATER only if they differ from it, so that old files stay valid.
-    settings = {name: value for name, value in ast.settings.items() if LATER.get(name) != value}
-    digest = hashlib.sha256(json.dumps(settings).encode())
+    """A short hash of a plain AST's settings and weights: an adapter fits no other backbone."""
+    digest = hashlib.sha256(json.dumps(ast.settings).encode())
     for name, value in sorted(ast.state_dict().items()):
         digest.update(name.encode())
         if not value.is_meta:  # counting on "meta" has shapes and no weights
@@ -785,16 +769,16 @@ def adapter_state(ast):
     buffers: kilobytes of plain values and tensors, for torch.load(weights_only=True)."""
     if not ast.adaptation:
         raise ValueError("this AST is plain: adapt it first, or save its state_dict")
-    names = [name for name, p in ast.named_parameters() if p.requires_grad]
-    names += [name for name, _ in ast.named_buffers()]  # some are not in the state_dict
+    names = {name for name, p in ast.named_parameters() if p.requires_grad}
+    names |= {name for name, _ in ast.named_buffers()}
     state = ast.state_dict()
-    weights = {name: state[name].cpu().clone() for name in names if name in state}
+    weights = {name: value.cpu().clone() for name, value in state.items() if name in names}
     return dict(ast.adaptation, weights=weights)
 
 
 def load_adapter(ast, state):
     """Return a new AST that carries the adapter `state`; the plain `ast` gives what it gave before.
-    Both share the frozen weights (now frozen in `ast` too): deepcopy does not copy `shared`.
+    Both share the frozen weights (now frozen in `ast` too): deepcopy copies all but `shared`.
     An adapter for another backbone is refused, but "full" replaces all weights and fits any."""
     shared = {id(p): p for name, p in ast.named_parameters() if name not in state["weights"]}
     twin = adapt(copy.deepcopy(ast, shared), state["method"], **state["options"])
@@ -872,8 +856,8 @@ def main():
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v for each head, d = D/H: three tensors (B, H, N, d) -> one. In bf16
-    on a CPU this is two to three times as fast as torch's kernel, if few heads are taken at a time,
-    whose scores stay in the cache. Above 1,448 tokens the kernel runs: it keeps no scores."""
+    on a CPU this is two to three times as fast as torch's kernel: it takes few heads at a time, and
+    their scores stay in the CPU's cache. Above 1,448 tokens torch's kernel keeps memory small."""
     most = 2**21  # scores at a time: 1,448 x 1,448
     scores = q.shape[2] * k.shape[2]  # of one head: N x N; prefixes make k and v longer than q
     bf16_on_cpu = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")
