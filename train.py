@@ -310,6 +310,7 @@ def fit(cfg, corpus, model, augment_waves, out):
     optimiser = make_optimiser(cfg, model)
     state = load_last(out, corpus, model, optimiser)  # of a new run, or where it stopped
     forward = parallel_model(cfg, model)  # the same weights, for several processes
+    bf16 = torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16)
     per_epoch = steps_an_epoch(cfg, corpus)
     steps = cfg.epochs * per_epoch
     for epoch in range(state["epoch"], cfg.epochs):
@@ -337,7 +338,7 @@ def fit(cfg, corpus, model, augment_waves, out):
                 x = data.features(batch, model.encoder)  # (B, T, F)
                 x = data.augment_features(x, cfg.shift, cfg.spec_f, cfg.spec_t)
             # 4. Forward: features to logits, (B, T, F) -> (B, C), to a loss. Backward. Step.
-            with record_function("forward"), autocast(cfg):
+            with record_function("forward"), bf16:
                 loss = F.cross_entropy(forward(x, batch.labels), batch.labels)
             with record_function("backward"):
                 optimiser.zero_grad()
@@ -379,11 +380,6 @@ def steps_an_epoch(cfg, corpus):
     """Return the number of whole batches, at least one, at most --steps."""
     steps = max(1, len(corpus.pick("train")) // cfg.batch_size)
     return min(steps, cfg.steps or steps)
-
-
-def autocast(cfg):
-    """bfloat16 where cfg.bf16 wants it."""
-    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16)
 
 
 def learning_rate(cfg, step, steps):
@@ -484,7 +480,7 @@ def evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers):
 def infer(cfg, model, layer, batch):
     """Return the output of `layer` (the model, or its encoder alone), in float32 on the CPU."""
     x = data.features(batch.to(cfg.device), model.encoder)  # (B, T, F)
-    with torch.inference_mode(), autocast(cfg):
+    with torch.inference_mode(), torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
         return layer(x).float().cpu()
 
 
@@ -1383,16 +1379,9 @@ def parse(argv):
         flags = ["--" + name.replace("_", "-") for name in sorted(vars(values).keys() | names)]
         hint = nearest(unknown[0].partition("=")[0], [*flags, *COMMANDS])
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    typed = {}
-    own = dict(bare=bare)
-    for name, value in vars(values).items():
-        if name not in names:
-            own[name] = value
-        elif isinstance(value, list):
-            typed[name] = tuple(value)
-        else:
-            typed[name] = value
-    return command, typed, own
+    values = vars(values)
+    typed = {name: values.pop(name) for name in list(values) if name in names}
+    return command, typed, dict(values, bare=bare)
 
 
 def nearest(word, known):
