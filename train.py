@@ -222,10 +222,11 @@ def check_training(cfg, typed):
     if not cfg.speaker:
         size = cfg.model.removeprefix("ast-")
         starts = [*ast_adapters.DOWNLOADS, ("", "nano")]  # (--init, size of the AST in it)
-        sizes = [size for name, size in starts if name == cfg.init]  # none for a FILE
-        if sizes and size not in sizes:
-            raise ValueError(f"--model {cfg.model} needs --init FILE (none: random weights); to "
-                             f"start from {cfg.init or 'our nano AST'}, add --model ast-{sizes[0]}")
+        fitting = [other for init, other in starts if init == cfg.init]  # any size fits a FILE
+        if fitting and size not in fitting:
+            raise ValueError(
+                f"--model {cfg.model} needs --init FILE (none: random weights); to start from "
+                f"{cfg.init or 'our nano AST'}, add --model ast-{fitting[0]}")
         options = {name: getattr(cfg, name) for name in METHOD_OPTIONS if name in typed}
         ast_adapters.check_options(size, cfg.method, options)
     cfg = with_recipe(cfg)
@@ -291,11 +292,11 @@ RECIPES = {
 
 def with_recipe(cfg):
     """Fill in each setting that nobody typed and that RECIPES has."""
-    trained = {"*", cfg.data}, {"*", cfg.method}, {"*", cfg.kind, cfg.model}
+    trained = [{"*", cfg.data}, {"*", cfg.method}, {"*", cfg.kind, cfg.model}]
     recipe = {}
     for key, settings in RECIPES.items():
-        fits = [names & set(part.split()) for part, names in zip(key, trained)]
-        if all(fits):
+        common = [names & set(part.split()) for names, part in zip(trained, key)]
+        if all(common):  # no part of the key has nothing in common with what is trained
             recipe |= settings
     missing = {name: value for name, value in recipe.items() if getattr(cfg, name) is None}
     return replace(cfg, **missing)
@@ -355,8 +356,8 @@ def fit(cfg, corpus, model, augment_waves, out):
 def end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start):
     """Validate, keep the best weights, write the log and last.pt, print a line."""
     check_loss(losses, corpus)
-    # Before the clock is read: .item() waits until the GPU is done with the epoch.
-    mean = sum_over_ranks(torch.stack([loss for loss, _ in losses]).mean()).item() / WORLD
+    total = sum_over_ranks(torch.stack([loss for loss, _ in losses]).mean())
+    mean = total.item() / WORLD  # waits for the GPU, so the clock is read behind it
     speed = WORLD * sum(len(clips) for _, clips in losses) / (time.time() - start)
     epoch = state["epoch"] + 1
     valid = evaluate(cfg, corpus, model, "valid")
@@ -494,7 +495,7 @@ def class_probabilities(cfg, corpus, model, clips, frames):
                               repeat=cfg.speaker, shard=(RANK, WORLD)):
         logits = infer(cfg, model, model, batch)  # (B, C)
         total.index_add_(0, owner[batch.clips], logits.softmax(1))
-    return sum_over_ranks(total) / owner.bincount()[:, None]
+    return sum_over_ranks(total) / owner.bincount()[:, None]  # (clips, 1): windows of each
 
 
 MINUTE = 6000  # frames
@@ -502,8 +503,8 @@ MINUTE = 6000  # frames
 
 def embeddings(cfg, corpus, model, clips, frames=None):
     """Return unit embeddings (clips, E) of utterances, or of their first `frames`. A speaker model
-    hears up to a minute at once, an AST as much as in training; of more the windows' mean counts.
-    """
+    hears up to a minute at once, an AST as much as in training. A longer utterance is cut into
+    windows of this length; it has the mean of their embeddings."""
     model.eval()
     if frames:
         corpus = replace(corpus, length=np.minimum(corpus.length, data.samples_of(frames)))
@@ -514,7 +515,7 @@ def embeddings(cfg, corpus, model, clips, frames=None):
     # A batch has windows of one length, so that none is padded.
     batches = []
     for length in np.unique(lengths):
-        size = max(1, min(64, MINUTE // length))  # windows in a batch: a minute of sound, 64
+        size = max(1, min(64, MINUTE // length))  # a batch is a minute of sound at most
         same = np.flatnonzero(lengths == length)
         batches += np.split(same, range(size, len(same), size))
     for part in batches[RANK::WORLD]:
@@ -679,8 +680,7 @@ def load_run(path, backbone=None, device="cpu"):
     except Exception as error:  # a wrong file can raise anything
         raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
                          f"is never run ({error!r:.99})") from error
-    # A run in bfloat16 is used in it where it is fast (None); one without it never is.
-    bf16 = None if cfg.bf16 else False
+    bf16 = None if cfg.bf16 else False  # trained in bfloat16: where it is fast; else: never
     run.settings = on_this_machine(replace(cfg, device=device, bf16=bf16))
     run.model.to(run.settings.device)
     return run
@@ -737,7 +737,7 @@ def save_last(out, model, optimiser, state):
 
 
 def load_last(out, corpus, model, optimiser):
-    """Return the state of last.pt, its weights now in the model; without the file a new run's."""
+    """Load the weights of last.pt and return its state; without such a file, that of a new run."""
     if not (out / "last.pt").exists():
         return dict(epoch=0, best=-math.inf, seconds=0.0, log=[], corpus=corpus.fingerprint())
     saved = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
@@ -942,8 +942,7 @@ def table_rows(cfg, typed, values):
         # In a table of methods a typed option is for the methods that have it.
         of_others = set(METHOD_OPTIONS) - set(METHODS[row.method][1])
         check_training(row, (typed - of_others) | swept.keys())
-        label = text if name == "method" else f"{name}={text}"
-        rows[label] = row
+        rows[text if name == "method" else f"{name}={text}"] = row
     return rows
 
 
@@ -951,8 +950,7 @@ def study(cfg, title, rows):
     """Do one run, or fill a table: each row in all folds and with all seeds."""
     folds = [cfg.fold]
     if cfg.fold == "all":
-        count = data.CORPORA[cfg.data].folds
-        folds = [str(n) for n in range(1, count + 1)]
+        folds = [str(n + 1) for n in range(data.CORPORA[cfg.data].folds)]
     plan = list(itertools.product(rows, folds, range(cfg.seeds)))
     if len(plan) == 1:
         [row] = rows.values()
@@ -1033,7 +1031,8 @@ def draw_table(table, path, title):
         if "chance" in first[0]:
             axes.axhline(first[0]["chance"], color="grey", linestyle=":", label="chance")
             axes.legend()
-        if not swept:  # names in a column beside the frame: none meet
+        if not swept:
+            # Names stand in a column beside the frame, ordered by score: so no two names meet.
             for n, i in enumerate(np.argsort(y)):
                 axes.annotate(labels[i], (x[i], y[i]), (1.03, (n + 0.5) / len(y)), fontsize=8,
                               textcoords="axes fraction", va="center",
@@ -1107,11 +1106,8 @@ def evaluate_run(cfg, typed, own):
         strangers = cohort(run.settings, trained, run.model)
     table = {}
     for seconds in own["durations"]:
-        frames = None
-        title = "full"
-        if seconds:
-            frames = max(1, round(100 * seconds))
-            title = f"{seconds:g} s"
+        frames = max(1, round(100 * seconds)) if seconds else None
+        title = f"{seconds:g} s" if seconds else "full"
         results = evaluate(tested, corpus, run.model, "test", frames, run.threshold, strangers)
         print(f"  {title:>6}  {numbers(results)}")
         if seconds:
@@ -1197,6 +1193,7 @@ def keep_freed_memory():
 def on_this_machine(cfg):
     """Fill in the device, and bf16 if it is None: yes where bfloat16 is fast and known to work,
     which on Macs it is not. Of several processes each has the GPU of its number."""
+    # A Mac's GPU ("mps") trains in one process: torch cannot join several there.
     if cfg.device == "cpu" or not ACCELERATOR or (WORLD > 1 and ACCELERATOR.type == "mps"):
         device = "cpu"
         able = torch.cpu.get_capabilities()
@@ -1243,8 +1240,9 @@ def profile(cfg, typed, own):
     """Print where the time of a training step goes; with --figure trace.json, all for a browser."""
     check_training(cfg, typed)
     cfg, corpus, augment_waves, model = prepare(replace(cfg, steps=10, epochs=1))
-    kinds = [getattr(torch.profiler.ProfilerActivity, kind) for kind in {"CPU", cfg.device.upper()}]
-    profiler = torch.profiler.profile(activities=kinds, acc_events=True)
+    kinds = {"CPU", cfg.device.upper()}  # of a GPU both
+    activities = [getattr(torch.profiler.ProfilerActivity, kind) for kind in kinds]
+    profiler = torch.profiler.profile(activities=activities, acc_events=True)
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         fit(cfg, corpus, model, augment_waves, Path(first))  # warms up
         with profiler:
@@ -1258,7 +1256,7 @@ def profile(cfg, typed, own):
             taken = max(event.cpu_time_total, event.device_time_total) / 1000 / steps  # us -> ms
             spent[event.key] = max(spent[event.key], taken)
     step = sum(spent.values())
-    # The floor: as fast as this machine multiplies two matrices, n³ products, a step's products.
+    # The floor: a step's products, if all were as fast as the n³ products of two matrices.
     n = 2048
     matrix = torch.randn(n, n, device=cfg.device, dtype=torch.bfloat16 if cfg.bf16 else None)
     taken = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=7)  # seconds
@@ -1374,14 +1372,15 @@ def parse(argv):
             group = parser.add_argument_group(f.metadata["group"])
         if f.name in names:
             add_field(group, f)
-    values, unknown = parser.parse_known_args(rest)
+    found, unknown = parser.parse_known_args(rest)
+    values = vars(found)  # of the fields only what is typed: their default is SUPPRESS
     if unknown:
-        flags = ["--" + name.replace("_", "-") for name in sorted(vars(values).keys() | names)]
+        flags = ["--" + name.replace("_", "-") for name in sorted(values.keys() | names)]
         hint = nearest(unknown[0].partition("=")[0], [*flags, *COMMANDS])
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    values = vars(values)
-    typed = {name: values.pop(name) for name in list(values) if name in names}
-    return command, typed, dict(values, bare=bare)
+    typed = {name: value for name, value in values.items() if name in names}
+    own = {name: value for name, value in values.items() if name not in names}
+    return command, typed, dict(own, bare=bare)
 
 
 def nearest(word, known):
