@@ -763,9 +763,11 @@ def run_folder(cfg, name, table=None):
         saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
         theirs = asdict(with_recipe(as_config(saved))) | dict(table=saved.get("table"))
         mine = asdict(with_recipe(cfg)) | dict(table=table)
-        mine = json.loads(json.dumps(mine))  # as a file has it: lists for tuples
-        changes = [f"{key} {theirs[key]!r} -> {value!r}" for key, value in mine.items()
-                   if key not in PLACES and theirs[key] != value]
+        changes = []
+        for key, value in mine.items():
+            # Compared as JSON, where a list and a tuple are the same: a file has no tuples.
+            if key not in PLACES and json.dumps(theirs[key]) != json.dumps(value):
+                changes.append(f"{key} {theirs[key]!r} -> {value!r}")
         if changes or not cfg.resume:
             raise ValueError(f"--out {out} holds a run already: --resume goes on with it, in the "
                              f"same configuration ({', '.join(changes) or 'as here'})")
@@ -1090,7 +1092,7 @@ def evaluate_run(cfg, typed, own):
     """Test a run on its corpus, on another of equal classes, or on any trials."""
     path = own["run"]
     run = load_run(path, device=cfg.device)
-    changes = {name: getattr(cfg, name) for name in typed - {"device"}}
+    changes = {name: getattr(cfg, name) for name in typed - {"device"}}  # load_run knows it
     tested = on_this_machine(replace(run.settings, few_shot=0, **changes))
     check(tested, typed)
     corpus = open_corpus(tested, train="data" not in typed)
