@@ -296,7 +296,7 @@ def with_recipe(cfg):
     recipe = {}
     for key, settings in RECIPES.items():
         common = [names & set(part.split()) for names, part in zip(trained, key)]
-        if all(common):  # no part of the key has nothing in common with what is trained
+        if all(common):  # each part of the key shares a word with what is trained
             recipe |= settings
     missing = {name: value for name, value in recipe.items() if getattr(cfg, name) is None}
     return replace(cfg, **missing)
@@ -1000,11 +1000,12 @@ def markdown(table):
             cells.append(mean_and_deviation(values, digits))
         if any(cells):
             columns.append([title, *cells])
-    for column in columns:  # all cells of a column get its width
-        width = max(len(cell) for cell in column)
-        column[:] = [cell.rjust(width) for cell in column]
-        column.insert(1, "-" * (width - 1) + ":")
-    return "".join("| " + " | ".join(row) + " |\n" for row in zip(*columns))
+    padded = []  # the same columns, all cells of one equally wide, with the rule below the title
+    for title, *cells in columns:
+        width = max(len(cell) for cell in [title, *cells])
+        column = [title, "-" * (width - 1) + ":", *cells]
+        padded.append([cell.rjust(width) for cell in column])
+    return "".join("| " + " | ".join(row) + " |\n" for row in zip(*padded))
 
 
 def draw_table(table, path, title):
@@ -1261,11 +1262,11 @@ def profile(cfg, typed, own):
     # The floor: a step's products, if all were as fast as the n³ products of two matrices.
     n = 2048
     matrix = torch.randn(n, n, device=cfg.device, dtype=torch.bfloat16 if cfg.bf16 else None)
-    taken = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=7)  # seconds
+    times = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=7)  # seconds
     with FlopCounterMode(display=False) as counter:
         memory = training_memory(model, clips, cfg.frames, cfg.bf16)
     products = counter.get_total_flops() / 2  # it counts a product and its addition as two
-    floor = 1000 * np.median(taken) * products / n**3  # ms
+    floor = 1000 * np.median(times) * products / n**3  # ms
     for phase, ms in [*spent.items(), ("a step", step), ("its products alone", floor)]:
         print(f"{ms:9.2f} ms {ms / step:6.1%}  {phase}")
     print(f"{1000 * clips / step:.1f} clips a second; memory {memory} MB, peak "
@@ -1359,7 +1360,9 @@ def parse(argv):
     """Return the command, {field of Config: value} of what is typed, and {name: value} of the
     command's own arguments, with "bare": no command was typed, so `train` is meant."""
     bare = not argv or argv[0].startswith("-")
-    command, *rest = ["train", *argv] if bare else argv
+    if bare:
+        argv = ["train", *argv]
+    command, *rest = argv
     if command not in COMMANDS:
         raise ValueError(f"unknown command {command!r}{nearest(command, COMMANDS)}; the commands "
                          f"are {', '.join(COMMANDS)}")
@@ -1416,9 +1419,11 @@ def main(argv=None):
         command, typed, own = parse(argv)
         cfg = Config(**typed)
         if WORLD > 1:  # torchrun started this; a process that dies ends the others at once
-            nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
-            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo",
-                                    timeout=timedelta(days=1))  # while the first packs a corpus
+            backend = "gloo"  # for tensors on CPUs; nccl, for those on GPUs, is not on Windows
+            if torch.cuda.is_available() and dist.is_nccl_available():
+                backend = "cpu:gloo,cuda:nccl"
+            # A long time, since the others wait while the first process packs a corpus.
+            dist.init_process_group(backend, timeout=timedelta(days=1))
         if RANK:  # the first process alone prints and draws; `save` writes in it alone
             sys.stdout = open(os.devnull, "w")
             cfg = replace(cfg, figure="")
