@@ -283,6 +283,7 @@ RECIPES = {
     ("*", "full", "ast-small"): dict(lr=5e-5, head_lr=5e-3),
     ("*", "lora dora convpass", "ast-small"): dict(lr=5e-3),
     ("*", "linear prompt-shallow prompt-deep prefix", "ast-small"): dict(lr=1e-2),
+    ("*", "prompt-shallow", "ast-small"): dict(tokens=50),  # as many as a second of sound has
     # Hosts of 200,000 parameters learn `voices` in two minutes.
     ("voices", "*", "speaker"): dict(width=64, embed_dim=128),
     ("voices", "*", "amcrn"): dict(width=32),
@@ -968,7 +969,9 @@ def study(cfg, title, rows):
         if cfg.seeds > 1:
             name += f"-seed{seed}"
         out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
-        row = replace(rows[label], seed=seed, fold=fold, out=str(out), resume=True, figure="")
+        row = replace(rows[label], seed=seed, out=str(out), resume=True, figure="")
+        if len(folds) > 1:
+            row = replace(row, fold=fold)  # else its own: it may be what is swept
         try:
             table[label].append(run(row, f"{number} of {len(plan)}: {name}"))
         except KeyboardInterrupt:
