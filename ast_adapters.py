@@ -3,15 +3,15 @@
 Papers   AST: Gong, Chung, Glass, "AST: Audio Spectrogram Transformer", arXiv 2104.01778.
          P1:  Cappellazzo et al., "Parameter-Efficient Transfer Learning of Audio Spectrogram
               Transformers", arXiv 2312.03694; its follow-up on mixtures of adapters, 2402.00828.
-Sections 1 the AST, 2 methods, 3 adapt, 4 pretrained weights, 5 adapter files, 6 demo,
-         7 faster on a CPU
+Sections 1 AST, 2 methods, 3 adapt, 4 pretrained weights, 5 adapter files, 6 demo, 7 faster on CPUs
 Axes     B batch, T frames, F mel bins, N tokens, D width, H heads, E embedding size, C classes,
          r rank, f x t the grid of patches (rows of frequency x columns of time).
 
-A method is surgery on a plain AST: the Transformer block stays the textbook one and `adapt` wraps
-some of its layers. To add a method write it in section 2 and put one line into METHODS.
+The AST cuts a log-mel (logarithms of energies, 100 frames a second) into patches, one token each,
+and puts two learned tokens before them, CLS and DIST. `adapt` wraps layers of its blocks in small
+modules. To add a method write it in section 2 and put one line into METHODS.
 
-    ast = AST("base")                                    # log-mel, 128 bins, 16 frames or more
+    ast = AST("base")                                    # expects F = 128 and T of 16 or more
     ast, sentence = load_pretrained(ast, "audioset_10_10_0.4593.pth")
     adapt(ast, "lora", rank=8, targets="qv")             # freezes, inserts, unfreezes
     embedding = ast(torch.randn(4, 500, 128))            # (B, T, F) -> (B, E) = (4, 768)
@@ -20,11 +20,11 @@ Differs from P1's published code (its defects: README, section 9):
   D1 the position embedding is cropped or interpolated, never silently replaced by zeros;
   D2 the first matrix of a bottleneck starts random, the last one zero (both were zero);
   D3 the Conformer adapter has no LayerNorm: the published one computes it and drops the result;
-  D4 the Convpass convolution is used, and over the f x t grid; the published one drops its output;
-  D5 LoRA's `rank` is a true rank, its scale alpha / rank; q and v have a pair (A, B) each;
-  D6 a mixture's output is added once; Soft-MoA combines with a softmax over the slots;
-  D7 "before" means f(u + a(u)), "after" f(u) + a(f(u)), parallel f(u) + a(u);
-  D8 prompts stand beside CLS and DIST and replace nothing.
+  D4 Convpass convolves over the f x t grid; the published one drops what its convolution gives;
+  D5 LoRA's product B A has rank `rank`, its scale is alpha / rank; q and v have a pair each;
+  D6 a mixture's output is added once; Soft-MoA weights its outputs by a softmax over all of them;
+  D7 adapter a, layer f: "before" is f(u + a(u)), "after" f(u) + a(f(u)), parallel f(u) + a(u);
+  D8 prompts stand beside CLS and DIST and replace neither.
 Does not: pre-train on AudioSet, pad (data.py does), or combine two methods in one AST.
 """
 
@@ -46,13 +46,13 @@ from torch.utils.checkpoint import checkpoint
 # --------------------------------------------------------------------------------------------------
 # 1. The AST: a Vision Transformer over 16 x 16 patches of a log-mel spectrogram
 
-SIZES = {  # width D, depth, heads H, stride, grid (f, t) on which positions are kept
+SIZES = {  # width D, depth, heads H, stride, grid (f, t) of the position embedding
     "nano": (64, 4, 2, 16, (8, 6)),  # for laptops and tests: clips of about a second
     "tiny": (192, 12, 3, 10, (12, 101)),  # the others: AudioSet clips of 1024 frames
     "small": (384, 12, 6, 10, (12, 101)),
     "base": (768, 12, 12, 10, (12, 101)),
 }
-PATCH = 16
+PATCH = 16  # frames and mel bins
 AUDIOSET_MEAN_STD = (-4.2677393, 4.5689974)  # of AudioSet's log-mels
 
 
@@ -62,7 +62,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        # Four Linears instead of one fused qkv: LoRA, IA3 and prefixes wrap them one by one.
+        # Four Linears instead of one fused qkv: methods of section 2 wrap them one by one.
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(width, width)
         self.v = nn.Linear(width, width)
@@ -94,7 +94,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer block. `adapt` wraps `attn` and `mlp`; this code never changes."""
+    """A Transformer block, LayerNorms first. `adapt` wraps its layers; this code never changes."""
 
     def __init__(self, width, heads, eps):
         super().__init__()
@@ -112,20 +112,18 @@ class Block(nn.Module):
 class AST(nn.Module):
     """Audio Spectrogram Transformer as an encoder: log-mel (B, T, F) -> embedding (B, E = D).
 
-    size       a key of SIZES
     mels       F, the mel bins it expects (128 in every published checkpoint)
-    grid       (f, t) of the stored position embedding; None: the size's own
+    grid       (f, t) of the position embedding; None: the size's own
     stride     distance between patches; None: the size's own; 10 in the paper
     pool       "mean" over all tokens (P1) or "cls", the mean of CLS and DIST (AST)
-    pos_embed  "crop": the checkpoint's positions, cropped or interpolated to each input;
+    pos_embed  "crop": the position embedding, cut to a shorter clip, stretched for a longer one;
                "zero": no positions at all, as P1's code trained (an experiment)
-    eps        of the LayerNorms; `load_pretrained` sets this and what follows
-    normalise  (mean, std) of the log-mels it was trained on: it reads (x - mean) / (2 std)
-    picture    the positions are a picture's: stretched over the whole clip, never cropped
+    eps        of the LayerNorms
+    normalise  (mean, std) of its training log-mels: data.py feeds (x - mean) / (2 std)
+    picture    True (DINOv2): positions are stretched over the whole clip, never cropped
     """
 
-    checkpointing = False  # True: compute blocks again in the backward pass, keep them nowhere
-    # (The Conformer adapter's BatchNorm then counts each batch twice: momentum 0.19, not 0.1.)
+    checkpointing = False  # True: less memory; blocks run twice a step (BatchNorms count it twice)
 
     def __init__(self, size="base", mels=128, grid=None, stride=None, pool="mean",
                  pos_embed="crop", eps=1e-6, normalise=AUDIOSET_MEAN_STD, picture=False):
@@ -137,27 +135,27 @@ class AST(nn.Module):
         self.embed_dim = width
         self.mels = mels
         self.stride = stride or own_stride
-        self.rows = (mels - PATCH) // self.stride + 1  # of frequency in the grid of patches
+        self.rows = (mels - PATCH) // self.stride + 1  # f: rows in the grid of patches
         self.grid = tuple(grid or own_grid)
         self.pool = pool
         self.normalise = tuple(normalise)  # data.py reads it
         self.picture = picture
         self.settings = dict(size=size, mels=mels, stride=self.stride, pool=pool,
                              grid=list(self.grid), pos_embed=pos_embed, eps=eps,
-                             normalise=list(normalise), picture=picture)  # AST(**settings): again
+                             normalise=list(normalise), picture=picture)  # to build it again
         self.adaptation = None  # set by `adapt`: method, options, fingerprint of the backbone
 
         self.patch = nn.Conv2d(1, width, PATCH, self.stride)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.dist_token = nn.Parameter(torch.zeros(1, 1, width))  # DeiT's second token
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, width))  # a second CLS, from DeiT
         self.pos_embed = nn.Parameter(torch.zeros(1, 2 + math.prod(self.grid), width))
         self.blocks = nn.ModuleList(Block(width, heads, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=eps)
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Vision Transformer's start: weights normal 0.02, biases zero; torch's for the patches.
-        Only the positions are larger, normal 0.3: with 0.02 a short training hardly sees order."""
+        """Normal numbers of std 0.02, biases zero, as in the Vision Transformer. Positions have std
+        0.3: with 0.02 a short training hardly learns what comes first. `patch` stays torch's."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -169,10 +167,11 @@ class AST(nn.Module):
             nn.init.zeros_(self.pos_embed)
 
     def positions(self, f, t):
-        """Position embedding (1, 2 + f*t, D) for an f x t grid, as the original AST makes it: the
-        middle of the stored grid if that is larger, bilinear interpolation if it is smaller."""
-        grid = self.pos_embed[:, 2:].transpose(1, 2).unflatten(2, self.grid)  # (1, D, f0, t0)
-        if not self.picture:
+        """Position embedding (1, 2 + f*t, D) for an f x t grid, as in the original AST: the middle
+        of the stored f0 x t0 grid if that is larger, bilinear interpolation if it is smaller."""
+        patches = self.pos_embed[:, 2:]  # all but CLS and DIST: (1, f0*t0, D)
+        grid = patches.transpose(1, 2).unflatten(2, self.grid)  # (1, D, f0, t0)
+        if not self.picture:  # cut out the middle f rows and t columns
             top = max(0, self.grid[0] // 2 - f // 2)
             left = max(0, self.grid[1] // 2 - t // 2)
             grid = grid[:, :, top : top + f, left : left + t]
@@ -188,7 +187,7 @@ class AST(nn.Module):
                              f"got {tuple(x.shape)}")
         x = self.patch(x.transpose(1, 2)[:, None])  # (B, T, F) -> (B, 1, F, T) -> (B, D, f, t)
         f, t = x.shape[2:]
-        patches = x.flatten(2).transpose(1, 2)  # (B, f*t, D), frequency-major: row * t + column
+        patches = x.flatten(2).transpose(1, 2)  # (B, f*t, D), row after row
         cls = self.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
         dist = self.dist_token.expand(len(x), -1, -1)
         return torch.cat([cls, dist, patches], dim=1) + self.positions(f, t)  # (B, N = 2 + f*t, D)
@@ -207,16 +206,16 @@ class AST(nn.Module):
 
 
 class LinearHead(nn.Linear):
-    """The classifier, one Linear as in P1: (B, E) -> (B, C). Heads for speakers read labels."""
+    """The classifier, one Linear as in P1: (B, E) -> (B, C)."""
 
-    def forward(self, embedding, labels=None):
+    def forward(self, embedding, labels=None):  # labels: for speakers' heads (lightweight_sv.py)
         return super().forward(embedding)
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Methods: units, each one idea in one small module, and behind them how they go into the blocks.
-# An added path starts at zero, added tokens do not. What all blocks share an insertion makes; if it
-# is random and frozen, from a seed of its own: an adapter's file holds only what was trained.
+# 2. Methods: units (small modules), each followed by the function that inserts it into the blocks.
+# For your own: what is added to an output starts at zero. Frozen random tensors need a fixed seed:
+# adapter files hold only what is trained. The insert function makes what all blocks share.
 
 
 def wrap(ast, names, unit, *args):
@@ -227,8 +226,8 @@ def wrap(ast, names, unit, *args):
 
 
 def zero(layer):
-    """Set the last layer B of an added path B(A(x)) to zero and return it. So the path starts at
-    zero exactly; A is random, so B learns from the first step and A from the second."""
+    """Set the last layer B of an added path B(A(x)) to zero and return it: the path starts at zero
+    exactly. A is random, so B learns at once; A learns from the second step, when B is not zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -247,26 +246,27 @@ class Bottleneck(nn.Module):
 
 
 class Conformer(nn.Module):
-    """P1's Conformer adapter, a narrow convolution module of a Conformer block. Neighbours in the
-    sequence are neighbours in time, so it sees order by itself. As in P1 it also reaches from the
-    end of a row of frequency into the next row, and over CLS and DIST."""
+    """P1's Conformer adapter: a Conformer block's convolution module with r channels, along the
+    tokens: CLS, DIST, then row after row. Neighbours in a row are neighbours in time: it sees order
+    even without positions. As in P1 its kernel also crosses from a row into the next."""
 
     def __init__(self, width, rank, kernel):
         super().__init__()
         self.down = nn.Linear(width, 2 * rank)
-        self.pad = ((kernel - 1) // 2, kernel // 2)  # twice as fast as padding="same"
+        self.pad = ((kernel - 1) // 2, kernel // 2)  # left, right: padding="same" is slower
         self.depthwise = nn.Conv1d(rank, rank, kernel, groups=rank)
         self.norm = nn.BatchNorm1d(rank)
         self.up = zero(nn.Linear(rank, width))
 
     def forward(self, x):
         x = F.glu(self.down(x), dim=2).transpose(1, 2)  # (B, N, 2r) -> (B, N, r) -> (B, r, N)
-        x = F.silu(self.norm(self.depthwise(F.pad(x, self.pad))))  # (B, r, N)
+        x = self.depthwise(F.pad(x, self.pad))  # (B, r, N)
+        x = F.silu(self.norm(x))
         return self.up(x.transpose(1, 2))  # (B, N, D)
 
 
 class Convpass(nn.Module):
-    """Convpass (Jie and Deng, 2207.07039): 1x1, 3x3 over the f x t grid, 1x1, QuickGELU between."""
+    """Convpass (Jie and Deng, 2207.07039): between two Linears a 3 x 3 convolution of the grid."""
 
     def __init__(self, width, rank, rows):
         super().__init__()
@@ -276,11 +276,12 @@ class Convpass(nn.Module):
         self.up = zero(nn.Linear(rank, width))
 
     def forward(self, x):
-        quick_gelu = lambda x: x * torch.sigmoid(1.702 * x)
+        quick_gelu = lambda y: y * torch.sigmoid(1.702 * y)
         x = quick_gelu(self.down(x)).transpose(1, 2)  # (B, N, D) -> (B, r, N)
-        # CLS and DIST have no neighbours: each is a 1 x 1 grid, which meets the middle tap only.
-        tokens = F.conv1d(x[..., :2], self.conv.weight[:, :, 1, 1:2], self.conv.bias)  # (B, r, 2)
-        grid = self.conv(x[..., 2:].unflatten(2, (self.rows, -1)))  # (B, r, f, t)
+        # CLS and DIST have no neighbours: they meet only the middle of the 3 x 3 kernel.
+        middle = self.conv.weight[:, :, 1, 1:2]  # (r, r, 1)
+        tokens = F.conv1d(x[:, :, :2], middle, self.conv.bias)  # (B, r, 2)
+        grid = self.conv(x[:, :, 2:].unflatten(2, (self.rows, -1)))  # (B, r, f, t)
         x = torch.cat([tokens, grid.flatten(2)], dim=2)  # (B, r, N)
         return self.up(quick_gelu(x).transpose(1, 2))  # (B, N, D)
 
@@ -294,14 +295,13 @@ class DenseMoA(nn.Module):
         self.experts = nn.ModuleList(Bottleneck(width, rank) for _ in range(experts))
 
     def forward(self, x):
-        share = self.router(x).softmax(dim=2)  # (B, N, experts)
-        return sum(share[..., i, None] * expert(x) for i, expert in enumerate(self.experts))
+        shares = self.router(x).softmax(dim=2).split(1, dim=2)  # for each expert (B, N, 1)
+        return sum(share * expert(x) for share, expert in zip(shares, self.experts))  # (B, N, D)
 
 
 class SoftMoA(nn.Module):
-    """Soft mixture of adapters (2402.00828; Soft MoE, 2308.00951). Each expert reads `slots`
-    mixtures of all tokens (dispatch: softmax over tokens), and each token takes a mixture of all
-    slots' outputs (combine: softmax over slots)."""
+    """Soft mixture of adapters (2402.00828; Soft MoE, 2308.00951). An expert has `slots` inputs,
+    weighted means of all tokens. Each token gets a weighted mean of the outputs of all slots."""
 
     def __init__(self, width, rank, experts, slots):
         super().__init__()
@@ -309,16 +309,18 @@ class SoftMoA(nn.Module):
         self.experts = nn.ModuleList(Bottleneck(width, rank) for _ in range(experts))
 
     def forward(self, x):
-        logits = x @ self.phi  # (B, N, experts * slots)
-        inputs = logits.softmax(dim=1).transpose(1, 2) @ x  # (B, experts * slots, D)
-        parts = inputs.chunk(len(self.experts), dim=1)  # experts x (B, slots, D)
+        logits = x @ self.phi  # how well token and slot fit: (B, N, experts * slots)
+        dispatch = logits.softmax(dim=1)  # over tokens
+        combine = logits.softmax(dim=2)  # over slots
+        inputs = dispatch.transpose(1, 2) @ x  # (B, experts * slots, D)
+        parts = inputs.chunk(len(self.experts), dim=1)  # for each expert (B, slots, D)
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts)], dim=1)
-        return logits.softmax(dim=2) @ outputs  # (B, N, D)
+        return combine @ outputs  # (B, N, D)
 
 
 class Placed(nn.Module):
-    """A sub-layer f with an adapter a, in the places that P1 ablates (D7). Without residual the
-    zero start silences the sub-layer: this is not the frozen model any more."""
+    """A sub-layer f with an adapter a at one of P1's places: the formulas of D7. Without `residual`
+    only a's output, zero at first, goes on: then training does not start at the frozen model."""
 
     def __init__(self, layer, adapter, form, at, residual):
         super().__init__()
@@ -339,12 +341,11 @@ class Placed(nn.Module):
         return y + a(y) if self.residual else a(y)
 
 
-# One adapter a block is Pfeiffer's placement, one at each sub-layer is Houlsby's.
 SITES = {"ffn": ["mlp"], "mhsa": ["attn"], "both": ["attn", "mlp"]}
 
 
 def insert_adapters(unit, ast, where, form, at, residual, **options):
-    """An adapter at the FFN, the MHSA or both of every block; that sub-layer's LayerNorm trains."""
+    """An adapter at FFN, MHSA or both of every block; the LayerNorm before it trains as well."""
 
     def place(layer):
         adapter = unit(ast.embed_dim, **options)
@@ -356,6 +357,10 @@ def insert_adapters(unit, ast, where, form, at, residual, **options):
         block.norm2.requires_grad_("mlp" in SITES[where])
 
 
+def insert_convpass(ast, **options):
+    insert_adapters(partial(Convpass, rows=ast.rows), ast, **options)
+
+
 class LoRA(nn.Module):
     """Low-rank update of a Linear (Hu et al., 2106.09685): W x + b + (alpha / r) B A x."""
 
@@ -365,7 +370,7 @@ class LoRA(nn.Module):
         self.scale = alpha / rank
         self.A = nn.Parameter(torch.empty(rank, linear.in_features))  # (r, D)
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))  # (D, r), zero at the start
-        nn.init.kaiming_uniform_(self.A, a=5**0.5)
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)  # as torch's Linear starts
 
     def forward(self, x):
         return self.linear(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
@@ -376,7 +381,7 @@ class LoRA(nn.Module):
 
 
 class DoRA(LoRA):
-    """LoRA on the direction of each row of W, and a magnitude m of its own (Liu, 2402.09353)."""
+    """LoRA sets the direction of W's rows; their lengths m train too (Liu et al., 2402.09353)."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__(linear, rank, alpha)
@@ -387,16 +392,16 @@ class DoRA(LoRA):
 
     def folded(self):
         weight = super().folded()
-        # The norm counts as a constant (section 4.3 of the paper): less memory, same accuracy.
-        return self.m / weight.detach().norm(dim=1, keepdim=True) * weight
+        # No gradient through the length (section 4.3 of the paper): less memory, same accuracy.
+        length = weight.detach().norm(dim=1, keepdim=True)  # of each row: (D, 1)
+        return self.m / length * weight
 
 
 def insert_low_rank(unit, ast, targets, rank, alpha):
     """LoRA or DoRA on some of the attention's four Linears; alpha defaults to rank (scale 1)."""
-    names = [f"attn.{name}" for name in targets]
     if alpha is None:
         alpha = rank
-    wrap(ast, names, unit, rank, alpha)
+    wrap(ast, [f"attn.{name}" for name in targets], unit, rank, alpha)
 
 
 class ScaleShift(nn.Module):
@@ -432,24 +437,31 @@ class Prefixed(nn.Module):
         self.prefix = nn.Parameter(torch.randn(1, tokens, linear.out_features) * 0.02)
 
     def forward(self, x):  # (B, N, D) -> (B, p + N, D)
-        return torch.cat([self.prefix.expand(len(x), -1, -1), self.linear(x)], dim=1)
+        prefix = self.prefix.expand(len(x), -1, -1)  # (B, p, D)
+        return torch.cat([prefix, self.linear(x)], dim=1)
+
+
+def insert_prefixes(ast, tokens):
+    """Half of the tokens stand in front of the keys, half in front of the values."""
+    wrap(ast, ["attn.k", "attn.v"], Prefixed, tokens // 2)
 
 
 class Prompted(nn.Module):
     """A block that reads p learned tokens behind CLS and DIST (VPT, Jia et al., 2203.12119).
-    With `replace` they take the place of the previous block's prompts."""
+    With `replace` it first drops the prompts of the block before."""
 
     def __init__(self, block, tokens, width, replace):
         super().__init__()
         self.block = block
-        self.skip = tokens if replace else 0
+        self.drop = tokens if replace else 0
         self.prompts = nn.Parameter(torch.empty(1, tokens, width))
-        bound = (6 / (PATCH * PATCH + width)) ** 0.5  # as for a patch embedding (VPT, appendix)
+        bound = (6 / (PATCH * PATCH + width)) ** 0.5  # Xavier's (VPT, appendix)
         nn.init.uniform_(self.prompts, -bound, bound)
 
     def forward(self, x):  # (B, N, D) -> (B, N + p, D)
         prompts = self.prompts.expand(len(x), -1, -1)
-        return self.block(torch.cat([x[:, :2], prompts, x[:, 2 + self.skip :]], dim=1))
+        rest = x[:, 2 + self.drop :]  # behind CLS, DIST and what is dropped
+        return self.block(torch.cat([x[:, :2], prompts, rest], dim=1))
 
 
 def insert_prompts(ast, tokens, deep):
@@ -473,17 +485,15 @@ SSF = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.fc1", "mlp.fc2", "norm1", "n
 IA3 = ["attn.k", "attn.v", "mlp.act"]
 METHODS = {  # name: (insertion, its options with the defaults of P1's Table 1)
     "full": (lambda ast: ast.requires_grad_(True), {}),
-    "linear": (lambda ast: None, {}),  # the last LayerNorm, which every method trains, is all
+    "linear": (lambda ast: None, {}),  # trains the last LayerNorm, as every method does
     "bitfit": (train_biases, {}),
     "prompt-shallow": (partial(insert_prompts, deep=False), dict(tokens=300)),
     "prompt-deep": (partial(insert_prompts, deep=True), dict(tokens=25)),
-    "prefix": (lambda ast, tokens: wrap(ast, ["attn.k", "attn.v"], Prefixed, tokens // 2),
-               dict(tokens=24)),  # half of the tokens for the keys, half for the values
+    "prefix": (insert_prefixes, dict(tokens=24)),
     "lora": (partial(insert_low_rank, LoRA), dict(rank=6, alpha=None, targets="qv")),
     "adapter": (partial(insert_adapters, Bottleneck), dict(rank=12, **PLACE)),
     "conformer": (partial(insert_adapters, Conformer), dict(rank=8, kernel=31, **PLACE)),
-    "convpass": (lambda ast, **options: insert_adapters(partial(Convpass, rows=ast.rows), ast,
-                                                        **options), dict(rank=8, **PLACE)),
+    "convpass": (insert_convpass, dict(rank=8, **PLACE)),
     "dense-moa": (partial(insert_adapters, DenseMoA), dict(rank=6, experts=7, **PLACE)),
     "soft-moa": (partial(insert_adapters, SoftMoA), dict(rank=6, experts=7, slots=1, **PLACE)),
     "dora": (partial(insert_low_rank, DoRA), dict(rank=6, alpha=None, targets="qv")),  # beyond P1
@@ -496,10 +506,8 @@ CHOICES = dict(where=SITES, form=("parallel", "sequential"), at=("before", "afte
 
 def adapt(ast, method, **options):
     """Turn a plain AST, in place, into one that trains only what `method` trains, and return it.
-    Options are those of METHODS[method]: `rank`, `where` (ffn, mhsa, both), `form` (parallel,
-    sequential), `at` (before, after) and `residual` (both for sequential only), `kernel`, `tokens`
-    (for prefix the total of keys and values), `alpha`, `targets`, `experts`, `slots`. Besides what
-    it inserts every method trains the last LayerNorm (BitFit: its bias)."""
+    For options see METHODS and CHOICES; `at` and `residual` need form="sequential".
+    All methods train the last LayerNorm too (BitFit: its bias)."""
     if ast.adaptation:
         raise ValueError(f"adapt a plain AST: this one carries {ast.adaptation['method']!r}")
     check_options(ast.settings["size"], method, options)
@@ -507,7 +515,7 @@ def adapt(ast, method, **options):
     ast.adaptation = dict(method=method, options=options, backbone=fingerprint(ast))
     ast.requires_grad_(False)
     ast.norm.requires_grad_(True)
-    insert(ast, **defaults | options)
+    insert(ast, **(defaults | options))
     return ast
 
 
@@ -515,59 +523,59 @@ def check_options(size, method, options):
     """Raise a sentence for an unknown method, and for options that do not fit it or this size."""
     check_known("method", method, METHODS)
     width, _, _, _, grid = SIZES[size]
-    limits = dict(rank=width, kernel=2 + math.prod(grid))
+    limits = dict(rank=width, kernel=2 + math.prod(grid))  # D; N of the size's grid
     for name, value in options.items():
         check_known(f"option of {method!r}", name, METHODS[method][1])
         if name in CHOICES:
             check_known(name, value, CHOICES[name])
         elif name == "targets":
-            if not value or len(set(value) & set("qkvo")) < len(value):
+            twice = len(set(value)) < len(value)
+            if not value or twice or not set(value) <= set("qkvo"):  # <=: is a subset of
                 raise ValueError(f"targets {value!r}: name some of q, k, v, o once, such as 'qv'")
-        elif name != "alpha" and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} {value}: expected a whole number, at least 1")
-        elif name in limits and value > limits[name]:
-            raise ValueError(f"{name} {value}: expected at most {limits[name]} on AST-{size}")
+        elif name != "alpha":
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} {value}: expected a whole number, at least 1")
+            if name in limits and value > limits[name]:
+                raise ValueError(f"{name} {value}: expected at most {limits[name]} on AST-{size}")
     if method == "prefix" and options.get("tokens", 0) % 2:
         raise ValueError(f"tokens {options['tokens']} is odd: half are keys, half are values")
-    if {"at", "residual"} & options.keys() and options.get("form") != "sequential":
+    if ("at" in options or "residual" in options) and options.get("form") != "sequential":
         raise ValueError("`at` and `residual` are for form='sequential': parallel has no order")
 
 
 def check_known(what, name, known):
     """Raise a sentence that lists the valid names if `name` is not among them."""
     if name not in known:
-        hint = "choose from " + ", ".join(map(str, known)) if known else "it has none"
+        names = ", ".join(map(str, known))
+        hint = f"choose from {names}" if known else "it has none"
         raise ValueError(f"unknown {what} {name!r}: {hint}")
 
 
 def count(module):
-    """Return the numbers of trainable and of all parameters. One that blocks share counts once."""
+    """Return the numbers of trainable and of all parameters; one shared by blocks counts once."""
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     total = sum(p.numel() for p in module.parameters())
     return trainable, total
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Pretrained weights: five layouts of the same Transformer, told apart by their keys
+# 4. Pretrained weights: four layouts of the same Transformer, told apart by their keys
 
-# Checkpoints as their authors link them. No checksum is published. If you know one, put it here.
-# Stride 16 is for laptops: 514 tokens instead of 1,214 for 10 s, 0.442 mAP instead of 0.459.
+# "audioset-16" is for laptops: 10 s make 514 tokens, not 1,214. File names end with the scores.
 DROPBOX = "https://www.dropbox.com/s/"  # of AST's authors
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"  # Apache 2.0; not tried here
-DOWNLOADS = {  # (name, AST size): (address, sha256)
+DOWNLOADS = {  # (name, AST size): (address, sha256 or "": none is published)
     ("audioset", "base"): (DROPBOX + "ca0b1v2nlxzyeb4/audioset_10_10_0.4593.pth?dl=1", ""),
     ("audioset-16", "base"): (DROPBOX + "mdsa4t1xmcimia6/audioset_16_16_0.4422.pth?dl=1", ""),
     ("dinov2", "small"): (DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth", ""),
     ("dinov2", "base"): (DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth", ""),
 }
-AUDIOSET = {name: DOWNLOADS[name, "base"] for name in ("audioset", "audioset-16")}
-MEAN_STD = {  # of the corpora that AST's authors fine-tuned on: a word in a file's name
+MEAN_STD = {  # of the corpora that AST's authors fine-tuned on, by a word in a file's name
     "esc50": (-6.6268077, 5.358466),
     "speechcommands": (-6.845978, 5.5654526),
 }
-RENAME = [  # (their key, ours), applied in this order: later lines see what earlier ones left
-    # DataParallel, the original's class and Hugging Face's classifier wrap the whole model.
-    (r"^(module\.)?(v\.|audio_spectrogram_transformer\.)?", ""),
+RENAME = [  # (regular expression for a part of their key, ours), applied one after another
+    (r"^(module\.)?(v\.|audio_spectrogram_transformer\.)?", ""),  # before all keys: "module.v."
     (r"^embeddings\.patch_embeddings\.projection|^patch_embed\.proj", "patch"),
     (r"^embeddings\.distillation_token", "dist_token"),
     (r"^embeddings\.position_embeddings", "pos_embed"),
@@ -576,7 +584,8 @@ RENAME = [  # (their key, ours), applied in this order: later lines see what ear
     (r"layernorm_before", "norm1"),
     (r"layernorm_after", "norm2"),
     (r"^layernorm\.", "norm."),
-    (r"attention\.attention\.([qkv])(uery|ey|alue)|attention\.([qkv])_proj", r"attn.\1\3"),
+    (r"attention\.attention\.([qkv])(uery|ey|alue)", r"attn.\1"),  # \1: the letter q, k or v
+    (r"attention\.([qkv])_proj", r"attn.\1"),
     (r"attention\.output\.dense|attention\.o_proj|attn\.proj", "attn.o"),
     (r"intermediate\.dense", "mlp.fc1"),
     (r"output\.dense", "mlp.fc2"),
@@ -585,36 +594,36 @@ HEADS = r"^(mlp_head|head|head_dist|classifier)\."  # AudioSet's and ImageNet's:
 
 
 def load_pretrained(ast, path):
-    """Return a new AST, like the plain `ast` but with the weights of a file, and a sentence about
-    it. Its size must be the same: AST's `.pth`, Hugging Face's `.bin` or `.safetensors`, a DeiT or
-    DINOv2 that learned from pictures, or a file of ours."""
+    """Return a new AST like the plain `ast`, with the weights of a file, and a sentence about it.
+    The file, of the same size: AST's, Hugging Face's, ours, or a picture model (DeiT, DINOv2)."""
     if ast.adaptation:  # the new AST would be plain
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
-    state, own = read_weights(path)
+    state, own = read_weights(path)  # own: settings, {} if the file is not ours
     keys = " ".join(state)
     layout = "our"
-    found = dict(picture="ls1.gamma" in keys, eps=1e-6)
+    found = dict(picture="ls1.gamma" in keys, eps=1e-6)  # a key of DINOv2 alone
     if found["picture"]:
         layout = "DINOv2"
     elif "qkv" in keys:
         layout = "original"  # also DeiT's
     elif "layernorm" in keys:
         layout = "Hugging Face"
-        found["eps"] = 1e-12  # with near-zero tokens the wrong one moves outputs by 1e-2
+        found["eps"] = 1e-12  # some tokens hardly vary: 1e-6 moves the outputs by 1e-2
     found["normalise"] = infer_mean_std(Path(path), layout) or ast.normalise
     try:
         state = to_our_names(state)
         if found["picture"]:
             state = from_dinov2(state)
         found["stride"], found["grid"] = infer_grid(ast, state, found["picture"])
-        with torch.device("meta"):  # without drawing random weights
-            loaded = AST(**ast.settings | found | own)  # what a file of ours says wins
+        with torch.device("meta"):  # shapes without memory: the weights come from the file
+            loaded = AST(**(ast.settings | found | own))  # a file of ours knows best: `own` wins
         if ast.settings["pos_embed"] == "zero":
             state["pos_embed"] = torch.zeros_like(state["pos_embed"])
         # A picture has three colours, and grey is the same in all three: add their weights.
         state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)  # -> (D, 1, 16, 16)
-        loaded.to_empty(device="cpu").load_state_dict(state)
-    except KeyError as error:
+        loaded.to_empty(device="cpu")  # memory for the weights
+        loaded.load_state_dict(state)
+    except KeyError as error:  # a tensor that is looked up by its name
         raise ValueError(f"{path} is not an AST: it has no {error.args[0]}") from error
     except (IndexError, RuntimeError, ValueError) as error:  # other keys or shapes
         raise ValueError(f"{path} is not an AST-{ast.settings['size']}: {error}") from error
@@ -631,18 +640,16 @@ def to_our_names(state):
         for pattern, ours in RENAME:
             key = re.sub(pattern, ours, key)
         if ".qkv." in key:  # one matrix: q above k above v
-            q, k, v = value.chunk(3)
-            renamed[key.replace("qkv", "q")] = q
-            renamed[key.replace("qkv", "k")] = k
-            renamed[key.replace("qkv", "v")] = v
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[key.replace("qkv", letter)] = part
         elif not re.match(HEADS, key):
             renamed[key] = value
     return renamed
 
 
 def from_dinov2(state):
-    """Turn a picture's Vision Transformer, 14 x 14 patches and LayerScale, into an AST's weights:
-    each scale goes into the Linear before it, DIST starts as a copy of CLS."""
+    """Turn DINOv2's weights into an AST's. Its patches are 14 x 14; it multiplies what each
+    sub-layer gives by a learned gamma, which goes into the Linear before it; it has no DIST."""
     state = {key: value.float() for key, value in state.items() if key != "mask_token"}
     for key in list(state):
         if key.endswith(".gamma"):
@@ -652,38 +659,35 @@ def from_dinov2(state):
             state[f"{linear}.bias"] = gamma * state[f"{linear}.bias"]
     patch = state["patch.weight"]  # (D, 3, 14, 14)
     larger = F.interpolate(patch, (PATCH, PATCH), mode="bicubic", align_corners=False)
-    # More points add up now: scaled so that an even picture gives what it gave.
-    state["patch.weight"] = patch.shape[2] ** 2 / PATCH**2 * larger
+    # A sum over 256 points, no longer 196: without this factor all outputs would grow.
+    state["patch.weight"] = (patch.shape[2] / PATCH) ** 2 * larger
     state["dist_token"] = state["cls_token"]
     positions = state["pos_embed"]  # (1, 1 + 37 * 37, D)
-    state["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
+    state["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)  # CLS's for DIST too
     return state
 
 
 def infer_grid(ast, state, picture):
-    """Return stride and grid. A picture has three colours and a square grid. A sound has the AST's
-    own grid, or that of AudioSet's 1024 frames (each stride has another number of patches), or the
-    rows that a published stride gives."""
+    """Return stride and grid (f, t). A file holds the number of patches, f * t, only: its grid is
+    that of `ast`, or the first with whole rows, or, for all files of pictures, a square."""
     patches = state["pos_embed"].shape[1] - 2
+    colours = state["patch.weight"].shape[1]
+    if colours == 1:
+        if math.prod(ast.grid) == patches:
+            return ast.stride, ast.grid
+        for stride in (ast.stride, 10, 12, 14, 16):  # its own, then the published ones
+            rows = (ast.mels - PATCH) // stride + 1
+            if patches % rows == 0:
+                return stride, (rows, patches // rows)
     side = math.isqrt(patches)
-    grids = [(ast.stride, ast.grid)]
-    for stride in range(16, 7, -1):
-        rows = (ast.mels - PATCH) // stride + 1
-        grids.append((stride, (rows, (1024 - PATCH) // stride + 1)))
-    for stride in (ast.stride, 10, 12, 14, 16):
-        rows = (ast.mels - PATCH) // stride + 1
-        grids.append((stride, (rows, patches // rows)))
-    if state["patch.weight"].shape[1] == 3:
-        grids = []
-    grids.append((PATCH if picture else ast.stride, (side, side)))  # DINOv2's did not overlap
-    for stride, grid in grids:
-        if math.prod(grid) == patches:
-            return stride, grid
-    raise IndexError(f"{patches} positions are no grid of patches")
+    if side * side != patches:
+        raise ValueError(f"{patches} positions are no grid of patches")
+    stride = PATCH if picture else ast.stride  # DINOv2's patches do not overlap
+    return stride, (side, side)
 
 
 def infer_mean_std(path, layout):
-    """Return mean and std of the input: Hugging Face's file beside the weights, else by name."""
+    """Return (mean, std), by Hugging Face's config or a corpus in the file's name, or None."""
     beside = path.with_name("preprocessor_config.json")
     if layout == "Hugging Face" and beside.is_file():
         try:
@@ -691,10 +695,7 @@ def infer_mean_std(path, layout):
             return float(config["mean"]), float(config["std"])
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{beside}: expected numbers `mean` and `std`") from error
-    name = path.name
-    if "model." in name:  # best_audio_model.pth, model.safetensors: the folders' names say more
-        name = str(path)
-    name = re.sub("[-_]", "", name.lower())
+    name = re.sub("[-_]", "", path.name.lower())
     for corpus, mean_std in MEAN_STD.items():
         if corpus in name:
             return mean_std
@@ -702,8 +703,7 @@ def infer_mean_std(path, layout):
 
 
 def read_weights(path):
-    """Return {key: tensor} of a `.safetensors` or a torch file, whose code never runs, and the
-    settings that our own files hold."""
+    """Return a file's {key: tensor} and the settings that our own hold. Code in it never runs."""
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
@@ -713,10 +713,11 @@ def read_weights(path):
             with torch.serialization.safe_globals(harmless()):
                 state = torch.load(path, map_location="cpu", weights_only=True)
         settings = state.get("settings", {})
-        own = {name: settings[name] for name in ("grid", "stride", "eps", "normalise", "picture")
-               if name in settings}
-        for name in ("encoder", "model", "state_dict"):  # our own files; DeiT's
-            state = state.get(name, state)
+        wanted = ("grid", "stride", "eps", "normalise", "picture")
+        own = {name: settings[name] for name in wanted if name in settings}
+        for name in ("encoder", "model", "state_dict"):  # the weights' key in our files or others
+            if name in state:
+                state = state[name]
         weights = {key: value for key, value in state.items() if torch.is_tensor(value)}
     except Exception as error:  # many kinds, by what the file holds
         raise ValueError(f"{path} is no checkpoint that loads safely: it is damaged, holds no "
@@ -725,16 +726,12 @@ def read_weights(path):
 
 
 def harmless():
-    """Return the types that training states hold beside weights: argparse's settings, paths,
-    numpy's numbers and arrays. None of them runs code when it is read."""
-    number = np.float64(0).__reduce__()[0]  # the function that makes one again
-    array = np.zeros(0).__reduce__()[0]
-    allowed = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
-    allowed += [argparse.Namespace, type(Path()), np.dtype, np.ndarray]
-    for package in ("numpy.core", "numpy._core"):  # of numpy 1 and 2
-        allowed.append((number, f"{package}.multiarray.scalar"))
-        allowed.append((array, f"{package}.multiarray._reconstruct"))
-    return allowed
+    """Return types that a file may hold beside weights: none of them runs code when it is read."""
+    number, _ = np.float64(0).__reduce__()  # the function that makes a number from a file
+    kinds = [type(np.dtype(name)) for name in ("bool", "int64", "float32", "float64")]
+    numpy_1 = (number, "numpy.core.multiarray.scalar")  # its name in a file
+    numpy_2 = (number, "numpy._core.multiarray.scalar")
+    return [argparse.Namespace, np.dtype, numpy_1, numpy_2, *kinds]
 
 
 def read_safetensors(path):
@@ -745,11 +742,9 @@ def read_safetensors(path):
     header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
     body = memoryview(raw)[start:]
-    if max(entry["data_offsets"][1] for entry in header.values()) != len(body):
-        raise ValueError("the last tensor does not end where the file ends")
     state = {}
     for key, entry in header.items():
-        first, last = entry["data_offsets"]
+        first, last = entry["data_offsets"]  # in `body`
         tensor = torch.frombuffer(body[first:last], dtype=kinds[entry["dtype"]])
         state[key] = tensor.reshape(entry["shape"])
     return state
@@ -758,14 +753,10 @@ def read_safetensors(path):
 # --------------------------------------------------------------------------------------------------
 # 5. Adapter files: only what was trained, for one backbone
 
-LATER = dict(normalise=list(AUDIOSET_MEAN_STD), picture=False)  # settings that came later
-
 
 def fingerprint(ast):
-    """A short hash of a plain AST's weights: an adapter fits the backbone it was trained on."""
-    # Pool and stride count too; what came later if it is not the default: old files stay valid.
-    settings = {name: value for name, value in ast.settings.items() if LATER.get(name) != value}
-    digest = hashlib.sha256(json.dumps(settings).encode())
+    """A short hash of a plain AST's settings and weights: an adapter fits no other backbone."""
+    digest = hashlib.sha256(json.dumps(ast.settings).encode())
     for name, value in sorted(ast.state_dict().items()):
         digest.update(name.encode())
         if not value.is_meta:  # counting on "meta" has shapes and no weights
@@ -778,17 +769,17 @@ def adapter_state(ast):
     buffers: kilobytes of plain values and tensors, for torch.load(weights_only=True)."""
     if not ast.adaptation:
         raise ValueError("this AST is plain: adapt it first, or save its state_dict")
-    names = [name for name, p in ast.named_parameters() if p.requires_grad]  # a shared one: once
-    names += [name for name, _ in ast.named_buffers()]
+    names = {name for name, p in ast.named_parameters() if p.requires_grad}
+    names |= {name for name, _ in ast.named_buffers()}
     state = ast.state_dict()
-    weights = {name: state[name].cpu().clone() for name in names if name in state}
+    weights = {name: value.cpu().clone() for name, value in state.items() if name in names}
     return dict(ast.adaptation, weights=weights)
 
 
 def load_adapter(ast, state):
     """Return a new AST that carries the adapter `state`; the plain `ast` gives what it gave before.
-    Both share the weights that the adapter leaves frozen (now frozen in `ast` too): ten adapters
-    on one backbone cost ten times kilobytes. An adapter of another backbone is refused."""
+    Both share the frozen weights (now frozen in `ast` too): deepcopy copies all but `shared`.
+    An adapter for another backbone is refused, but "full" replaces all weights and fits any."""
     shared = {id(p): p for name, p in ast.named_parameters() if name not in state["weights"]}
     twin = adapt(copy.deepcopy(ast, shared), state["method"], **state["options"])
     if state["method"] != "full" and state["backbone"] != twin.adaptation["backbone"]:
@@ -815,19 +806,19 @@ def merge(ast):
 
 @torch.no_grad()
 def pooled_attention(ast, x):
-    """How much the tokens that are pooled look at each patch in the last block, mean over them and
-    over heads: (B, T, F) -> (B, f, t). Prompts and prefixes stand before the patches, so the last
-    f*t keys are the patches."""
+    """The last block's attention weights for each patch: (B, T, F) -> (B, f, t), a mean over the
+    heads and over the tokens that the AST pools. Prompts and prefixes stand before the patches."""
     attention = [module for module in ast.modules() if isinstance(module, Attention)][-1]
-    read = []
+    read = []  # what this attention layer reads: one tensor (B, N, D)
     hook = attention.register_forward_pre_hook(lambda module, inputs: read.extend(inputs))
     ast(x)
     hook.remove()
-    q = attention.split(attention.q(*read))  # (B, H, N, D/H)
-    k = attention.split(attention.k(*read))
+    q = attention.split(attention.q(read[0]))  # (B, H, N, D/H)
+    k = attention.split(attention.k(read[0]))
     if ast.pool == "cls":
         q = q[:, :, :2]
-    weights = (q @ k.mT / q.shape[3] ** 0.5).softmax(dim=3).mean(dim=(1, 2))  # (B, N)
+    scores = q @ k.mT / q.shape[3] ** 0.5  # (B, H, tokens that are pooled, N)
+    weights = scores.softmax(dim=3).mean(dim=(1, 2))  # (B, N)
     columns = (x.shape[1] - PATCH) // ast.stride + 1
     return weights[:, -ast.rows * columns :].unflatten(1, (ast.rows, columns))  # (B, f, t)
 
@@ -835,10 +826,10 @@ def pooled_attention(ast, x):
 def draw_attention(axes, ast, x, title):
     """Draw a spectrogram (1, T, F) on the first of two axes, below it what the AST looks at."""
     axes[0].set_title(f"{title}; below: attention of the pooled tokens in the last block")
-    images = (x[0].T, pooled_attention(ast, x)[0])  # (F, T), (f, t)
+    images = (x[0].T, pooled_attention(ast, x)[0])  # (F, T) and (f, t)
     for axis, image in zip(axes, images):
         axis.imshow(image.cpu().numpy(), origin="lower", aspect="auto", cmap="magma",
-                    extent=(0, x.shape[1] / 100, 0, x.shape[2]))
+                    extent=(0, x.shape[1] / 100, 0, x.shape[2]))  # 100 frames a second
         axis.set(xlabel="seconds", ylabel="mel bin")
 
 
@@ -864,16 +855,17 @@ def main():
 
 
 def attend(q, k, v):
-    """Attention of each head, softmax(q k^T / sqrt(d)) v: (B, H, N, d = D/H) -> the same shape.
-    In bf16 on a CPU the formula is two to three times as fast as torch's kernel, if only a few
-    heads are taken at a time: their scores stay in the cache. It keeps all scores for the
-    backward pass, so inputs of more than 1,448 tokens go to the kernel, which keeps none."""
+    """softmax(q k^T / sqrt(d)) v for each head, d = D/H: three tensors (B, H, N, d) -> one. In bf16
+    on a CPU this is two to three times as fast as torch's kernel: it takes few heads at a time, and
+    their scores stay in the CPU's cache. Above 1,448 tokens torch's kernel keeps memory small."""
+    most = 2**21  # scores at a time: 1,448 x 1,448
     scores = q.shape[2] * k.shape[2]  # of one head: N x N; prefixes make k and v longer than q
     bf16_on_cpu = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    if not bf16_on_cpu or scores > 2**21:
+    if not bf16_on_cpu or scores > most:
         return F.scaled_dot_product_attention(q, k, v)
-    heads = 2**21 // scores  # at a time
-    q_parts = (q * q.shape[3] ** -0.5).flatten(0, 1).split(heads)  # each (heads, N, d)
+    heads = most // scores  # how many at a time
+    scaled = q * q.shape[3] ** -0.5
+    q_parts = scaled.flatten(0, 1).split(heads)  # each (heads, N, d)
     k_parts = k.flatten(0, 1).split(heads)
     v_parts = v.flatten(0, 1).split(heads)
     parts = zip(q_parts, k_parts, v_parts)

