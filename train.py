@@ -12,13 +12,12 @@ Sections  1 settings, 2 recipes, 3 the loop, 4 evaluation, 5 the model, 6 a run 
           7 tables of runs, 8 using a run, 9 the machine, 10 commands
 Axes      B batch, T frames, F mel bins, D width, E embedding, C classes or speakers
 
-Differs from P1's code: validation selects, the test split is scored once, with a copy of the best
-weights; scales, biases and norms have no weight decay, which would shrink scales that start at one.
+Differs from P1's code: validation selects the best epoch, and the test split is scored once, with
+its weights. Weight decay leaves scales, biases and norms alone: many scales start at one.
 Does not: split one model over several GPUs, search hyper-parameters, or log to a service.
 """
 
 import argparse
-import contextlib
 import copy
 import csv
 import ctypes
@@ -39,9 +38,9 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-# Threads that wait for each other spin, and so take the cores from other programs: beside one, a
-# nano step took 400 ms instead of 25. Let them spin shortly, then sleep (GNU; Intel and LLVM).
-# These two must be set before torch is imported.
+# torch computes in threads. A thread that waits for another one spins: it keeps its core busy, and
+# beside a second program a nano step took 400 ms instead of 25. Let threads spin shortly, then
+# sleep. One line is for GNU's OpenMP, one for Intel's and LLVM's; torch reads them at its import.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("KMP_BLOCKTIME", "1")
 
@@ -61,7 +60,7 @@ from ast_adapters import AST, METHODS, LinearHead, adapt
 
 RANK = int(os.environ.get("RANK", 0))  # the number of this process; torchrun sets both
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-# tqdm's None shows a bar in a terminal and nothing in a file; only the first process shows one.
+# A bar in the first process alone. tqdm's None: shown in a terminal, not in a file.
 progress = partial(tqdm, leave=False, disable=True if RANK else None)
 
 # --------------------------------------------------------------------------------------------------
@@ -69,16 +68,21 @@ progress = partial(tqdm, leave=False, disable=True if RANK else None)
 
 MODELS = [f"ast-{size}" for size in ast_adapters.SIZES] + list(lightweight_sv.MODELS)
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)  # None: only a CPU
-DEVICES = ["auto", "cpu"] + ([ACCELERATOR.type] if ACCELERATOR else [])
+DEVICES = ["auto", "cpu"]
+if ACCELERATOR:
+    DEVICES.append(ACCELERATOR.type)
 FOLDS = ("all", *map(str, range(1, 11)))
-PLACES = "Places and machine: these may differ when a run goes on"  # the last group of Config
+# What may differ when --resume goes on with a run: the last group of Config.
+PLACES = "root download cache out resume seeds figure device compile".split()
 
 
 def flag(default, help, **rules):
-    """A field of Config. Rules of what is typed: `choices`, `least`, `most`, `item` (type in a
-    list), the kind of `model` that reads it, `needs` (one of these flags), `corpus` (what that must
-    have). `shown`: the default that --help prints; `group`: the title of this field and the next.
-    """
+    """A field of Config, with the rules that a typed value must keep:
+    choices, least, most    which values are allowed; `item`: the type of each in a list
+    model                   the kind of model that reads it: "ast" or "speaker"
+    needs                   other flags; without one of them this does nothing
+    corpus                  what the corpus must have: "folds" or "lists"
+    For --help: `shown` is the default to print, `group` the title of this field and the next."""
     return field(default=default, metadata=dict(rules, help=help))
 
 
@@ -103,7 +107,7 @@ class Config:
     lr: float = flag(None, "highest learning rate", least=0, most=10)
     head_lr: float = flag(None, "the head's own highest rate", least=0, most=10, shown="--lr")
     warmup: float = flag(None, "share of the steps in which the rate rises", least=0, most=0.9)
-    weight_decay: float = flag(None, "AdamW's, of matrices and kernels", least=0)
+    weight_decay: float = flag(None, "how AdamW shrinks matrices and kernels", least=0)
     frames: int = flag(None, "length of a training segment, in frames of 10 ms", least=16)
     seed: int = flag(0, "of weights, order, crops and drawn splits", least=0)
     bf16: bool = flag(None, "autocast to bfloat16", shown="where it is fast")
@@ -118,8 +122,8 @@ class Config:
     noise: str = flag("", "a folder of noises, such as MUSAN's, or: generated")
     reverb: str = flag("", "a folder of rooms' impulse responses, or: generated")
     distorted: float = flag(0.6, "share of clips with either", least=0, most=1,
-                            needs="noise reverb")
-    snr: tuple = flag((0.0, 15.0), "lowest and highest dB", item=float, needs="noise")
+                            needs=["noise", "reverb"])
+    snr: tuple = flag((0.0, 15.0), "lowest and highest dB", item=float, needs=["noise"])
 
     rank: int = flag(None, "adapters, LoRA: width of the bottleneck", model="ast",
                      group="Options of AST and its methods: for ablations")
@@ -145,7 +149,8 @@ class Config:
     margin: float = flag(0.2, "AAM-softmax: angular margin in radians", least=0, most=1.5)
     margin_rise: float = flag(0.0, "share of the steps in which it rises from 0", least=0, most=1)
 
-    root: str = flag("", "folder of the corpus; the built-in ones need none", group=PLACES)
+    root: str = flag("", "folder of the corpus; the built-in ones need none",
+                     group="Places and machine: these may differ when a run goes on")
     download: bool = flag(False, "bring the corpus to --root first, where that is free")
     cache: str = flag("cache", "folder for packed corpora and the nano AST")
     out: str = flag("", "folder of the run", shown="out/ and a name")
@@ -161,7 +166,7 @@ class Config:
 
     @property
     def crop(self):
-        """Frames that are cut for training: what is played faster needs a tenth more."""
+        """Frames to cut for training. A crop that is played 1.1 times as fast gets shorter."""
         if not self.speed_perturb:
             return self.frames
         return math.ceil(1.1 * data.samples_of(self.frames) / data.HOP)
@@ -176,7 +181,7 @@ class Config:
 
 
 FIELDS = {f.name: f for f in fields(Config)}
-METHOD_OPTIONS = sorted({name for _, options in METHODS.values() for name in options})
+METHOD_OPTIONS = sorted({name for _, options in METHODS.values() for name in options})  # rank, ...
 
 
 def host_options(model):
@@ -185,36 +190,26 @@ def host_options(model):
     return [name for name in names if name != "mels"]
 
 
-def groups():
-    """Return {title: names of its fields}."""
-    titles = {}
-    title = ""
-    for f in fields(Config):
-        title = f.metadata.get("group", title)
-        titles.setdefault(title, []).append(f.name)
-    return titles
-
-
 def as_config(values):
-    """Return the Config of a file. It may be older: what it lacks has its default, what is no
-    setting any more is left out."""
-    known = {name: value for name, value in values.items() if name in FIELDS}
-    lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
-    return Config(**known | lists)
+    """Return the Config of a saved run. An older run may lack a field, which then has its default,
+    or have one that is gone, which is left out."""
+    return Config(**{name: value for name, value in values.items() if name in FIELDS})
 
 
 def check(cfg, typed):
-    """Refuse, before anything is opened, what is typed and breaks a rule of its field."""
+    """Refuse a typed value that breaks a rule of its field, before anything is opened."""
     for name in sorted(typed):
         rules = FIELDS[name].metadata
         value = getattr(cfg, name)
+        most = rules.get("most", math.inf)
+        needs = rules.get("needs", [])
         broken = None
-        if rules.get("model", cfg.kind) != cfg.kind:
-            broken = f"{cfg.model} does not read it, being {'no' if cfg.speaker else 'an'} AST"
-        elif "least" in rules and not rules["least"] <= value <= rules.get("most", math.inf):
+        if "model" in rules and rules["model"] != cfg.kind:
+            broken = f"{cfg.model} does not read it: it is for {rules['model']} models"
+        elif "least" in rules and not rules["least"] <= value <= most:  # not: refuses nan too
             broken = f"expected at least {rules['least']} and at most {rules.get('most', 'any')}"
-        elif "needs" in rules and not any(getattr(cfg, n) for n in rules["needs"].split()):
-            broken = "does nothing without --" + " or --".join(rules["needs"].split())
+        elif needs and not any(getattr(cfg, other) for other in needs):
+            broken = "does nothing without --" + " or --".join(needs)
         elif "corpus" in rules and not getattr(data.CORPORA[cfg.data], rules["corpus"]):
             broken = f"--data {cfg.data} has no {rules['corpus']}"
         if broken:
@@ -222,21 +217,25 @@ def check(cfg, typed):
 
 
 def check_training(cfg, typed):
-    """Refuse a training whose start, method or batch cannot be, before its corpus is opened."""
+    """Refuse a start, a method or a batch that is not possible, before the corpus is opened."""
     check(cfg, typed)
     if not cfg.speaker:
-        sizes = [size for name, size in [*ast_adapters.DOWNLOADS, ("", "nano")] if name == cfg.init]
-        if sizes and cfg.model.removeprefix("ast-") not in sizes:
-            raise ValueError(f"--model {cfg.model} needs --init FILE (none: random weights); to "
-                             f"start from {cfg.init or 'our nano AST'}, add --model ast-{sizes[0]}")
+        size = cfg.model.removeprefix("ast-")
+        starts = [*ast_adapters.DOWNLOADS, ("", "nano")]  # (--init, size of the AST in it)
+        fitting = [other for init, other in starts if init == cfg.init]  # any size fits a FILE
+        if fitting and size not in fitting:
+            raise ValueError(
+                f"--model {cfg.model} needs --init FILE (none: random weights); to start from "
+                f"{cfg.init or 'our nano AST'}, add --model ast-{fitting[0]}")
         options = {name: getattr(cfg, name) for name in METHOD_OPTIONS if name in typed}
-        ast_adapters.check_options(cfg.model.removeprefix("ast-"), cfg.method, options)
+        ast_adapters.check_options(size, cfg.method, options)
     cfg = with_recipe(cfg)
     check_batch(cfg, cfg.batch_size)
 
 
 def check_batch(cfg, clips):
-    """Refuse a batch of one where a BatchNorm over embeddings has one value a channel."""
+    """Refuse one clip a process if the model has a BatchNorm over embeddings: it needs two values
+    of a channel. On several GPUs BatchNorm is synchronised, and sees the clips of all."""
     synchronised = cfg.device == "cuda" and WORLD > 1
     if cfg.speaker and clips // WORLD == 1 and not synchronised:
         if any(isinstance(layer, nn.BatchNorm1d) for layer in make_encoder(cfg).modules()):
@@ -247,23 +246,22 @@ def check_batch(cfg, clips):
 # --------------------------------------------------------------------------------------------------
 # 2. Recipes: what a setting is if nobody types it; what is typed wins
 
-RECIPES = {  # (corpus, method, model or its kind): settings. Of the rows that fit, later ones win.
+# A row fits if each part of its key, (corpus, methods, model or its kind), is "*" or names what is
+# trained. All rows that fit are read from top to bottom: a later one changes an earlier one.
+RECIPES = {
     ("*", "*", "*"): dict(epochs=30, batch_size=32, frames=500, warmup=0.0, weight_decay=0.1,
                           spec_f=0, spec_t=0, shift=0, gain=0.0),
     # ASTs: P1's rates (section 3.1).
     ("*", "*", "ast"): dict(lr=5e-3),
     ("*", "full", "ast"): dict(lr=5e-5),
     ("*", "linear", "ast"): dict(lr=1e-3),
-    ("*", "prompt-shallow", "ast"): dict(lr=1e-2),
-    ("*", "prompt-deep", "ast"): dict(lr=1e-2),
-    ("*", "prefix", "ast"): dict(lr=1e-2),
+    ("*", "prompt-shallow prompt-deep prefix", "ast"): dict(lr=1e-2),
     # The nano AST is four hundred times smaller than AST-base, and P1's 300 prompts are more than
     # its 50 tokens. Rates and epochs were chosen on validation clips of `sounds`.
     ("*", "*", "ast-nano"): dict(lr=1e-2, warmup=0.1, batch_size=16, frames=100),
     ("*", "full", "ast-nano"): dict(lr=1.5e-3),
     ("*", "prompt-shallow", "ast-nano"): dict(tokens=32),
-    ("*", "prompt-deep", "ast-nano"): dict(tokens=8),
-    ("*", "prefix", "ast-nano"): dict(tokens=8),
+    ("*", "prompt-deep prefix", "ast-nano"): dict(tokens=8),
     # Speaker models: ours.
     ("*", "*", "speaker"): dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3,
                                 weight_decay=0.05),
@@ -279,17 +277,13 @@ RECIPES = {  # (corpus, method, model or its kind): settings. Of the rows that f
     ("sounds-source", "*", "*"): dict(frames=100, epochs=7),
     ("voices", "*", "*"): dict(frames=150, epochs=6, batch_size=32),
     # A small AST starts from a model of pictures (--init dinov2). Rates were chosen on validation
-    # clips of 40 spoken words, 8 clips a word. `full`: at 5e-5 the head stays where it starts, and
-    # from 1.5e-4 on the rest forgets what it knew.
+    # clips of 40 spoken words, 8 clips a word. `full`: a rate of 5e-5 is too low for the new head,
+    # which has one of its own; from 1.5e-4 on the rest forgets what it knew.
     ("*", "*", "ast-small"): dict(epochs=8, batch_size=16, warmup=0.1, lr=2e-3),
     ("*", "full", "ast-small"): dict(lr=5e-5, head_lr=5e-3),
-    ("*", "lora", "ast-small"): dict(lr=5e-3),
-    ("*", "dora", "ast-small"): dict(lr=5e-3),
-    ("*", "convpass", "ast-small"): dict(lr=5e-3),
-    ("*", "linear", "ast-small"): dict(lr=1e-2),
-    ("*", "prompt-shallow", "ast-small"): dict(lr=1e-2),
-    ("*", "prompt-deep", "ast-small"): dict(lr=1e-2),
-    ("*", "prefix", "ast-small"): dict(lr=1e-2),
+    ("*", "lora dora convpass", "ast-small"): dict(lr=5e-3),
+    ("*", "linear prompt-shallow prompt-deep prefix", "ast-small"): dict(lr=1e-2),
+    ("*", "prompt-shallow", "ast-small"): dict(tokens=50),  # as many as a second of sound has
     # Hosts of 200,000 parameters learn `voices` in two minutes.
     ("voices", "*", "speaker"): dict(width=64, embed_dim=128),
     ("voices", "*", "amcrn"): dict(width=32),
@@ -298,13 +292,15 @@ RECIPES = {  # (corpus, method, model or its kind): settings. Of the rows that f
 
 
 def with_recipe(cfg):
-    """Fill every None that a recipe has."""
+    """Fill in each setting that nobody typed and that RECIPES has."""
+    trained = [{"*", cfg.data}, {"*", cfg.method}, {"*", cfg.kind, cfg.model}]
     recipe = {}
-    for (corpus, method, model), settings in RECIPES.items():
-        fits = corpus in ("*", cfg.data) and method in ("*", cfg.method)
-        if fits and model in ("*", cfg.kind, cfg.model):
+    for key, settings in RECIPES.items():
+        common = [names & set(part.split()) for names, part in zip(trained, key)]
+        if all(common):  # each part of the key shares a word with what is trained
             recipe |= settings
-    return replace(cfg, **{k: v for k, v in recipe.items() if getattr(cfg, k) is None})
+    missing = {name: value for name, value in recipe.items() if getattr(cfg, name) is None}
+    return replace(cfg, **missing)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -314,59 +310,59 @@ def with_recipe(cfg):
 def fit(cfg, corpus, model, augment_waves, out):
     """Train `model`; leave last.pt, best.pt and log.jsonl in `out`. Return the seconds it took."""
     optimiser = make_optimiser(cfg, model)
-    state = load_last(out, corpus, model, optimiser)  # a new run's, or where --resume goes on
-    forward = parallel_model(cfg, model)
+    state = load_last(out, corpus, model, optimiser)  # of a new run, or where it stopped
+    forward = parallel_model(cfg, model)  # the same weights, for several processes
+    bf16 = torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16)
     per_epoch = steps_an_epoch(cfg, corpus)
     steps = cfg.epochs * per_epoch
     for epoch in range(state["epoch"], cfg.epochs):
-        # A resumed epoch draws what it would have drawn; each process draws its own.
+        # A seed for each epoch and process, so a resumed epoch draws what it would have drawn.
         torch.manual_seed(1000 * cfg.seed + epoch + 10**9 * RANK)
         model.train()
         start = time.time()
-        losses = []  # [(loss, clips of the batch)]
+        losses = []  # [(loss, clips of its batch)]
         batches = data.batches(corpus, corpus.pick("train"), cfg.batch_size, cfg.crop, cfg.seed,
                                epoch, repeat=cfg.speaker, shard=(RANK, WORLD), steps=cfg.steps)
-        span = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        for step in progress(span, f"epoch {epoch + 1}"):
-            # The next slices of the packed corpus. (`profile` reads the names of these ranges.)
+        for i in progress(range(per_epoch), f"epoch {epoch + 1}"):
+            # 1. The next clips of the packed corpus. (`profile` reads the names of these ranges.)
             with record_function("data"):
                 batch = next(batches)
-            # The learning rate follows the step; so does the margin of a speaker head.
+            # 2. The learning rate rises and falls; the margin of a speaker head rises.
+            step = epoch * per_epoch + i
             lr = learning_rate(cfg, step, steps)
             for group in optimiser.param_groups:
-                group["lr"] = lr * group["times"]
-            model.head.margin = cfg.margin * min(1, (step + 1) / max(1, cfg.margin_rise * steps))
-            # Waves become features on the device that trains; both are augmented.
+                group["lr"] = lr * group["times"]  # times: 1, or the head's --head-lr / --lr
+            model.head.margin = head_margin(cfg, step, steps)
+            # 3. Waves become features, on the device that trains; both are augmented.
             with record_function("augmentation"):
                 batch = augment_waves(batch.to(cfg.device))  # speed, gain, noise, rooms
             with record_function("features"):
                 x = data.features(batch, model.encoder)  # (B, T, F)
                 x = data.augment_features(x, cfg.shift, cfg.spec_f, cfg.spec_t)
-            # Forward: features to logits, (B, T, F) -> (B, C), to a loss.
-            with record_function("forward"), autocast(cfg):
+            # 4. Forward: features to logits, (B, T, F) -> (B, C), to a loss. Backward. Step.
+            with record_function("forward"), bf16:
                 loss = F.cross_entropy(forward(x, batch.labels), batch.labels)
             with record_function("backward"):
                 optimiser.zero_grad()
                 loss.backward()
             with record_function("optimiser"):
                 optimiser.step()
-            # A loss is looked at one step late: nothing waits for the GPU.
-            check_loss(losses[-1:], corpus)
+            check_loss(losses, corpus)  # of the step before: this one's would wait for the GPU
             losses.append((loss.detach(), batch.clips))
-        # Validate, keep the best weights, log, save.
+        # 5. Validate, keep the best weights, log, save.
         end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start)
     return state["seconds"]
 
 
 def end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start):
-    """Validate, keep the best weights, write the log and last.pt; tell what a person wants."""
-    check_loss(losses[-1:], corpus)
-    # The mean loss comes first: it waits for the GPU, so the time that follows is whole.
-    mean = sum_over_ranks(torch.stack([loss for loss, _ in losses]).mean()).item() / WORLD
+    """Validate, keep the best weights, write the log and last.pt, print a line."""
+    check_loss(losses, corpus)
+    total = sum_over_ranks(torch.stack([loss for loss, _ in losses]).mean())
+    mean = total.item() / WORLD  # waits for the GPU, so the clock is read behind it
     speed = WORLD * sum(len(clips) for _, clips in losses) / (time.time() - start)
     epoch = state["epoch"] + 1
     valid = evaluate(cfg, corpus, model, "valid")
-    score = valid.get("score", epoch)  # nothing to select on: the last epoch is the best
+    score = valid.get("score", epoch)  # without validation clips a later epoch is a better one
     if score >= state["best"]:  # of equal epochs the later one has seen more
         state["best"] = score
         save(out / "best.pt", checkpoint(cfg, corpus, model, epoch, valid))
@@ -374,21 +370,18 @@ def end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start):
     left = state["seconds"] / epoch * (cfg.epochs - epoch)
     line = dict(epoch=epoch, loss=mean, valid=valid.get("score"), best=state["best"], lr=lr,
                 clips_per_second=speed, eta=left)
-    state |= dict(epoch=epoch, log=state["log"] + [line])
+    state["epoch"] = epoch
+    state["log"].append(line)
     save_last(out, model, optimiser, state)
-    told = "" if not valid else f"  validation {numbers(valid)}"
+    told = f"  validation {numbers(valid)}" if valid else ""
     print(f"epoch {epoch} of {cfg.epochs}  loss {mean:.4g}{told}  {speed:,.0f} clips/s  "
           f"{left:.0f} s left", flush=True)
 
 
 def steps_an_epoch(cfg, corpus):
-    """Whole batches, at least one, at most --steps."""
-    return min(cfg.steps or 10**9, max(1, len(corpus.pick("train")) // cfg.batch_size))
-
-
-def autocast(cfg):
-    """bfloat16 where cfg.bf16 wants it."""
-    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16)
+    """Return the number of whole batches, at least one, at most --steps."""
+    steps = max(1, len(corpus.pick("train")) // cfg.batch_size)
+    return min(steps, cfg.steps or steps)
 
 
 def learning_rate(cfg, step, steps):
@@ -396,7 +389,14 @@ def learning_rate(cfg, step, steps):
     warm = int(cfg.warmup * steps)
     if step < warm:
         return cfg.lr * (step + 1) / warm
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+    fallen = (step - warm) / (steps - warm)  # 0 at the top, near 1 in the last step
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * fallen))
+
+
+def head_margin(cfg, step, steps):
+    """Rise in a line to --margin over the first `margin_rise` of the steps: easy tasks first."""
+    rising = cfg.margin_rise * steps
+    return cfg.margin * min(1, (step + 1) / max(1, rising))
 
 
 # Vectors that are stored with more axes: the tokens of an AST, the magnitudes of DoRA.
@@ -404,26 +404,29 @@ VECTORS = ("cls_token", "dist_token", "m")
 
 
 def make_optimiser(cfg, model):
-    """AdamW on what trains. Matrices, kernels, positions and prompts decay. Biases and scales that
-    start at one (LayerNorm, SSF, IA3, DoRA's magnitude) do not: it would pull them to zero."""
-    groups = {}  # (times the rate, does it decay?): parameters
+    """Return AdamW for what trains. Matrices, kernels, positions and prompts decay; biases do not,
+    nor do scales that start at one (LayerNorm, SSF, IA3, DoRA): decay would pull them to zero."""
+    groups = {}  # (times the rate, weight decay): parameters
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         times = 1.0
         if name.startswith("head.") and cfg.head_lr:
             times = cfg.head_lr / cfg.lr
-        # LoRA's A and B of rank 1 have one row and one column: they decay like those of other ranks.
-        decays = p.ndim > 1 and name.rpartition(".")[2] not in VECTORS
-        groups.setdefault((times, decays), []).append(p)
-    settings = [dict(params=params, times=times, weight_decay=cfg.weight_decay if decays else 0.0)
-                for (times, decays), params in groups.items()]
+        decay = 0.0
+        # By the number of axes, not by size: at rank 1 LoRA's A is one row, and still a matrix.
+        if p.ndim > 1 and name.rpartition(".")[2] not in VECTORS:
+            decay = cfg.weight_decay
+        groups.setdefault((times, decay), []).append(p)
+    settings = [dict(params=params, times=times, weight_decay=decay)
+                for (times, decay), params in groups.items()]
     return torch.optim.AdamW(settings, cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def check_loss(last, corpus):
-    """Stop at a loss that is not finite, with the names of the clips. `last`: [(loss, clips)]."""
-    for loss, clips in last:
+def check_loss(losses, corpus):
+    """Stop if the last of the losses is not finite, and name the clips of its batch."""
+    if losses:
+        loss, clips = losses[-1]
         if not loss.isfinite():
             names = ", ".join(corpus.ids[i] for i in clips[:5])
             raise ValueError(f"the loss became {loss.item()} in a batch with {names}: lower --lr?")
@@ -434,8 +437,8 @@ def check_loss(last, corpus):
 
 
 def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=None):
-    """Return the results of one split, {} of an empty one; "score" is what selection maximises.
-    `frames` is the length of a test: of the windows of a clip, of an utterance of trials."""
+    """Return the results of one split, {} if it is empty. "score" is what the best epoch has most
+    of. Clips of classes are cut into windows of `frames`; utterances of trials end there."""
     if split in corpus.trials:
         return evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers)
     if len(corpus.pick(split)) and not corpus.trials:
@@ -444,14 +447,15 @@ def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=N
 
 
 def evaluate_classes(cfg, corpus, model, split, frames):
-    """Return accuracies in %: of all clips, and of classes told apart by order in time alone."""
+    """Return the accuracy in %. Of `sounds` also `order`, of the classes that only the order of
+    their parts tells apart ("ping>thud" and "thud>ping"), and `content`, of the others."""
     clips = corpus.pick(split)
     labels = corpus.labels[clips]
     chances = class_probabilities(cfg, corpus, model, clips, frames)  # (clips, C)
     right = np.where(chances.argmax(1).numpy() == labels, 100.0, 0.0)
     results = dict(accuracy=right.mean(), score=right.mean())
     ordered = np.array([">" in corpus.classes[label] for label in labels])
-    if ordered.any():  # of `sounds`
+    if ordered.any():
         results |= dict(content=right[~ordered].mean(), order=right[ordered].mean())
     return {name: float(value) for name, value in results.items()}
 
@@ -459,14 +463,16 @@ def evaluate_classes(cfg, corpus, model, split, frames):
 def evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers):
     """Return error rates of the trials, and their scores. Validation trials give a threshold, at
     which test trials are judged; `strangers` are a cohort for s-norm."""
-    labels, left, right = (np.array(column) for column in zip(*corpus.trials[split]))
-    clips, numbers = np.unique([left, right], return_inverse=True)  # each is embedded once
-    pairs = numbers.reshape(2, -1).T  # (trials, 2): rows of the embeddings
+    trials = np.array(corpus.trials[split])  # (trials, 3): label, clip, clip
+    labels = trials[:, 0]
+    # A clip is in many trials, and embedded once: pairs are rows of the embeddings.
+    clips, rows = np.unique(trials[:, 1:], return_inverse=True)
+    pairs = rows.reshape(-1, 2)  # (trials, 2)
     unit = embeddings(cfg, corpus, model, clips, frames)  # (clips, E)
     scores = (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1).double().numpy()  # cosines
     if strangers is not None:
         scores = lightweight_sv.adaptive_s_norm(scores, pairs, unit, strangers)
-        threshold = None  # it was one of cosines
+        threshold = None  # it was for cosines
     if split == "valid":
         threshold = lightweight_sv.threshold_at(scores, labels)
     results = lightweight_sv.error_rates(scores, labels, threshold)
@@ -474,40 +480,43 @@ def evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers):
 
 
 def infer(cfg, model, layer, batch):
-    """Return what `layer`, the model or its encoder, makes of a batch: float32 on the CPU."""
+    """Return the output of `layer` (the model, or its encoder alone), in float32 on the CPU."""
     x = data.features(batch.to(cfg.device), model.encoder)  # (B, T, F)
-    with torch.inference_mode(), autocast(cfg):
+    with torch.inference_mode(), torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
         return layer(x).float().cpu()
 
 
 def class_probabilities(cfg, corpus, model, clips, frames):
     """Return (clips, C): the mean over a clip's windows of `frames` frames, side by side."""
     model.eval()
-    windows, owner = data.cut_windows(corpus, clips, frames)  # owner (windows,): row of the clip
+    # A window is a clip of its own in `windows`; owner (windows,) is its row in `clips`.
+    windows, owner = data.cut_windows(corpus, clips, frames)
     total = torch.zeros(len(clips), len(model.head.weight))  # (clips, C)
     for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
                               repeat=cfg.speaker, shard=(RANK, WORLD)):
         logits = infer(cfg, model, model, batch)  # (B, C)
         total.index_add_(0, owner[batch.clips], logits.softmax(1))
-    return sum_over_ranks(total) / owner.bincount()[:, None]
+    return sum_over_ranks(total) / owner.bincount()[:, None]  # (clips, 1): windows of each
 
 
 MINUTE = 6000  # frames
 
 
 def embeddings(cfg, corpus, model, clips, frames=None):
-    """Return unit embeddings (clips, E) of utterances, cut to `frames` if they are longer. A longer
-    one than a minute, for an AST than its training segments, is the mean of its windows."""
+    """Return unit embeddings (clips, E) of utterances, or of their first `frames`. A speaker model
+    hears up to a minute at once, an AST as much as in training. A longer utterance is cut into
+    windows of this length; it has the mean of their embeddings."""
     model.eval()
     if frames:
         corpus = replace(corpus, length=np.minimum(corpus.length, data.samples_of(frames)))
     longest = MINUTE if cfg.speaker else cfg.frames
-    windows, owner = data.cut_windows(corpus, clips, longest)  # owner (windows,): row of the clip
+    windows, owner = data.cut_windows(corpus, clips, longest)  # owner (windows,): row in `clips`
     lengths = np.maximum(16, data.frames_of(windows.length))  # an AST needs 16
-    total = torch.zeros(len(clips), model.encoder.embed_dim)
-    batches = []  # windows of one length share a batch, of a minute at most
+    total = torch.zeros(len(clips), model.encoder.embed_dim)  # (clips, E)
+    # A batch has windows of one length, so that none is padded.
+    batches = []
     for length in np.unique(lengths):
-        size = max(1, min(64, MINUTE // length))
+        size = max(1, min(64, MINUTE // length))  # a batch is a minute of sound at most
         same = np.flatnonzero(lengths == length)
         batches += np.split(same, range(size, len(same), size))
     for part in batches[RANK::WORLD]:
@@ -516,10 +525,10 @@ def embeddings(cfg, corpus, model, clips, frames=None):
     return F.normalize(sum_over_ranks(total), dim=1)
 
 
-def cohort(cfg, corpus, model, each=20):
-    """Return one mean embedding for every training speaker, of up to `each` utterances: (C, E)."""
+def cohort(cfg, corpus, model):
+    """Return (C, E): for each training speaker the mean embedding of up to twenty utterances."""
     train = np.random.default_rng(cfg.seed).permutation(corpus.pick("train"))
-    chosen = [train[corpus.labels[train] == c][:each] for c in range(len(corpus.classes))]
+    chosen = [train[corpus.labels[train] == c][:20] for c in range(len(corpus.classes))]
     unit = embeddings(cfg, corpus, model, np.concatenate(chosen))
     sizes = [len(clips) for clips in chosen]
     return torch.stack([own.mean(0) for own in unit.split(sizes)])
@@ -542,16 +551,16 @@ class Model(nn.Module):
 
 
 def training_memory(model, clips, frames, bf16):
-    """Return the MB that a training step of so many clips needs beside the weights: what is kept
-    for the backward pass, gradients and AdamW's two moments. Counted, not measured: the same on
-    every device in one precision."""
+    """Return the MB that a training step of so many clips needs beside the weights: what autograd
+    keeps for the backward pass, the gradients, and AdamW's two moments. The sizes of tensors are
+    added up: in one precision the sum is the same on every device."""
     x = model.head.weight.new_zeros(clips, frames, model.encoder.mels)  # (B, T, F)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
+    kept = {}  # address: bytes; two tensors that share their storage count once
 
     def note(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # the tensor itself holds the graph that holds it: never freed
+        return tensor.detach()  # an output that its own graph keeps would never be freed
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     model.train()
@@ -568,14 +577,15 @@ def ast_settings(cfg):
 
 
 def make_encoder(cfg, settings=None, start=None):
-    """Return an encoder with new weights or, of an AST, those of the file `start`. `settings` are
-    those of an AST that was saved."""
+    """Return an encoder with new weights; an AST with its method inserted. Only for ASTs:
+    `settings` of one that was saved, and `start`, a file whose weights it takes over."""
     names = host_options(cfg.model) if cfg.speaker else METHODS[cfg.method][1]
     options = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
     torch.manual_seed(cfg.seed)
     if cfg.speaker:
         return lightweight_sv.MODELS[cfg.model](**options)
-    encoder = AST(**settings or ast_settings(cfg))
+    settings = settings or ast_settings(cfg)
+    encoder = AST(**settings)
     if start:
         encoder, sentence = ast_adapters.load_pretrained(encoder, start)
         print(sentence)
@@ -595,10 +605,10 @@ def make_head(cfg, size, classes, trials):
 
 
 def build_model(cfg, corpus):
-    """Return the model that a training starts with. A speaker model takes over the weights of
-    --init best.pt, for equal classes those of its head too."""
+    """Return the model that a training starts with. A speaker model takes over the encoder of
+    --init best.pt and, if the classes are the same, its head."""
     start = pretrained_file(cfg)
-    encoder = make_encoder(cfg, start=None if cfg.speaker else start)
+    encoder = make_encoder(cfg, start=start)
     model = Model(encoder, make_head(cfg, encoder.embed_dim, corpus.classes, corpus.trials))
     if cfg.speaker and start:
         saved = load_run(start).saved
@@ -606,29 +616,36 @@ def build_model(cfg, corpus):
             model.encoder.load_state_dict(saved["encoder"])
         except RuntimeError as error:
             raise ValueError(f"--init {start} holds another model or width") from error
-        if saved["classes"] == corpus.classes:  # of speakers at three speeds, those at their own
+        if saved["classes"] == corpus.classes:
+            # One head may have three rows a speaker, one a speed. The first rows of both are the
+            # speakers at their own speed; the shorter head says how many rows are copied.
             for ours, theirs in zip(model.head.parameters(), saved["head"].values()):
                 ours.data[: len(theirs)] = theirs[: len(ours)]
     return model
 
 
 def pretrained_file(cfg):
-    """Return the checkpoint a model starts from: a file, a published one, our nano AST, or None."""
+    """Return the checkpoint that a model starts from, or None for new weights."""
     size = cfg.model.removeprefix("ast-")
-    if (cfg.init, size) in ast_adapters.DOWNLOADS:  # brought once
+    if cfg.init == "none" or (cfg.speaker and not cfg.init):
+        return None
+    if (cfg.init, size) in ast_adapters.DOWNLOADS:  # a published one, brought once
         address, sha256 = ast_adapters.DOWNLOADS[cfg.init, size]
         file = Path(cfg.cache, f"{cfg.init}-{size}.pth")
         return on_first_rank(lambda: data.download(address, file, sha256))
-    if cfg.init or cfg.speaker:
-        return None if cfg.init in ("", "none") else cfg.init
+    if cfg.init:
+        return cfg.init
+    # Our nano AST: made by a training like any other, and kept in the cache.
     file = Path(cfg.cache) / f"ast-nano-v{data.VERSION}-16.pt"  # 16: the stride
     if not on_first_rank(file.exists):
         print("making the nano AST: training on the source classes of `sounds`, once")
-        with tempfile.TemporaryDirectory(dir=cfg.cache) as out:  # two programs may make it at once
+        # A folder of its own, and one move: two programs may make the file at the same time.
+        with tempfile.TemporaryDirectory(dir=cfg.cache) as made:
+            folder = on_first_rank(lambda: made)  # all processes use that of the first
+            batch = math.ceil(16 / WORLD) * WORLD  # 16 clips, or what processes can share
             run(Config(data="sounds-source", method="full", init="none", cache=cfg.cache,
-                       out=on_first_rank(lambda: out), device=cfg.device,
-                       batch_size=math.ceil(16 / WORLD) * WORLD))
-            on_first_rank(lambda: os.replace(f"{out}/best.pt", file))
+                       out=folder, device=cfg.device, batch_size=batch))
+            on_first_rank(lambda: os.replace(f"{folder}/best.pt", file))
     return file
 
 
@@ -661,10 +678,11 @@ def load_run(path, backbone=None, device="cpu"):
         run = Run(cfg, Model(encoder, head).eval(), classes, saved["threshold"], saved)
     except ValueError:  # a sentence already
         raise
-    except Exception as error:  # what a wrong file raises depends on what it holds
+    except Exception as error:  # a wrong file can raise anything
         raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
                          f"is never run ({error!r:.99})") from error
-    run.settings = on_this_machine(replace(cfg, device=device, bf16=None if cfg.bf16 else False))
+    bf16 = None if cfg.bf16 else False  # trained in bfloat16: where it is fast; else: never
+    run.settings = on_this_machine(replace(cfg, device=device, bf16=bf16))
     run.model.to(run.settings.device)
     return run
 
@@ -673,7 +691,7 @@ def saved_encoder(cfg, saved, path, backbone):
     """Return the encoder of a best.pt or, with its backbone, of an adapter.pt."""
     if "adapter" not in saved:
         encoder = make_encoder(cfg, saved["settings"])
-        encoder.adaptation = saved["adaptation"]  # with the real backbone's fingerprint
+        encoder.adaptation = saved["adaptation"]  # its fingerprint is that of the real backbone
         encoder.load_state_dict(saved["encoder"])
         return encoder
     if not backbone:
@@ -706,10 +724,11 @@ def save(path, value):
 
 def checkpoint(cfg, corpus, model, epoch, valid):
     """Return everything that using the model needs, no more: plain values and tensors."""
-    about = {name: getattr(model.encoder, name, {}) for name in ("settings", "adaptation")}
-    return dict(about, config=asdict(cfg), classes=corpus.classes, trials=bool(corpus.trials),
-                encoder=model.encoder.state_dict(), head=model.head.state_dict(), epoch=epoch,
-                threshold=valid.get("threshold"))
+    return dict(
+        config=asdict(cfg), classes=corpus.classes, trials=bool(corpus.trials), epoch=epoch,
+        encoder=model.encoder.state_dict(), head=model.head.state_dict(),
+        settings=getattr(model.encoder, "settings", {}),  # an AST's
+        adaptation=getattr(model.encoder, "adaptation", {}), threshold=valid.get("threshold"))
 
 
 def save_last(out, model, optimiser, state):
@@ -719,7 +738,7 @@ def save_last(out, model, optimiser, state):
 
 
 def load_last(out, corpus, model, optimiser):
-    """Return the state of last.pt, its weights now in the model; without the file a new run's."""
+    """Load the weights of last.pt and return its state; without such a file, that of a new run."""
     if not (out / "last.pt").exists():
         return dict(epoch=0, best=-math.inf, seconds=0.0, log=[], corpus=corpus.fingerprint())
     saved = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
@@ -731,21 +750,25 @@ def load_last(out, corpus, model, optimiser):
 
 
 def run_folder(cfg, name, table=None):
-    """Make the folder of a run, or of a table of these rows, and return it: --out, or out/ and the
-    first free name. Nothing is overwritten: a folder with another run raises ValueError."""
-    taken = 1
+    """Make the folder of a run and return it: --out, or out/ and the first free name. `table`: the
+    labels of its rows, if it is for a table of runs. A run that is there is never overwritten."""
     out = Path(cfg.out or f"out/{name}")
-    while on_first_rank(out.exists) and not (cfg.out or cfg.resume):
-        taken += 1
-        out = Path(f"out/{name}-{taken}")
+    if not (cfg.out or cfg.resume):
+        taken = 1
+        while on_first_rank(out.exists):
+            taken += 1
+            out = Path(f"out/{name}-{taken}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: expected a folder, or a new name")
     if not RANK and (out / "config.json").exists():
         saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
         theirs = asdict(with_recipe(as_config(saved))) | dict(table=saved.get("table"))
         mine = asdict(with_recipe(cfg)) | dict(table=table)
-        changes = [f"{key} {theirs[key]!r} -> {value!r}" for key, value in mine.items()
-                   if key not in groups()[PLACES] and theirs[key] != value]
+        changes = []
+        for key, value in mine.items():
+            # Compared as JSON, where a list and a tuple are the same: a file has no tuples.
+            if key not in PLACES and json.dumps(theirs[key]) != json.dumps(value):
+                changes.append(f"{key} {theirs[key]!r} -> {value!r}")
         if changes or not cfg.resume:
             raise ValueError(f"--out {out} holds a run already: --resume goes on with it, in the "
                              f"same configuration ({', '.join(changes) or 'as here'})")
@@ -755,26 +778,27 @@ def run_folder(cfg, name, table=None):
 
 
 def run(cfg, position=""):
-    """Train, select, test once; return the flat results, which results.json holds too. `position`
-    is the run's in a table, as "2 of 3: conformer"."""
+    """Train, select, test once; return the results, which results.json holds too. `position` says
+    where in a table it stands, as "2 of 3: conformer"."""
     cfg, corpus, augment_waves, model = prepare(cfg)
     out = run_folder(cfg, f"{cfg.data}-{cfg.name}")
     if (out / "results.json").exists():
         print(f"{out} is finished already")
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     else:
-        memory, seconds = measure_step(cfg, corpus, model)
+        memory, expected = measure_step(cfg, corpus, model)
         trainable, total = ast_adapters.count(model.encoder)
         clips = {split: len(corpus.pick(split)) for split in ("train", "valid", "test")}
-        print(f"\n{position or cfg.name}, about {seconds:.0f} s",
-              f"{cfg.name} on {cfg.data}: {len(corpus.classes)} classes, clips {clips}",
-              f"trains {trainable:,} of {total:,} parameters and the head",
-              f"seed {cfg.seed}, {cfg.device} x {WORLD}, torch {torch.__version__}; all settings: "
-              f"{out / 'config.json'}", *corpus.notes, sep="\n  ")
+        plan = [f"\n{position or cfg.name}, about {expected:.0f} s",
+                f"{cfg.name} on {cfg.data}: {len(corpus.classes)} classes, clips {clips}",
+                f"trains {trainable:,} of {total:,} parameters and the head",
+                f"seed {cfg.seed}, {cfg.device} x {WORLD}, torch {torch.__version__}",
+                f"all settings: {out / 'config.json'}"]
+        print("\n  ".join(plan + corpus.notes))
         try:
             seconds = fit(cfg, corpus, model, augment_waves, out)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(out) from None
+            raise KeyboardInterrupt(out) from None  # `main` says how to go on in this folder
         results = test_once(cfg, corpus, out) | dict(
             trainable=trainable, parameters=total, share=100 * trainable / total,
             seconds=round(seconds, 2), epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1),
@@ -786,11 +810,10 @@ def run(cfg, position=""):
 
 
 def measure_step(cfg, corpus, model):
-    """Return the MB of a training step, and the seconds of all: of a copy, since a step moves
-    BatchNorm's means."""
+    """Return the MB of a training step, and the seconds that all steps will take."""
     clips = min(cfg.batch_size, len(corpus.pick("train")))
-    twin = copy.deepcopy(model)
-    for _ in range(2):  # the first sets things up
+    twin = copy.deepcopy(model)  # a step moves BatchNorm's means
+    for _ in range(2):  # the first is slower than those that follow: the second counts
         start = time.perf_counter()
         memory = training_memory(twin, clips, cfg.frames, cfg.bf16)
         seconds = (time.perf_counter() - start) / WORLD
@@ -798,26 +821,28 @@ def measure_step(cfg, corpus, model):
 
 
 def peak_memory(device):
-    """Return the most MB that this program has held: on a GPU, else in all (None on Windows)."""
+    """Return the most MB that this program has held, on the GPU if it trains there. Windows has no
+    such count: None."""
     if device == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20)
     if sys.platform == "win32":
         return None
     import resource
-    unit = 2**20 if sys.platform == "darwin" else 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KB
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def prepare(cfg):
     """Return what `fit` takes: settings with their recipe, corpus, augmentation, model."""
     cfg = on_this_machine(with_recipe(cfg))
+    # The first process packs what is new. The others wait, then find it packed.
     if RANK:
-        dist.barrier()  # the first process packs what is new; the others find it packed
+        dist.barrier()
     corpus = open_corpus(cfg)
     noise = data.open_sounds(cfg.noise, cfg.cache, cfg.skip_bad)
     rooms = data.open_sounds(cfg.reverb, cfg.cache, cfg.skip_bad)
     if WORLD > 1 and not RANK:
-        dist.barrier()
+        dist.barrier()  # those that wait go on when the first one arrives here
     check_corpus(cfg, corpus)
     augment_waves = partial(data.augment_waves, classes=len(corpus.classes), frames=cfg.frames,
                             speeds=cfg.speed_perturb, gain=cfg.gain, noise=noise, rooms=rooms,
@@ -826,7 +851,7 @@ def prepare(cfg):
 
 
 def open_corpus(cfg, train=True):
-    """Return the corpus of --data, as the settings want it."""
+    """Return the corpus of --data; without `train` only its test clips are of use."""
     return data.open_corpus(cfg.data, cfg.root, cache=cfg.cache, seed=cfg.seed,
                             fold=int(cfg.fold or 1), few_shot=cfg.few_shot, skip_bad=cfg.skip_bad,
                             valid=cfg.valid, trials=cfg.trials, train=train)
@@ -838,10 +863,11 @@ def check_corpus(cfg, corpus):
     longest = data.frames_of(lengths.max())
     if longest < cfg.frames / 10:  # clips may be padded, within reason
         raise ValueError(f"--frames {cfg.frames}: the longest training clip has {longest} frames")
-    if not corpus.trials and (cfg.speed_perturb, cfg.margin, cfg.margin_rise) != (False, 0.2, 0):
+    for_speakers = cfg.speed_perturb or cfg.margin != 0.2 or cfg.margin_rise
+    if for_speakers and not corpus.trials:
         raise ValueError(f"--speed-perturb and --margin: --data {cfg.data} has no trials")
     clips = min(cfg.batch_size, len(lengths))
-    if clips % WORLD:  # else some would weigh more
+    if clips % WORLD:  # a clip in a smaller part would weigh more than the others
         raise ValueError(f"{clips} clips a step do not divide among {WORLD} processes")
     check_batch(cfg, clips)
 
@@ -860,8 +886,9 @@ def test_once(cfg, corpus, out):
         results["chance"] = 100 / len(corpus.classes)
     if cfg.speaker:
         return results | lightweight_sv.complexity(model.encoder, cfg.frames)
-    adapter = {key: best.saved[key] for key in best.saved if key not in ("encoder", "adaptation")}
-    save(out / "adapter.pt", adapter | dict(adapter=ast_adapters.adapter_state(model.encoder)))
+    saved = dict(best.saved, adapter=ast_adapters.adapter_state(model.encoder))
+    del saved["encoder"], saved["adaptation"]  # in their place: what was trained, and how
+    save(out / "adapter.pt", saved)
     size = on_first_rank(lambda: (out / "adapter.pt").stat().st_size)
     return results | dict(adapter_kb=round(size / 1024))
 
@@ -871,19 +898,21 @@ PERCENT = ("accuracy", "content", "order", "eer", "miss", "false_alarm")
 
 def numbers(values):
     """Return "accuracy 83.3 %  content 91.2 %  ..." for a person; the files have every digit."""
-    told = ""
+    told = []
     for name, value in values.items():
+        unit = " %" if name in PERCENT else ""
         if name not in ("score", "scores"):
-            told += f"  {name} {value:.4g}" + (" %" if name in PERCENT else "")
-    return told.strip()
+            told.append(f"{name} {value:.4g}{unit}")
+    return "  ".join(told)
 
 
 def draw_log(out, path):
-    """Draw loss and validation score of each epoch; of an older log what it has."""
+    """Draw loss and validation score of each epoch."""
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     with data.figure(path, 2) as axes:
         for axis, key, name in zip(axes, ("loss", "valid"), ("loss", "validation score, %")):
-            values = np.array([line.get(key) for line in log], float)  # of None: not a number
+            # An older log may lack a key: None becomes nan, which is not drawn.
+            values = np.array([line.get(key) for line in log], float)
             axis.plot([line["epoch"] for line in log], values, "o-")
             axis.set(xlabel="epoch", ylabel=name)
 
@@ -902,46 +931,51 @@ MEMORY = ("memory: what a training step keeps for its backward pass, gradients, 
 
 
 def table_rows(cfg, typed, values):
-    """Return {row: Config}, a row a value of FIELD=v1,v2,... Each value is read as if typed: same
-    types, same refusals."""
-    name, equals, values = values.partition("=")
+    """Return {label: Config}, a row for each value of FIELD=v1,v2,... A value is read as if typed
+    behind `train`: so it has the same type, and is refused with the same sentence."""
+    field_name, equals, texts = values.partition("=")
     if not equals:
-        raise ValueError(f"sweep {name}: expected FIELD=v1,v2,..., such as rank=1,4,16")
-    name = name.replace("_", "-")
+        raise ValueError(f"sweep {values}: expected FIELD=v1,v2,..., such as rank=1,4,16")
+    name = field_name.replace("_", "-")
+    switches = {"true": f"--{name}", "false": f"--no-{name}"}
     rows = {}
-    for text in values.split(","):
-        words = {"true": f"--{name}", "false": f"--no-{name}"}
-        _, swept, _ = parse(["train", words.get(text, f"--{name}={text}")])
+    for text in texts.split(","):
+        _, swept, _ = parse(["train", switches.get(text, f"--{name}={text}")])
         row = replace(cfg, **swept)
+        # In a table of methods a typed option is for the methods that have it.
         of_others = set(METHOD_OPTIONS) - set(METHODS[row.method][1])
-        check_training(row, swept.keys() | typed - of_others)
+        check_training(row, (typed - of_others) | swept.keys())
         rows[text if name == "method" else f"{name}={text}"] = row
     return rows
 
 
 def study(cfg, title, rows):
-    """Do one run, or fill a table: of each row all folds and seeds."""
+    """Do one run, or fill a table: each row in all folds and with all seeds."""
     folds = [cfg.fold]
     if cfg.fold == "all":
-        folds = FOLDS[1 : 1 + data.CORPORA[cfg.data].folds]
-    if len(rows) == len(folds) == cfg.seeds == 1:
-        run(*rows.values())
+        folds = [str(n + 1) for n in range(data.CORPORA[cfg.data].folds)]
+    plan = list(itertools.product(rows, folds, range(cfg.seeds)))
+    if len(plan) == 1:
+        [row] = rows.values()
+        run(row)
         return
     folder = run_folder(cfg, title, list(rows))
-    table = {label: [] for label in rows}
-    plan = list(itertools.product(rows.items(), folds, range(cfg.seeds)))
-    for number, ((label, row), fold, n) in enumerate(plan, 1):
+    table = {label: [] for label in rows}  # label: results of its runs
+    for number, (label, fold, n) in enumerate(plan, 1):
+        seed = rows[label].seed + n
         name = label
         if len(folds) > 1:
             name += f"-fold{fold}"
         if cfg.seeds > 1:
-            name += f"-seed{row.seed + n}"
+            name += f"-seed{seed}"
         out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
-        row = replace(row, seed=row.seed + n, fold=fold, out=str(out), resume=True, figure="")
+        row = replace(rows[label], seed=seed, out=str(out), resume=True, figure="")
+        if len(folds) > 1:
+            row = replace(row, fold=fold)  # else its own: it may be what is swept
         try:
             table[label].append(run(row, f"{number} of {len(plan)}: {name}"))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(folder) from None
+            raise KeyboardInterrupt(folder) from None  # go on in the table's, not in the run's
     save(folder / "compare.json", json.dumps(table, indent=1))
     save(folder / "compare.md", markdown(table))
     print(f"\n{markdown(table)}\n{MEMORY}\n{folder}")
@@ -969,15 +1003,17 @@ def markdown(table):
             cells.append(mean_and_deviation(values, digits))
         if any(cells):
             columns.append([title, *cells])
-    widths = [max(map(len, column)) for column in columns]
-    rows = list(zip(*columns))
-    rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    lines = ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths)) + " |\n" for row in rows]
-    return "".join(lines)
+    padded = []  # the same columns, all cells of one equally wide, with the rule below the title
+    for title, *cells in columns:
+        width = max(len(cell) for cell in [title, *cells])
+        column = [title, "-" * (width - 1) + ":", *cells]
+        padded.append([cell.rjust(width) for cell in column])
+    return "".join("| " + " | ".join(row) + " |\n" for row in zip(*padded))
 
 
 def draw_table(table, path, title):
-    """Draw each row's score over its number or, if it has none, over its trainable parameters."""
+    """Draw the score of each row over the number in its label ("rank=4"), if all labels have one,
+    else over its trainable parameters."""
     swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
     first = [results[0] for results in table.values()]
     key = "eer" if "eer" in first[0] else "accuracy"
@@ -989,7 +1025,8 @@ def draw_table(table, path, title):
         name = labels[0].partition("=")[0]
     scores = [[result[key] for result in results] for results in table.values()]
     y = [np.mean(values) for values in scores]
-    deviations = [np.std(values, ddof=len(values) > 1) for values in scores]
+    # Of one run there is no deviation: 0. Of more, n - 1 as in the table.
+    deviations = [np.std(values, ddof=min(1, len(values) - 1)) for values in scores]
     with data.figure(path) as axes:
         axes.errorbar(x, y, deviations, fmt="o-" if swept else "o", capsize=3)
         axes.set(ylabel=COLUMNS[key][0], title=title, xlabel=name)
@@ -1000,7 +1037,8 @@ def draw_table(table, path, title):
         if "chance" in first[0]:
             axes.axhline(first[0]["chance"], color="grey", linestyle=":", label="chance")
             axes.legend()
-        if not swept:  # names in a column beside the frame: none meet
+        if not swept:
+            # Names stand in a column beside the frame, ordered by score: so no two names meet.
             for n, i in enumerate(np.argsort(y)):
                 axes.annotate(labels[i], (x[i], y[i]), (1.03, (n + 0.5) / len(y)), fontsize=8,
                               textcoords="axes fraction", va="center",
@@ -1012,7 +1050,7 @@ def draw_table(table, path, title):
 
 
 def corpus_of(sound, rate):
-    """Return a corpus of one sound: a path, or samples (n,) or (channels, n) and their rate."""
+    """Return a corpus of one sound: a path; or samples, (n,) or (channels, n), and their rate."""
     if isinstance(sound, (str, os.PathLike)):
         corpus = data.corpus_of_files([sound])
     else:
@@ -1036,10 +1074,12 @@ def likeliest(run, corpus):
     """Return [(class, chance)] of each clip, the likeliest first."""
     clips = np.arange(len(corpus.ids))
     chances = class_probabilities(run.settings, corpus, run.model, clips, run.settings.frames)
-    chances = chances.unflatten(1, (-1, len(run.classes))).sum(1)  # (clips, C): at all speeds
-    ordered = chances.sort(descending=True)
-    return [[(run.classes[c], p) for c, p in zip(*row)]
-            for row in zip(ordered.indices.tolist(), ordered.values.tolist())]
+    # A speaker at three speeds is three classes of the head: their chances are added.
+    chances = chances.unflatten(1, (-1, len(run.classes))).sum(1)  # (clips, C)
+    ranked = []
+    for row in chances.tolist():
+        ranked.append(sorted(zip(run.classes, row), key=lambda pair: -pair[1]))
+    return ranked
 
 
 def embed_all(run, corpus):
@@ -1056,24 +1096,26 @@ def evaluate_run(cfg, typed, own):
     """Test a run on its corpus, on another of equal classes, or on any trials."""
     path = own["run"]
     run = load_run(path, device=cfg.device)
-    changes = {name: getattr(cfg, name) for name in typed - {"device"}}
+    changes = {name: getattr(cfg, name) for name in typed - {"device"}}  # load_run knows it
     tested = on_this_machine(replace(run.settings, few_shot=0, **changes))
     check(tested, typed)
     corpus = open_corpus(tested, train="data" not in typed)
-    if not (run.saved["trials"] and corpus.trials) and corpus.classes != run.classes:
+    any_speakers = run.saved["trials"] and corpus.trials  # embeddings need no equal classes
+    if not any_speakers and corpus.classes != run.classes:
         raise ValueError(f"{path} knows {len(run.classes)} classes, --data {tested.data} has "
                          f"{len(corpus.classes)}, or others: they must be equal")
     if (cfg.figure or own["as_norm"]) and not corpus.trials:
         raise ValueError(f"--figure, --as-norm: --data {tested.data} has no trials, but classes")
     strangers = None
-    if own["as_norm"]:  # speakers that trained the model, wherever it is tested
+    if own["as_norm"]:  # of the corpus that trained the model, also if another one tests it
         trained = open_corpus(run.settings) if "data" in typed else corpus
         strangers = cohort(run.settings, trained, run.model)
     table = {}
     for seconds in own["durations"]:
-        frames = seconds and max(1, round(100 * seconds))
+        frames = max(1, round(100 * seconds)) if seconds else None
+        title = f"{seconds:g} s" if seconds else "full"
         results = evaluate(tested, corpus, run.model, "test", frames, run.threshold, strangers)
-        print(f"  {f'{seconds:g} s' if seconds else 'full':>6}  {numbers(results)}")
+        print(f"  {title:>6}  {numbers(results)}")
         if seconds:
             table[f"seconds={seconds:g}"] = [results]
     if cfg.figure and table:
@@ -1091,12 +1133,14 @@ def predict_files(cfg, typed, own):
     if cfg.figure and run.settings.speaker:
         raise ValueError(f"--figure draws an AST's attention; {own['run']} holds no AST")
     corpus = data.corpus_of_files(own["files"])
+    ranked = likeliest(run, corpus) if corpus.ids else []  # no file could be read
     rows = []
-    for file, ranked in zip(corpus.ids, likeliest(run, corpus) if corpus.ids else []):
-        rows.append([file])
-        for name, chance in ranked[:3]:
-            rows[-1] += [name, f"{chance:.4f}"]
-        print(*rows[-1], sep="  ")
+    for file, classes in zip(corpus.ids, ranked):
+        row = [file]
+        for name, chance in classes[:3]:
+            row += [name, f"{chance:.4f}"]
+        print(*row, sep="  ")
+        rows.append(row)
     if own["csv"] and not RANK:
         with open(own["csv"], "w", newline="", encoding="utf-8") as file:
             header = ["file", "class", "chance", "class2", "chance2", "class3", "chance3"]
@@ -1114,10 +1158,11 @@ def verify_files(cfg, typed, own):
     run = load_run(own["run"], device=cfg.device)
     corpus = data.corpus_of_files(own["files"])
     if corpus.bad or len(corpus.ids) < 2:
-        raise ValueError("\n".join(["verify: expected two readable files or more, the last of them "
-                                    "to be judged", *bad_files(corpus)]))
+        expected = "verify: expected two readable files or more, the last of them to be judged"
+        raise ValueError("\n".join([expected, *bad_files(corpus)]))
     unit = embed_all(run, corpus)  # (files, E)
-    score = float(F.normalize(unit[:-1].mean(0), dim=0) @ unit[-1])
+    speaker = F.normalize(unit[:-1].mean(0), dim=0)  # (E,): of all files but the last
+    score = float(speaker @ unit[-1])
     if run.threshold is None:
         print(f"score {score:.4f}, no threshold: no validation trials")
     else:
@@ -1143,16 +1188,18 @@ def embed_files(cfg, typed, own):
 
 
 def keep_freed_memory():
-    """Tell glibc to keep big blocks that are freed: it gives them back to the system at once and
-    gets new ones, page by page, at each step. A light ResNet34's step takes 0.75 of the time."""
+    """Tell Linux' malloc to keep the memory of freed tensors for the next step. It would return
+    large blocks to the system and fetch them again: a light ResNet34 then needs 1.33 x the time."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block comes straight from the system
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor goes back to it
 
 
 def on_this_machine(cfg):
-    """Fill in the device (auto: a GPU; of several processes each has the one of its number) and,
-    where it is open, whether bfloat16 is fast there: neither emulated nor, as on Macs, untried."""
+    """Fill in the device, and bf16 if it is None: yes where bfloat16 is fast and known to work,
+    which on Macs it is not. Of several processes each has the GPU of its number."""
+    # A Mac's GPU ("mps") trains in one process: torch cannot join several there.
     if cfg.device == "cpu" or not ACCELERATOR or (WORLD > 1 and ACCELERATOR.type == "mps"):
         device = "cpu"
         able = torch.cpu.get_capabilities()
@@ -1170,7 +1217,7 @@ def on_this_machine(cfg):
 
 def parallel_model(cfg, model):
     """Return what the loop calls: the model, compiled if asked, with gradients that are the mean
-    over all processes. Evaluation and checkpoints use the plain model, whose weights these are."""
+    over all processes. It trains the weights of `model`, which evaluation and files use."""
     if WORLD > 1 and cfg.device == "cuda":  # on CPUs each process has its own BatchNorm
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = torch.compile(model) if cfg.compile else model
@@ -1199,25 +1246,30 @@ def profile(cfg, typed, own):
     """Print where the time of a training step goes; with --figure trace.json, all for a browser."""
     check_training(cfg, typed)
     cfg, corpus, augment_waves, model = prepare(replace(cfg, steps=10, epochs=1))
-    kinds = [getattr(torch.profiler.ProfilerActivity, kind) for kind in {"CPU", cfg.device.upper()}]
-    profilers = contextlib.nullcontext(), torch.profiler.profile(activities=kinds, acc_events=True)
-    for profiler in profilers:  # the first warms up
-        with tempfile.TemporaryDirectory() as out, profiler:
-            fit(cfg, corpus, model, augment_waves, Path(out))
+    kinds = {"CPU", cfg.device.upper()}  # of a GPU both
+    activities = [getattr(torch.profiler.ProfilerActivity, kind) for kind in kinds]
+    profiler = torch.profiler.profile(activities=activities, acc_events=True)
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        fit(cfg, corpus, model, augment_waves, Path(first))  # warms up
+        with profiler:
+            fit(cfg, corpus, model, augment_waves, Path(second))
     clips = min(cfg.batch_size, len(corpus.pick("train")))  # in a step
     steps = steps_an_epoch(cfg, corpus)
-    spent = dict.fromkeys(PHASES, 0.0)  # ms
+    spent = dict.fromkeys(PHASES, 0.0)  # ms in a step
     for event in profiler.key_averages():
-        if event.key in spent:  # a GPU has each name twice: launching, and its own work
-            taken = max(event.cpu_time_total, event.device_time_total) / 1000 / steps
+        if event.key in spent:
+            # A GPU has each phase twice: the CPU's time for starting its work, and its own.
+            taken = max(event.cpu_time_total, event.device_time_total) / 1000 / steps  # us -> ms
             spent[event.key] = max(spent[event.key], taken)
     step = sum(spent.values())
-    # The floor: a step's multiply-accumulates at the rate of this machine's product of matrices.
+    # The floor: a step's products, if all were as fast as the n³ products of two matrices.
+    n = 2048
+    matrix = torch.randn(n, n, device=cfg.device, dtype=torch.bfloat16 if cfg.bf16 else None)
+    times = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=7)  # seconds
     with FlopCounterMode(display=False) as counter:
         memory = training_memory(model, clips, cfg.frames, cfg.bf16)
-    square = torch.randn(2048, 2048, device=cfg.device, dtype=torch.bfloat16 if cfg.bf16 else None)
-    taken = timeit.repeat(lambda: (square @ square)[0, 0].item(), number=1, repeat=7)  # it waits
-    floor = counter.get_total_flops() / 2 / 2048**3 * 1000 * np.median(taken)
+    products = counter.get_total_flops() / 2  # it counts a product and its addition as two
+    floor = 1000 * np.median(times) * products / n**3  # ms
     for phase, ms in [*spent.items(), ("a step", step), ("its products alone", floor)]:
         print(f"{ms:9.2f} ms {ms / step:6.1%}  {phase}")
     print(f"{1000 * clips / step:.1f} clips a second; memory {memory} MB, peak "
@@ -1235,17 +1287,18 @@ gives 50 % (one of two), and of all twelve classes 8.3 %. The frozen model with 
 (linear) hears what a sound is made of; an adapter with a convolution (conformer) also hears the
 order, with far fewer trained parameters than training all (full).
 Try next: python train.py sweep rank=1,4,16 --method lora"""
-TASK = {"data", "model", "method", "init", *METHOD_OPTIONS}  # none typed: the quick start
+TASK = {"data", "model", "method", "init", *METHOD_OPTIONS}
 
 
 def train(cfg, typed, own):
     """Train a model; with nothing typed, do the quick start."""
     check_training(cfg, typed)
-    if not own["bare"] or typed & TASK:
-        study(cfg, f"{cfg.data}-{cfg.name}", {cfg.name: cfg})
-    else:
+    # `python train.py --epochs 2` is the quick start too: it names no command and no task.
+    if own["bare"] and not typed & TASK:
         study(cfg, "quick-start", table_rows(cfg, typed, "method=linear,conformer,full"))
         print(SHOWN)
+    else:
+        study(cfg, f"{cfg.data}-{cfg.name}", {cfg.name: cfg})
 
 
 def compare(cfg, typed, own):
@@ -1270,11 +1323,6 @@ def seconds(text):
     return value
 
 
-def all_fields(*but):
-    """Return the names of all fields of Config but these."""
-    return [name for name in FIELDS if name not in but]
-
-
 RUN = ("run", dict(metavar="RUN", help="a run's folder, or its best.pt"))
 FILES = ("files", dict(metavar="FILE", nargs="+", help="sound files, or folders of them"))
 LENGTHS = ("--durations", dict(type=seconds, nargs="+", default=[None], metavar="SECONDS",
@@ -1285,40 +1333,39 @@ VALUES = ("values", dict(metavar="FIELD=v1,v2,...", help="a setting and its valu
 CSV = ("--csv", dict(default="", help="write the predictions to this file too"))
 TESTED = ("data", "root", "cache", "fold", "trials", "skip_bad", "bf16", "device", "figure")
 COMMANDS = {  # name: (function, example, its own arguments, the fields of Config that it reads)
-    "train": (train, "--data fsdd --root DIR --method lora --rank 4", [], all_fields()),
-    "compare": (compare, "--data fsdd --root DIR --seeds 3", [], all_fields("method")),
-    "sweep": (sweep, "rank=1,4,16 --method lora", [VALUES], all_fields()),
+    "train": (train, "--data fsdd --root DIR --method lora --rank 4", [], FIELDS),
+    "compare": (compare, "--data fsdd --root DIR --seeds 3", [], FIELDS.keys() - {"method"}),
+    "sweep": (sweep, "rank=1,4,16 --method lora", [VALUES], FIELDS),
     "profile": (profile, "--model ast-base --init none --method lora", [],
-                all_fields("epochs", "steps", "seeds", "out", "resume")),
+                FIELDS.keys() - {"epochs", "steps", "seeds", "out", "resume"}),
     "evaluate": (evaluate_run, "out/RUN --durations 1 2 3 full", [RUN, LENGTHS, NORM], TESTED),
     "predict": (predict_files, "out/RUN a.wav DIR", [RUN, FILES, CSV], ("device", "figure")),
     "verify": (verify_files, "out/RUN mine1.wav mine2.wav whose.wav", [RUN, FILES], ("device",)),
     "embed": (embed_files, "out/RUN DIR", [RUN, FILES], ("device", "out"))}
 
 
-def default_of(f):
-    """Return the default of a field as --help prints it, or where it comes from."""
-    if f.name in METHOD_OPTIONS:
-        return "the method's"
-    words = {"None": "the recipe's", "": "none", "True": "yes", "False": "no"}
-    return f.metadata.get("shown", words.get(str(f.default), f.default))
-
-
 def add_field(parser, f):
-    """Add the flag of a field of Config."""
+    """Add the flag of a field of Config; --help says its default, or who decides it."""
     rules = dict(type=f.type, choices=f.metadata.get("choices"))
     if f.type is bool:
         rules = dict(action=argparse.BooleanOptionalAction)
     elif f.type is tuple:
         rules = dict(type=f.metadata["item"], nargs="+")
+    words = {"None": "the recipe's", "": "none", "True": "yes", "False": "no"}
+    shown = f.metadata.get("shown", words.get(str(f.default), f.default))
+    if f.name in METHOD_OPTIONS:
+        shown = "the method's"
     parser.add_argument("--" + f.name.replace("_", "-"), **rules, default=argparse.SUPPRESS,
-                        help=f"{f.metadata['help']} (default: {default_of(f)})")
+                        help=f"{f.metadata['help']} (default: {shown})")
 
 
 def parse(argv):
-    """Return (command, {field of Config: typed value}, {other argument: value})."""
+    """Return the command, {field of Config: value} of what is typed, and {name: value} of the
+    command's own arguments, with "bare": no command was typed, so `train` is meant."""
     bare = not argv or argv[0].startswith("-")
-    command, *rest = ["train", *argv] if bare else argv
+    if bare:
+        argv = ["train", *argv]
+    command, *rest = argv
     if command not in COMMANDS:
         raise ValueError(f"unknown command {command!r}{nearest(command, COMMANDS)}; the commands "
                          f"are {', '.join(COMMANDS)}")
@@ -1326,21 +1373,22 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description=function.__doc__, usage=f"python train.py {command} ...", allow_abbrev=False,
         epilog=f"example: python train.py {command} {example}")
-    own = [parser.add_argument(name, **rules).dest for name, rules in arguments]
-    for title, members in groups().items():
-        read = [name for name in members if name in names]
-        group = parser.add_argument_group(title) if read else None
-        for name in read:
-            add_field(group, FIELDS[name])
-    values, unknown = parser.parse_known_args(rest)
+    for name, rules in arguments:
+        parser.add_argument(name, **rules)
+    for f in fields(Config):
+        if "group" in f.metadata:  # one that stays empty is not printed
+            group = parser.add_argument_group(f.metadata["group"])
+        if f.name in names:
+            add_field(group, f)
+    found, unknown = parser.parse_known_args(rest)
+    values = vars(found)  # of the fields only what is typed: their default is SUPPRESS
     if unknown:
-        flags = ["--" + name.replace("_", "-") for name in [*own, *names]]
+        flags = ["--" + name.replace("_", "-") for name in sorted(values.keys() | names)]
         hint = nearest(unknown[0].partition("=")[0], [*flags, *COMMANDS])
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    values = vars(values)
-    others = dict(bare=bare) | {name: values.pop(name) for name in own}
-    typed = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return command, typed, others
+    typed = {name: value for name, value in values.items() if name in names}
+    own = {name: value for name, value in values.items() if name not in names}
+    return command, typed, dict(own, bare=bare)
 
 
 def nearest(word, known):
@@ -1350,7 +1398,7 @@ def nearest(word, known):
 
 
 def check_fields():
-    """An option of a method or of a speaker model must be a field of Config, and so a flag."""
+    """Check that each option of a method or of a speaker model is a field of Config, so a flag."""
     hosts = [name for model in lightweight_sv.MODELS for name in host_options(model)]
     missing = {*METHOD_OPTIONS, *hosts} - FIELDS.keys()
     if missing:
@@ -1374,10 +1422,12 @@ def main(argv=None):
         command, typed, own = parse(argv)
         cfg = Config(**typed)
         if WORLD > 1:  # torchrun started this; a process that dies ends the others at once
-            nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
-            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo",
-                                    timeout=timedelta(days=1))  # while the first packs a corpus
-        if RANK:  # the first process alone prints, draws and writes
+            backend = "gloo"  # for tensors on CPUs; nccl, for those on GPUs, is not on Windows
+            if torch.cuda.is_available() and dist.is_nccl_available():
+                backend = "cpu:gloo,cuda:nccl"
+            # A long time, since the others wait while the first process packs a corpus.
+            dist.init_process_group(backend, timeout=timedelta(days=1))
+        if RANK:  # the first process alone prints and draws; `save` writes in it alone
             sys.stdout = open(os.devnull, "w")
             cfg = replace(cfg, figure="")
         if command == "profile":
@@ -1387,11 +1437,12 @@ def main(argv=None):
             data.check_figure(cfg.figure)
         if cfg.download:
             on_first_rank(lambda: data.download_corpus(cfg.data, cfg.root, cfg.cache))
-        complaint = COMMANDS[command][0](cfg, typed.keys(), own)
+        function = COMMANDS[command][0]
+        complaint = function(cfg, typed.keys(), own)  # files that could not be read
     except (ValueError, OSError) as error:
         where = f" in process {RANK}" if RANK else ""
         sys.exit(f"error{where}: {error}")
-    except KeyboardInterrupt as stop:  # with the run's folder, if there is one
+    except KeyboardInterrupt as stop:  # its argument: the folder of a run that had begun
         if stop.args and Path(stop.args[0]).exists():
             sys.exit(f"stopped; the same command with --resume --out {stop} goes on")
         sys.exit("stopped")
