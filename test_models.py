@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import types
 import zipfile
 from dataclasses import replace
 from functools import partial
@@ -51,6 +50,13 @@ HERE = Path(__file__).resolve().parent
 REAL = HERE.parent / "shared" / "data"
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """Packed corpora, made once for all tests."""
@@ -59,6 +65,14 @@ def cache(tmp_path_factory):
 
 # --------------------------------------------------------------------------------------------------
 # 1. data.py: helpers first, then files, packing, splits, corpora, downloads, sounds, augmentation
+
+
+def riff(*chunks):
+    """A WAV file of chunks (name, body); one of odd size is padded."""
+    whole = b""
+    for name, body in chunks:
+        whole += name + struct.pack("<I", len(body)) + body + bytes(len(body) % 2)
+    return b"RIFF" + struct.pack("<I", 4 + len(whole)) + b"WAVE" + whole
 
 
 def wav_bytes(wave, rate=16000, code=1, bits=16, extensible=False, width=None):
@@ -79,21 +93,19 @@ def wav_bytes(wave, rate=16000, code=1, bits=16, extensible=False, width=None):
     form = struct.pack("<HHIIHH", tag, channels, rate, rate * block, block, bits)
     if extensible:
         form += struct.pack("<HHIH14x", 22, bits, 0, code)
-    odd = b"LIST" + struct.pack("<I", 3) + b"abc\0"  # a chunk of odd size is padded
-    form = b"fmt " + struct.pack("<I", len(form)) + form
-    body = b"data" + struct.pack("<I", len(body)) + body
-    return b"RIFF" + struct.pack("<I", 4 + len(form + odd + body)) + b"WAVE" + form + odd + body
+    return riff((b"fmt ", form), (b"LIST", b"odd"), (b"data", body))
 
 
-def noise(samples=3000, channels=1):
-    return np.random.default_rng(0).uniform(-0.5, 0.5, (samples, channels))
+def noise(samples=3000):
+    return np.random.default_rng(0).uniform(-0.5, 0.5, (samples, 1))
 
 
-def save_clips(root, *names, wave=None):
-    """Write one wave, noise as a rule, under several names."""
+def save_clips(root, *names, wave=None, rate=16000):
+    """Write one wave, noise as a rule, under several names: (n,) or (n, channels)."""
+    wave = noise() if wave is None else wave
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(wav_bytes(noise() if wave is None else wave))
+        (root / name).write_bytes(wav_bytes(wave.reshape(len(wave), -1), rate))
 
 
 def corpus_of(waves, labels, splits):
@@ -106,17 +118,12 @@ def corpus_of(waves, labels, splits):
 
 
 def folder_corpus(root, classes=3, clips=10):
+    """A tone for each class, in clips of any level."""
     rng = np.random.default_rng(0)
     for label in range(classes):
-        (root / f"class{label}").mkdir(parents=True)
         for clip in range(clips):
-            tone = np.sin(np.arange(8000) * (label + 1) * 0.3)[:, None] * rng.uniform(0.1, 0.9)
-            (root / f"class{label}" / f"{clip}.wav").write_bytes(wav_bytes(tone))
-
-
-def few_voices(patch):
-    """`voices` with few training speakers; the held-out ones and their trials are the real ones."""
-    patch.setattr(data, "VOICES", data.VOICES | dict(train=(12, 4), valid=(4, 4)))
+            wave = np.sin(np.arange(8000) * (label + 1) * 0.3) * rng.uniform(0.1, 0.9)
+            save_clips(root, f"class{label}/{clip}.wav", wave=wave)
 
 
 def write(path, *lines):
@@ -148,8 +155,7 @@ def test_every_kind_of_plain_wav_is_read(tmp_path, code, bits, width, extensible
     (0, 0, 0, 3000), (48, 0, 0, 3000), (0x7FFFFFFF, 0, 0, 3000),  # of streams
     (6048, 6040, 0, 3000), (6048, 6000, 20, 2990), (6048, 6000, 200, "truncated: 6000 bytes"),
     (6048, 0, 0, "0 samples at 16 kHz are shorter")])  # then what follows is no sound
-def test_the_size_that_a_header_tells_is_believed_where_it_can_be(
-        tmp_path, whole, sound, cut, expected):
+def test_a_headers_size_is_believed_where_it_can_be(tmp_path, whole, sound, cut, expected):
     content = bytearray(wav_bytes(noise()))
     content[4:8] = struct.pack("<I", whole)
     content[52:56] = struct.pack("<I", sound)
@@ -169,8 +175,7 @@ def test_the_size_that_a_header_tells_is_believed_where_it_can_be(
     (wav_bytes(noise(), 0), "0 Hz"), (wav_bytes(noise(100)), "100 samples .* one frame"),
     (wav_bytes(noise() + np.nan, code=3, bits=32), "not finite"), (None, "No such file")])
 @pytest.mark.parametrize("decoder", [True, False])
-def test_what_is_no_sound_is_answered_with_file_and_reason(
-        tmp_path, monkeypatch, content, sentence, decoder):
+def test_what_is_no_sound_is_said_to_be_none(tmp_path, monkeypatch, content, sentence, decoder):
     if content is not None:
         (tmp_path / "a.wav").write_bytes(content)
     if not decoder:
@@ -189,8 +194,7 @@ def test_without_torchcodec_the_sentence_says_so(tmp_path, monkeypatch):
 def test_a_decoder_that_loses_samples_of_a_compressed_wav_is_found_out(tmp_path, monkeypatch):
     """torchcodec 0.17 gives 12,216 of 44,100 samples of ADPCM, without a word."""
     form = struct.pack("<HHIIHHHH", 2, 1, 16000, 8000, 256, 4, 2, 500)  # 500 samples in 256 bytes
-    body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", 2560)
-    (tmp_path / "a.wav").write_bytes(b"RIFF" + struct.pack("<I", 2596) + body + bytes(2560))
+    (tmp_path / "a.wav").write_bytes(riff((b"fmt ", form), (b"data", bytes(2560))))
     monkeypatch.setattr(data.torchaudio, "load", lambda path: (torch.zeros(1, 3000), 16000))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="3000 of 5000 samples .* convert it: ffmpeg -i"):
@@ -217,8 +221,7 @@ def test_what_a_recording_holds_is_looked_at_and_said(change, level, remark):
 
 @pytest.mark.parametrize("rate", [8000, 44100, 44101])  # the last is a prime
 def test_resampling_keeps_a_tone_at_its_frequency(tmp_path, rate):
-    tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate)[:, None]
-    (tmp_path / "a.wav").write_bytes(wav_bytes(tone, rate))
+    save_clips(tmp_path, "a.wav", wave=np.sin(2 * np.pi * 440 * np.arange(rate) / rate), rate=rate)
     wave = data.read_audio(tmp_path / "a.wav")
     assert abs(len(wave) - 16000) <= 1 and np.abs(np.fft.rfft(wave)).argmax() == 440  # of 1 Hz
 
@@ -249,27 +252,15 @@ def test_fbank_equals_kaldis(mels, bf16):
         assert_close(data.fbank(waves, mels), expected, atol=1e-3, rtol=0)
 
 
-def encoder_of(mels, normalise):
-    """What `features` asks an encoder for."""
-    return types.SimpleNamespace(mels=mels, normalise=normalise)
-
-
-AUDIOSET = (-4.2677393, 4.5689974)
-
-
-def test_features_of_silence_and_padding_are_asts_golden_values():
-    silent = corpus_of([np.zeros(8000)], [0], ["train"])
-    batch = data.load_batch(silent, np.array([0]), 100)
+def test_features_have_asts_golden_values_and_those_of_an_utterance_no_mean():
+    wave = np.random.default_rng(0).integers(-999, 999, 5000)
+    corpus = corpus_of([np.zeros(8000), wave], [0, 0], ["train"] * 2)
+    x = data.features(data.load_batch(corpus, np.array([0]), 100), AST("nano"))  # (1, 100, 128)
     sound = data.frames_of(8000)
-    x = data.features(batch, encoder_of(128, AUDIOSET))  # (1, 100, 128)
     assert_close(x[0, :sound], torch.full((sound, 128), -1.27759), atol=1e-4, rtol=0)
     assert_close(x[0, sound:], torch.full((100 - sound, 128), 0.46703), atol=1e-4, rtol=0)
-
-
-def test_features_of_an_utterance_have_no_mean():
-    corpus = corpus_of([np.random.default_rng(0).integers(-999, 999, 5000)], [0], ["train"])
-    batch = data.load_batch(corpus, np.array([0]), 50, repeat=True)
-    mean = data.features(batch, encoder_of(40, None)).mean(1)
+    batch = data.load_batch(corpus, np.array([1]), 50, repeat=True)
+    mean = data.features(batch, slim("amcrn")).mean(1)
     assert_close(mean, torch.zeros(1, 40), atol=1e-5, rtol=0)
 
 
@@ -293,32 +284,25 @@ def test_the_last_window_of_a_clip_is_moved_back_to_be_whole():
     assert windows.length.tolist() == [5040, 5040, 5040, 5040, 3000]
 
 
-@pytest.fixture
-def small_folder(tmp_path):
-    """(folder of three classes with ten clips, a function that opens it)"""
-    root = tmp_path / "root"
-    folder_corpus(root)
-    return root, lambda **kw: data.open_corpus("folder", root, cache=tmp_path / "cache", **kw)
-
-
 @pytest.mark.parametrize("name, sentence, left", [
     ("to_int16", "^No space", 0), ("read_clip", "30 of 30 clips of folder cannot be used", 1)])
-def test_a_full_disk_is_no_bad_clip_and_bad_clips_are_read_again(
-        small_folder, tmp_path, monkeypatch, name, sentence, left):
+def test_a_full_disk_makes_no_bad_clips(tmp_path, monkeypatch, name, sentence, left):
     def full_disk(*arguments):
         raise OSError("No space left on device")
-
+    folder_corpus(tmp_path / "root")
+    open_it = partial(data.open_corpus, "folder", tmp_path / "root", cache=tmp_path / "cache")
     with monkeypatch.context() as patch:
         patch.setattr(data, name, full_disk)
         with pytest.raises((OSError, ValueError), match=sentence):
-            small_folder[1]()
+            open_it()
     assert len(list((tmp_path / "cache").iterdir())) == left
-    assert not small_folder[1]().bad
+    assert not open_it().bad
 
 
-def test_a_folder_is_split_packed_once_and_packed_anew_when_a_clip_changes(
-        small_folder, tmp_path, monkeypatch):
-    root, open_it = small_folder
+def test_a_folder_is_split_packed_once_and_packed_anew_when_a_clip_changes(tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    folder_corpus(root)
+    open_it = partial(data.open_corpus, "folder", root, cache=tmp_path / "cache")
     folder_corpus(root / "lonely", classes=1, clips=1)  # a class of one clip only trains
     corpus = open_it()
     assert [len(corpus.pick(split)) for split in ("train", "valid", "test")] == [22, 3, 6]
@@ -363,7 +347,6 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
         if str(path).endswith("cat"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
-
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="cat"):
         data.find_audio(tmp_path)
@@ -371,15 +354,13 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("valid", ["val", "valid", "validation", "Dev", None])
 def test_folders_named_train_and_test_are_splits(tmp_path, valid):
-    folders = ["train", "Test", *filter(None, [valid])]
-    save_clips(tmp_path, *(f"{folder}/{c}/1.wav" for folder in folders for c in "ab"))
-    save_clips(tmp_path, "extra/a/1.wav")
+    save_clips(tmp_path, "train/a/1.wav", "Test/b/1.wav", "extra/a/1.wav")
+    expected = {"train/a/1.wav": ("a", "train*"), "Test/b/1.wav": ("b", "test")}
+    if valid:
+        save_clips(tmp_path, f"{valid}/a/1.wav")
+        expected |= {"train/a/1.wav": ("a", "train"), f"{valid}/a/1.wav": ("a", "valid")}
     rows, notes = found_in(tmp_path)
-    assert len(rows) == 2 * len(folders)
-    assert rows["Test/b/1.wav"] == ("b", "test")
-    assert rows["train/a/1.wav"] == ("a", "train" if valid else "train*")
-    assert not valid or rows[f"{valid}/a/1.wav"] == ("a", "valid")
-    assert "extra/a/1.wav" in notes[0]
+    assert rows == expected and "extra/a/1.wav" in notes[0], notes
 
 
 def test_one_class_alone_is_refused(tmp_path):
@@ -389,19 +370,12 @@ def test_one_class_alone_is_refused(tmp_path):
 
 
 def test_names_in_another_normal_form_and_in_no_utf8_are_found(tmp_path):
-    apart = "u\u0308ber"  # as a Mac writes it
-    save_clips(tmp_path, *(f"wavs/{apart}{i}.wav" for i in range(4)))
-    for split in ("train", "valid", "test"):
-        write(tmp_path / f"data/{split}_data.csv", "path,action,object,location",
-              *(f"wavs/\u00fcber{i}.wav,{i % 2},b,c" for i in range(4)))
-    with pytest.raises(ValueError, match="in two rows, as 0/b/c valid and 0/b/c train"):
-        data.open_corpus("fluentspeech", tmp_path, cache=tmp_path / "cache")
-    save_clips(tmp_path / "root", *(f"{c}/{i}.wav" for c in "ab" for i in range(4)))
-    name = os.fsencode(tmp_path / "root") + b"/a/h\xfc.wav"
-    os.rename(tmp_path / "root/a/0.wav", name)
+    apart = "u\u0308ber.wav"  # as a Mac writes it
+    save_clips(tmp_path, apart, *(f"root/{c}/{i}.wav" for c in "ab" for i in range(4)))
+    assert data.locate(tmp_path, "\u00fcber.wav") == str(tmp_path / apart)
+    os.rename(tmp_path / "root/a/0.wav", os.fsencode(tmp_path / "root") + b"/a/h\xfc.wav")
     corpus = data.open_corpus("folder", tmp_path / "root", cache=tmp_path / "cache")
     assert corpus.notes == [r"1 names are no UTF-8, here escaped: a/h\xfc.wav"] and not corpus.bad
-    assert data.locate(tmp_path, "wavs/\u00fcber0.wav").endswith(f"{apart}0.wav")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
@@ -460,22 +434,8 @@ def test_a_missing_table_or_column_is_answered_with_what_is_there(tmp_path):
     write(tmp_path / "meta/esc50.csv", "file;fold;category", "1.wav;1;dog")
     with pytest.raises(ValueError, match="no column 'filename'; its columns are file;fold"):
         data.open_corpus("esc50", tmp_path)
-
-
-def test_files_are_read_without_a_corpus_and_the_bad_ones_are_named(tmp_path):
-    save_clips(tmp_path, "a.wav", "b/c.wav")
-    (tmp_path / "bad.wav").write_bytes(b"")
-    corpus = data.corpus_of_files([tmp_path / "bad.wav", tmp_path / "a.wav", tmp_path / "b"])
-    assert corpus.ids == [str(tmp_path / "a.wav"), str(tmp_path / "b/c.wav")]
-    assert [file for file, _ in corpus.bad] == [str(tmp_path / "bad.wav")]
-    assert "empty" in corpus.bad[0][1] and corpus.length.tolist() == [3000, 3000]
-
-
-@pytest.mark.parametrize("paths, sentence", [
-    (["nowhere.wav"], "no such file or folder: nowhere.wav"), ([], "found none")])
-def test_no_file_at_all_is_an_error(paths, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        data.corpus_of_files(paths)
+    with pytest.raises(ValueError, match="(?s)has none.*train_data.csv.*by the form"):
+        data.download_corpus("fluentspeech", tmp_path)
 
 
 def test_arrays_of_any_rate_are_a_corpus():
@@ -489,8 +449,9 @@ def test_arrays_of_any_rate_are_a_corpus():
 
 @pytest.mark.parametrize("wave, rate, sentence", [
     (np.ones((8000, 2)), 16000, "a: 8000 channels of 2 samples: .*wave.T"), (np.ones(9), 0, "rate"),
-    (np.ones(8000, np.int32), 16000, "int16 or floats"), (np.ones(100), 16000, "shorter than one"),
-    (np.full(8000, np.nan), 16000, "not finite"), (np.ones((1, 2, 3)), 16000, "an array")])
+    (np.ones(9), None, "rate"), (np.ones(8000, np.int32), 16000, "int16 or floats"),
+    (np.ones(100), 16000, "shorter than one"), (np.full(8000, np.nan), 16000, "not finite"),
+    (np.ones((1, 2, 3)), 16000, "an array")])
 def test_arrays_that_are_no_sound_are_answered_with_a_sentence(wave, rate, sentence):
     with pytest.raises(ValueError, match=sentence):
         data.corpus_of_waves({"a": (wave, rate)})
@@ -510,66 +471,60 @@ def test_folds_rotate_as_in_p1_and_validation_is_never_the_test_fold(number, fol
 
 def test_official_lists_are_read_and_the_published_counts_are_expected(tmp_path, monkeypatch):
     """A line in the form of each list, and how many clips the corpora's authors count."""
+    splits = ("train", "valid", "test")
     write(tmp_path / "meta/esc50.csv", "filename,fold,target,category", "1-17-A-0.wav,1,0,dog")
     write(tmp_path / "metadata/UrbanSound8K.csv", "slice_file_name,fold,class", "17-3-0.wav,5,bark")
-    for split in ("train", "valid", "test"):
+    for split in splits:
         write(tmp_path / f"data/{split}_data.csv", ",path,transcription,action,object,location",
               f'0,wavs/{split}.wav,"Please, lights",activate,lights,none')
     write(tmp_path / "validation_list.txt", "bed/a.wav")
     write(tmp_path / "testing_list.txt", "cat/b.wav")
     there = ["_background_noise_/a.wav", "bed/c.wav"]
     monkeypatch.setattr(data, "find_audio", lambda root, found: there)
-    for name, clips, rows in (
-            ("esc50", 5 * 400, [("audio/1-17-A-0.wav", "dog", "1")]),
-            ("urbansound8k", 8732, [("audio/fold5/17-3-0.wav", "bark", "5")]),
-            ("speechcommands", 84843 + 9981 + 11005,
-             [("bed/a.wav", "bed", "valid"), ("bed/c.wav", "bed", "train"),
-              ("cat/b.wav", "cat", "test")]),
-            ("fluentspeech", 23132 + 3118 + 3793,
-             [(f"wavs/{split}.wav", "activate/lights/none", split)
-              for split in ("train", "valid", "test")])):
-        assert data.CORPORA[name].rows(tmp_path, data.Findings()) == rows
-        assert data.CORPORA[name].clips == clips, "another count than the authors'"
-    assert (data.CORPORA["esc50"].folds, data.CORPORA["urbansound8k"].folds) == (5, 10)
-    with pytest.raises(ValueError, match="(?s)has none.*train_data.csv.*by the form"):
-        data.download_corpus("fluentspeech", tmp_path)
+    words = [("bed/a.wav", "bed", "valid"), ("bed/c.wav", "bed", "train"),
+             ("cat/b.wav", "cat", "test")]
+    spoken = [(f"wavs/{split}.wav", "activate/lights/none", split) for split in splits]
+    for name, clips, folds, rows in (
+            ("esc50", 5 * 400, 5, [("audio/1-17-A-0.wav", "dog", "1")]),
+            ("urbansound8k", 8732, 10, [("audio/fold5/17-3-0.wav", "bark", "5")]),
+            ("speechcommands", 84843 + 9981 + 11005, 0, words),
+            ("fluentspeech", 23132 + 3118 + 3793, 0, spoken)):
+        source = data.CORPORA[name]
+        assert source.rows(tmp_path, data.Findings()) == rows
+        assert (source.clips, source.folds) == (clips, folds), "other counts than the authors'"
 
 
 def test_damage_is_named_by_the_check_and_stops_training_or_is_left_out(tmp_path, capsys):
     """ESC-50's layout in small, three of 60 clips damaged and one silent."""
-    root = tmp_path / "root"
     names = [f"{fold}-{i}.wav" for fold in range(1, 6) for i in range(12)]
-    write(root / "meta/esc50.csv", "filename,fold,category",
+    write(tmp_path / "meta/esc50.csv", "filename,fold,category",
           *(f"{name},{name[0]},c{i % 2}" for i, name in enumerate(names)))
-    save_clips(root / "audio", *names)
-    (root / "audio/1-0.wav").write_bytes(b"")
-    (root / "audio/1-1.wav").write_bytes(b"no audio at all")
-    save_clips(root / "audio", "1-2.wav", wave=np.zeros((2000, 1)))
-    (root / "audio/5-0.wav").unlink()
+    save_clips(tmp_path / "audio", *names)
+    write(tmp_path / "audio/1-0.wav", "no audio at all")
+    (tmp_path / "audio/1-1.wav").write_bytes(b"")
+    (tmp_path / "audio/5-0.wav").unlink()
+    save_clips(tmp_path / "audio", "1-2.wav", wave=np.zeros(2000))
     with pytest.raises(SystemExit, match="1"):
-        data.main(["esc50", str(root), "--cache", str(tmp_path / "cache")])
+        data.main(["esc50", str(tmp_path), "--cache", str(tmp_path / "cache")])
     printed = capsys.readouterr().out
     for sentence in (
-            "fault: audio/1-0.wav: .*empty", "fault: audio/1-1.wav: .*starts with b'no audio",
+            "fault: audio/1-0.wav: .*starts with b'no audio", "fault: audio/1-1.wav: .*empty",
             "fault: audio/5-0.wav: No such file", "fault: 1 clips hold digital silence: audio/1-2",
             "fault: expected 2,000 clips, found 57", "fault: 3 unusable clips", "\n  c0, c1\n",
             "train .* 18 to 18 a class, 0.19 to 0.19 s", "bad .*3 clips"):
         assert re.search(sentence, printed), (sentence, printed)
-    open_it = partial(data.open_corpus, "esc50", root, cache=tmp_path / "cache")
+    open_it = partial(data.open_corpus, "esc50", tmp_path, cache=tmp_path / "cache")
     with pytest.raises(ValueError, match=r"3 of 60 clips of esc50.*--skip-(?s:.)*1-0.wav"):
         open_it()
     assert len(open_it(skip_bad=True).pick("bad")) == 3
 
 
-def test_voxcelebs_test_speakers_never_train_and_a_clip_that_only_the_list_knows_is_missing(
-        tmp_path):
+def test_voxcelebs_test_speakers_never_train_and_clips_that_only_a_list_knows_are_missing(tmp_path):
     """Twelve speakers in two trees below one root, in two depths; id1000x are VoxCeleb1's."""
     root = tmp_path / "root"
     for number in range(48):
         place = "dev/aac/id0000" if number > 15 else "vox1/wav/id1000"
-        path = root / f"{place}{number // 4}/video/0000{number % 4}.wav"
-        save_clips(root, path)
-    save_clips(root, "copy/id10000/video/00000.m4a")  # counts once
+        save_clips(root, f"{place}{number // 4}/video/0000{number % 4}.wav")
     open_it = partial(data.open_corpus, "voxceleb", root, cache=tmp_path / "cache")
     name = lambda speaker, clip: f"id1000{speaker}/video/0000{clip}.wav"
     for trials, file, tested in (("o", "veri_test2.txt", 2), ("h", "list_test_hard2.txt", 4)):
@@ -579,9 +534,7 @@ def test_voxcelebs_test_speakers_never_train_and_a_clip_that_only_the_list_knows
         training, held, strangers = people(corpus, -3)
         assert (len(training), len(held), len(strangers)) == (10 - tested, 2, tested)
         assert len(training | held | strangers) == 12 and corpus.trials["valid"]
-    assert corpus.ids[corpus.trials["test"][0][1]] == "vox1/wav/id10000/video/00000.wav"
-    assert corpus.notes[1:] == ["expected 550,894 trials in list_test_hard2.txt, found 4"]
-    assert "count once" in corpus.notes[0] and len(corpus.ids) == 48
+    assert corpus.notes == ["expected 550,894 trials in list_test_hard2.txt, found 4"]
     published = {trials: count for trials, (_, count) in data.CORPORA["voxceleb"].lists.items()}
     assert published == {"o": 37611, "e": 579818, "h": 550894}
     (root / "vox1/wav" / name(3, 1)).unlink()
@@ -627,8 +580,7 @@ def archive(kind, members):
         "a/../../evil", "/tmp/evil-of-the-tests", "C:/evil", "..\\evil")),
     ("tar", "link", (tarfile.SYMTYPE, "../..")), ("tar", "link", (tarfile.LNKTYPE, "../../a"))])
 @pytest.mark.parametrize("filters", [True, False])
-def test_an_archive_writes_nothing_outside_its_folder(
-        tmp_path, monkeypatch, filters, kind, name, body):
+def test_an_archive_stays_in_its_folder(tmp_path, monkeypatch, filters, kind, name, body):
     if not filters:
         monkeypatch.delattr(tarfile, "data_filter")  # as on Python 3.11.2
     (tmp_path / "a").write_bytes(archive(kind, {"top/first": b"1", name: body}))
@@ -642,61 +594,62 @@ def test_an_archive_writes_nothing_outside_its_folder(
 @pytest.mark.parametrize("kind, top, fault", [
     ("zip", "ESC-50-master/", "not be unpacked .*the same command gets it"),
     ("tar", "./", "delete it: the same command"), ("tar", "./", "invalid hash value .*by hand")])
-def test_a_download_comes_whole_in_its_official_layout_or_leaves_nothing(
-        tmp_path, monkeypatch, kind, top, fault):
-    wave = np.random.default_rng(0).uniform(-0.5, 0.5, (3000, 1))
+def test_a_download_comes_whole_or_leaves_nothing(tmp_path, monkeypatch, kind, top, fault):
     table = b"filename,fold,category\n1.wav,1,a\n2.wav,2,b"
-    files = {"audio/1.wav": wav_bytes(wave), "meta/esc50.csv": table}
+    files = {"audio/1.wav": wav_bytes(noise()), "meta/esc50.csv": table}
     body = archive(kind, {"__MACOSX/x": b""} | {top + name: files[name] for name in files})
     sha256 = hashlib.sha256(body).hexdigest() if "hash" in fault else ""
     monkeypatch.setitem(data.CORPORA, "esc50", replace(
         data.CORPORA["esc50"], address=(tmp_path / "x").as_uri(), sha256=sha256))
     root = tmp_path / "new/root"
     cache = tmp_path / "cache"
-    for answer, sentence in (
-            (None, "/x could not be .*No such.*by hand and save it as"), (b"<html></html>", fault),
-            (body[: len(body) // 2], fault), (body, "1"), (None, "1")):  # 1: clips are missing
-        if answer:
-            (tmp_path / "x").write_bytes(answer)
-        else:
-            (tmp_path / "x").unlink(missing_ok=True)
-        with pytest.raises(SystemExit, match=sentence):
-            data.main(["esc50", str(root), "--cache", str(cache), "--download"])
-        assert sentence == "1" or not list(root.glob("*"))
+    get = ["esc50", str(root), "--cache", str(cache), "--download"]
+    with pytest.raises(SystemExit, match="/x could not be .*No such.*by hand and save it as"):
+        data.main(get)
+    for damaged in (b"<html></html>", body[: len(body) // 2]):
+        (tmp_path / "x").write_bytes(damaged)
+        with pytest.raises(SystemExit, match=fault):
+            data.main(get)
+        assert not list(root.glob("*"))
         (cache / "esc50.archive").unlink(missing_ok=True)
-    assert [p.suffix for p in cache.iterdir()] == [".packed"]
+    (tmp_path / "x").write_bytes(body)
+    for _ in range(2):  # the second time from what is there
+        with pytest.raises(SystemExit, match="1"):  # clips are missing
+            data.main(get)
+        (tmp_path / "x").unlink(missing_ok=True)
+    assert [p.suffix for p in cache.iterdir()] == [".packed"], "the archive stays"
     assert {name: (root / name).read_bytes() for name in files} == files
 
 
 def test_twins_among_the_sounds_differ_by_order_alone(cache):
     corpus = data.open_corpus("sounds", cache=cache)
     batch = data.load_batch(corpus, np.arange(len(corpus.ids)), 98)
-    x = data.features(batch, encoder_of(128, AUDIOSET)).amax(1)  # (clips, 128) without order
+    x = data.features(batch, AST("nano")).amax(1)  # (clips, 128) without order
     x = x - x.mean(1, keepdim=True)
-    labels = batch.labels
     train, test = (torch.tensor(corpus.splits == split) for split in ("train", "test"))
-    centres = torch.stack([x[train & (labels == k)].mean(0) for k in range(12)])
+    centres = torch.stack([x[train & (batch.labels == k)].mean(0) for k in range(12)])
     far = torch.cdist(x[test], centres)  # (test clips, 12)
-    labels = labels[test]
+    labels = batch.labels[test]
     nearer = lambda a, b: (far[labels == a, a] < far[labels == a, b]).float().mean()
-    told_apart = lambda a, b: float(nearer(a, b) + nearer(b, a)) / 2  # accuracy between two classes
-    plain = [k for k, name in enumerate(corpus.classes) if ">" not in name]
-    others = np.mean([told_apart(*pair) for pair in itertools.combinations(plain, 2)])
-    twins = [told_apart(k, corpus.classes.index(">".join(name.split(">")[::-1])))
-             for k, name in enumerate(corpus.classes) if ">" in name]
-    assert others > 0.9 and max(twins) < 0.65, (others, twins)
+    twins = []  # accuracies between two classes
+    others = []
+    for a, b in itertools.combinations(range(12), 2):
+        parts = [sorted(corpus.classes[k].split(">")) for k in (a, b)]
+        if parts[0] == parts[1]:
+            twins.append((nearer(a, b) + nearer(b, a)) / 2)
+        elif ">" not in corpus.classes[a] + corpus.classes[b]:
+            others.append((nearer(a, b) + nearer(b, a)) / 2)
+    assert max(twins) < 0.65 and np.mean(others) > 0.9, (twins, others)
 
 
 def test_voices_are_told_apart_by_no_average_spectrum(tmp_path, monkeypatch):
-    few_voices(monkeypatch)
+    monkeypatch.setattr(data, "VOICES", data.VOICES | dict(train=(12, 4), valid=(4, 4)))
     corpus = data.open_corpus("voices", cache=tmp_path)
     speakers = people(corpus, 1)
     assert [len(s) for s in speakers] == [12, 4, 20] and len(set.union(*speakers)) == 36
-    labels, left, right = (np.array(column) for column in zip(*corpus.trials["test"]))
+    labels, left, right = np.array(corpus.trials["test"]).T
     speaker = np.array([clip.split("/")[1] for clip in corpus.ids])
     assert ((speaker[left] == speaker[right]) == labels).all() and labels.mean() == 0.5
-    alone = data.to_int16(data.voice(corpus.ids[-1]))  # its name is its seed
-    assert np.array_equal(corpus.store[-corpus.length[-1] :], alone)
     batch = data.load_batch(corpus, np.arange(len(corpus.ids)), 198)
     means = data.fbank(batch.x / 32768, 80).mean(1)  # (clips, 80)
     means -= means[corpus.pick("train")].mean(0)
@@ -755,13 +708,16 @@ def test_noise_has_the_ratio_that_is_asked_for(tmp_path):
     x = 1000 * torch.randn(20, data.samples_of(60))
     lengths = torch.full((20,), 5000)
     x[:, 5000:] = 0  # padding is no part of the signal's power
+    batch = data.Batch(x, lengths, lengths, lengths.numpy())
     for sounds in ("generated", data.open_sounds(tmp_path / "noises", tmp_path / "cache")):
-        batch = data.Batch(x, lengths, lengths, lengths.numpy())
         added = data.augment_waves(batch, 1, 60, noise=sounds, share=0.6, snr=(7, 7)).x - x
         power = added[:, :5000].square().mean(1)  # (B,)
         ratio = 10 * (x.square().sum(1) / 5000 / power).log10()[power > 0]
         assert_close(ratio, torch.full((12,), 7.0), atol=0.01, rtol=0)  # a share of 60 %
         assert (data.augment_waves(batch, 1, 60, rooms=sounds, share=1).x != x).any(1).all()
+    one = data.Batch(x[:1], lengths[:1], lengths[:1], lengths[:1].numpy())
+    for _ in range(8):  # it has no neighbours for a babble
+        assert data.augment_waves(one, 1, 60, noise="generated", share=1.0).x.isfinite().all()
 
 
 @pytest.mark.parametrize("silent", ["noise", "clip", "room"])
@@ -777,45 +733,30 @@ def test_a_silent_clip_noise_or_room_leaves_the_clip_as_it_is(silent):
     assert torch.equal(data.augment_waves(batch, 1, 60, share=1.0, **option).x, x)
 
 
-def test_a_batch_of_one_has_no_babble_and_stays_finite():
-    wave = torch.randn(1, 16240)
-    batch = data.Batch(wave, torch.tensor([16240]), torch.tensor([0]), np.arange(1))
-    for _ in range(8):
-        assert data.augment_waves(batch, 1, 100, noise="generated", share=1.0).x.isfinite().all()
-
-
 # --------------------------------------------------------------------------------------------------
 # 2. The AST
 
 
-@pytest.fixture(scope="module")
-def hugging_face(tmp_path_factory):
-    """The folder of an AST of Hugging Face, an input and its output."""
+@torch.no_grad()
+def test_outputs_equal_hugging_faces(tmp_path):
+    """Of AST-tiny's sizes."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model = transformers.ASTModel(transformers.ASTConfig(  # as AST-tiny, 12 layers
+    model = transformers.ASTModel(transformers.ASTConfig(
         hidden_size=192, intermediate_size=768, num_attention_heads=3)).eval()
     for name, p in model.named_parameters():  # random tokens, positions, biases and scales too
-        spread = 0.05 if p.ndim == 1 else 0.02
         if p.ndim == 1 or "embeddings" in name:
-            p.data.add_(torch.randn_like(p) * spread)
-    folder = tmp_path_factory.mktemp("hugging_face")
-    torch.save(model.state_dict(), folder / "memory.pt")
-    model.save_pretrained(folder)
-    transformers.ASTFeatureExtractor(mean=-6.845978, std=5.5654526).save_pretrained(folder)
+            p.data.add_(0.03 * torch.randn_like(p))
+    torch.save(model.state_dict(), tmp_path / "memory.pt")
+    model.save_pretrained(tmp_path)
+    transformers.ASTFeatureExtractor(mean=-6.845978, std=5.5654526).save_pretrained(tmp_path)
     x = torch.randn(1, 1024, 128)
-    with torch.no_grad():
-        return folder, x, model(x).pooler_output
-
-
-@pytest.mark.parametrize("file", ["memory.pt", "model.safetensors"])  # names in version 5, on disk
-@torch.no_grad()
-def test_outputs_equal_hugging_faces(hugging_face, file):
-    folder, x, expected = hugging_face
-    ast, said = load_pretrained(AST("tiny", pool="cls"), folder / file)
-    assert "Hugging Face layout" in said and "eps 1e-12" in said, said
-    assert "mean -6.846, std 5.565" in said, f"preprocessor_config.json is not followed: {said}"
-    assert_close(ast.eval()(x), expected, atol=1e-4, rtol=0)
+    expected = model(x).pooler_output
+    for file in ("memory.pt", "model.safetensors"):  # with the names in version 5, and on disk
+        ast, said = load_pretrained(AST("tiny", pool="cls"), tmp_path / file)
+        assert "Hugging Face layout" in said and "eps 1e-12" in said, said
+        assert "mean -6.846, std 5.565" in said, f"preprocessor_config.json is not followed: {said}"
+        assert_close(ast.eval()(x), expected, atol=1e-4, rtol=0)
 
 
 def test_a_damaged_preprocessor_config_is_named(tmp_path):
@@ -859,28 +800,21 @@ def test_the_original_layout_loads_with_its_stride_and_grid(tmp_path, stride, gr
     grey = theirs.patch.weight / colours
     state["module.v.patch_embed.proj.weight"] = grey.repeat(1, colours, 1, 1)
     torch.save(state, tmp_path / "a.pth")
-    ours, said = load_pretrained(AST("nano", stride=10, grid=(12, 101)), tmp_path / "a.pth")
+    given = AST("nano", stride=10, grid=(12, 101), eps=1e-12)
+    before = copy.deepcopy(given.state_dict())
+    ours, said = load_pretrained(given, tmp_path / "a.pth")
     assert (ours.stride, ours.grid) == (stride, grid), said
+    assert ours.norm.eps == ours.blocks[0].norm1.eps == 1e-6, "the layout has another eps"
     x = torch.randn(1, 300, 128)
     assert_close(ours(x), theirs(x), atol=1e-6, rtol=0)
-
-
-def test_loading_leaves_the_given_ast_as_it_was(tmp_path):
-    given = AST("nano", eps=1e-12)
-    before = copy.deepcopy(given.state_dict())
-    torch.save(original_layout(AST("nano")), tmp_path / "a.pth")
-    loaded, _ = load_pretrained(given, tmp_path / "a.pth")
-    assert all(map(torch.equal, before.values(), given.state_dict().values())), "it was changed"
-    assert loaded.norm.eps == loaded.blocks[0].norm1.eps == 1e-6, "the layout has another eps"
+    assert all(map(torch.equal, before.values(), given.state_dict().values())), "given was changed"
 
 
 @pytest.mark.parametrize("extra", [
-    dict(args=argparse.Namespace(lr=1e-3)),
-    dict(best=np.float64(0.4), epoch=np.int64(3), done=np.bool_(True))],
-    ids=["argparse", "numbers"])
+    argparse.Namespace(lr=1e-3), np.float64(0.4), np.int64(3), np.bool_(True)], ids=str)
 def test_a_training_state_saved_whole_loads(tmp_path, extra):
     theirs = AST("nano")
-    torch.save(dict(model=theirs.state_dict(), optimizer={}, **extra), tmp_path / "state.pth")
+    torch.save(dict(model=theirs.state_dict(), optimizer={}, extra=extra), tmp_path / "state.pth")
     ours, _ = load_pretrained(AST("nano"), tmp_path / "state.pth")
     assert torch.equal(ours.pos_embed, theirs.pos_embed)
 
@@ -892,53 +826,46 @@ def positions(f, t, grid=(12, 101), picture=False):
     return ast.positions(f, t)[0, 2:, 0].reshape(f, t)
 
 
-@pytest.mark.parametrize("columns, start", [(9, 46), (50, 25), (101, 0)])
-def test_positions_of_shorter_clips_are_cropped_in_the_middle(columns, start):
+@pytest.mark.parametrize("rows, columns, top, left", [
+    (12, 9, 0, 46), (12, 50, 0, 25), (12, 101, 0, 0), (8, 9, 2, 46)])  # from row 6 less half of 8
+def test_positions_of_shorter_clips_are_cropped_in_the_middle(rows, columns, top, left):
     stored = torch.arange(12 * 101.0).reshape(12, 101)
-    assert torch.equal(positions(12, columns), stored[:, start : start + columns])
+    assert torch.equal(positions(rows, columns), stored[top : top + rows, left : left + columns])
 
 
-def test_positions_of_fewer_rows_start_in_row_6_less_half_of_them():
-    assert positions(8, 9)[0, 0] == 2 * 101 + 46
-
-
-def test_positions_of_longer_clips_are_interpolated():
-    longer = positions(12, 202)
-    assert longer[0, 1] == 0.25 and longer[0, 2] == 0.75, "pixel centres should be kept"
-
-
-def test_a_pictures_positions_are_stretched_over_the_whole_clip():
+def test_positions_of_longer_clips_are_interpolated_and_a_pictures_are_stretched():
+    assert positions(12, 202)[0, 1:3].tolist() == [0.25, 0.75], "pixel centres should be kept"
     stretched = positions(2, 8, grid=(4, 4), picture=True)
-    assert_close(stretched[:, 0], torch.tensor([2.0, 10.0]))  # between rows 0 and 1, 2 and 3
-    assert_close(stretched[0], 2 + torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]))
+    assert stretched[:, 0].tolist() == [2, 10], "between rows 0 and 1, 2 and 3"
+    assert stretched[0].tolist() == [2, 2.25, 2.75, 3.25, 3.75, 4.25, 4.75, 5]
 
 
 @pytest.fixture(scope="module")
-def picture():
-    """Random weights of a small Vision Transformer in DINOv2's layout: width 64, 2 heads."""
+def picture(tmp_path_factory):
+    """A small Vision Transformer, width 64, 2 heads: (weights in DINOv2's layout, an AST that
+    starts from them, the sentence about it)."""
     torch.manual_seed(0)
-    shapes = {"cls_token": (1, 1, 64), "mask_token": (1, 64), "pos_embed": (1, 1 + 5 * 5, 64)}
-    layers = {"patch_embed.proj": (64, 3, 14, 14), "norm": (64,)}
-    for block in ("blocks.0", "blocks.1", "blocks.2", "blocks.3"):
-        shapes |= {f"{block}.ls1.gamma": (64,), f"{block}.ls2.gamma": (64,)}
-        layers |= {f"{block}.norm1": (64,), f"{block}.norm2": (64,)}
-        layers |= {f"{block}.attn.qkv": (192, 64), f"{block}.attn.proj": (64, 64)}
-        layers |= {f"{block}.mlp.fc1": (256, 64), f"{block}.mlp.fc2": (64, 256)}
-    for name, shape in layers.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return {key: 0.2 * torch.randn(shape) for key, shape in shapes.items()}
+    shapes = {"cls_token": (1, 1, 64), "mask_token": (1, 64), "pos_embed": (1, 1 + 5 * 5, 64),
+              "patch_embed.proj.weight": (64, 3, 14, 14), "patch_embed.proj.bias": (64,),
+              "norm.weight": (64,), "norm.bias": (64,)}
+    layers = {"norm1": (64,), "attn.qkv": (192, 64), "attn.proj": (64, 64),
+              "norm2": (64,), "mlp.fc1": (256, 64), "mlp.fc2": (64, 256)}
+    for n in range(4):
+        shapes |= {f"blocks.{n}.ls1.gamma": (64,), f"blocks.{n}.ls2.gamma": (64,)}
+        for name, shape in layers.items():
+            shapes |= {f"blocks.{n}.{name}.weight": shape, f"blocks.{n}.{name}.bias": shape[:1]}
+    state = {key: 0.2 * torch.randn(shape) for key, shape in shapes.items()}
+    file = tmp_path_factory.mktemp("picture") / "vit.pth"
+    torch.save(state, file)
+    return state, *load_pretrained(AST("nano", stride=10, grid=(12, 101)), file)
 
 
 def picture_block(state, n, x):
     """Block n as DINOv2 computes it, x + gamma * branch(norm(x)) twice: (B, N, 64)."""
     part = {key.removeprefix(f"blocks.{n}."): value for key, value in state.items()}
-
-    def linear(name, x):
-        return F.linear(x, part[f"{name}.weight"], part[f"{name}.bias"])
-
-    def norm(name, x):
-        return F.layer_norm(x, (64,), part[f"{name}.weight"], part[f"{name}.bias"], eps=1e-6)
-
+    weight = lambda name: (part[f"{name}.weight"], part[f"{name}.bias"])
+    linear = lambda name, x: F.linear(x, *weight(name))
+    norm = lambda name, x: F.layer_norm(x, (64,), *weight(name), eps=1e-6)
     qkv = linear("attn.qkv", norm("norm1", x)).reshape(*x.shape[:2], 3, 2, 32)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, 2, N, 32)
     y = (q @ k.mT / 32**0.5).softmax(dim=3) @ v
@@ -947,54 +874,44 @@ def picture_block(state, n, x):
     return x + part["ls2.gamma"] * linear("mlp.fc2", y)
 
 
-@pytest.fixture
-def from_picture(picture, tmp_path):
-    """An AST that starts from these weights, and the sentence about it."""
-    torch.save(picture, tmp_path / "vit.pth")
-    return load_pretrained(AST("nano", stride=10, grid=(12, 101)), tmp_path / "vit.pth")
-
-
 @torch.no_grad()
-def test_dinov2s_blocks_are_the_same_block_by_block(picture, from_picture):
-    ast, said = from_picture
+def test_dinov2s_blocks_are_the_same_block_by_block(picture):
+    state, ast, said = picture
     assert "DINOv2 layout" in said and "5 x 5, stride 16, eps 1e-06" in said, said
     x = torch.randn(2, 7, 64)
     for n, block in enumerate(ast.blocks):
-        expected = picture_block(picture, n, x)
+        expected = picture_block(state, n, x)
         x = block(x)
         assert_close(x, expected, atol=1e-5, rtol=1e-5, msg=f"block {n} computes something else")
 
 
 @torch.no_grad()
-def test_dinov2s_patches_answer_to_an_even_picture_as_before(picture):
+def test_dinov2s_patches_answer_to_an_even_picture_as_before():
     even = torch.ones(64, 3, 14, 14)
-    state = {"patch.weight": even, "cls_token": torch.ones(1), "pos_embed": picture["pos_embed"]}
+    positions = torch.ones(1, 1 + 5 * 5, 64)
+    state = {"patch.weight": even, "cls_token": torch.ones(1), "pos_embed": positions}
     larger = ast_adapters.from_dinov2(state)["patch.weight"]
     assert larger.shape == (64, 3, 16, 16)
     assert_close(larger.sum((2, 3)), even.sum((2, 3)))
 
 
-def test_dinov2s_positions_are_stretched_and_dist_is_a_copy_of_cls(picture, from_picture):
-    ast, _ = from_picture
+def test_dinov2s_positions_are_stretched_and_dist_is_a_copy_of_cls(picture):
+    state, ast, _ = picture
     drawn = ast.positions(8, 6)
     assert torch.equal(drawn[:, 0], drawn[:, 1]), "DIST stands elsewhere than CLS"
     assert torch.equal(ast.dist_token, ast.cls_token), "DIST is no copy of CLS"
-    stored = picture["pos_embed"][:, 1:].transpose(1, 2).unflatten(2, (5, 5))
+    stored = state["pos_embed"][:, 1:].transpose(1, 2).unflatten(2, (5, 5))
     whole = F.interpolate(stored, size=(8, 6), mode="bilinear")
     assert_close(drawn[:, 2:], whole.flatten(2).transpose(1, 2))
 
 
-@torch.no_grad()
-def test_the_shared_dinov2_file_loads():
-    file = REAL / "dinov2-small" / "dinov2_vits14.safetensors"
-    if not file.exists():
-        pytest.skip(f"no {file}")
-    with torch.device("meta"):  # random weights would only be thrown away
-        plain = AST("small")
-    ast, said = load_pretrained(plain, file)
-    assert "199 tensors, positions 37 x 37, stride 16" in said, said
-    embedding = ast.eval()(torch.randn(1, 100, 128))
-    assert embedding.shape == (1, 384) and embedding.isfinite().all()
+def torchs_attention(ours):
+    """Torch's own layer with the weights of one of ours."""
+    theirs = nn.MultiheadAttention(ours.o.in_features, ours.heads, batch_first=True)
+    theirs.in_proj_weight.data = torch.cat([ours.q.weight, ours.k.weight, ours.v.weight]).detach()
+    theirs.in_proj_bias.data = torch.cat([ours.q.bias, ours.k.bias, ours.v.bias]).detach()
+    theirs.out_proj.load_state_dict(ours.o.state_dict())
+    return theirs
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -1002,13 +919,9 @@ def test_the_shared_dinov2_file_loads():
 def test_attention_is_torchs_own_also_written_out_in_bfloat16(tokens, bfloat16):
     torch.manual_seed(0)
     ours = ast_adapters.Attention(96, 3)
-    theirs = nn.MultiheadAttention(96, 3, batch_first=True)
-    theirs.in_proj_weight.data = torch.cat([ours.q.weight, ours.k.weight, ours.v.weight]).detach()
-    theirs.in_proj_bias.data = torch.cat([ours.q.bias, ours.k.bias, ours.v.bias]).detach()
-    theirs.out_proj.load_state_dict(ours.o.state_dict())
     x = torch.randn(2, tokens, 96).requires_grad_()
     weight = torch.randn(2, tokens, 96)
-    exact, _ = theirs(x, x, x)
+    exact, _ = torchs_attention(ours)(x, x, x)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         out = ours(x)
     room = 0.01 if bfloat16 else 1e-5
@@ -1025,23 +938,14 @@ class Payload(str):
         return open, (str(self), "w")
 
 
-def test_code_in_a_checkpoint_never_runs(tmp_path):
-    torch.save(Payload(tmp_path / "owned"), tmp_path / "code.pt")
-    with pytest.raises(ValueError, match="code.pt is no checkpoint .* never run"):
-        load_pretrained(AST("nano"), tmp_path / "code.pt")
-    assert not (tmp_path / "owned").exists(), "the code has run"
-
-
-def without(key):
-    state = AST("nano").state_dict()
-    del state[key]
-    return state
+def nano_without(key):
+    return {name: value for name, value in AST("nano").state_dict().items() if name != key}
 
 
 @pytest.mark.parametrize("content, sentence", [
-    (lambda: without("pos_embed"), "it has no pos_embed"),
-    (lambda: without("cls_token"), "is not an AST-nano: .*cls_token"),
-    (lambda: without("norm.bias"), "is not an AST-nano: .*norm.bias"),
+    (lambda: nano_without("pos_embed"), "it has no pos_embed"),
+    (lambda: nano_without("cls_token"), "is not an AST-nano: .*cls_token"),
+    (lambda: nano_without("norm.bias"), "is not an AST-nano: .*norm.bias"),
     (lambda: original_layout(AST("tiny")), "is not an AST-nano: .*size mismatch"),
     (lambda: AST("nano", grid=(1, 5)).state_dict(), "5 positions are no grid"),
     (lambda: {"blocks.0.ls1.gamma": torch.ones(3)}, "it has no blocks.0.attn.o.weight"),
@@ -1052,33 +956,25 @@ def test_other_weights_are_refused_with_a_sentence(tmp_path, content, sentence):
         load_pretrained(AST("nano"), tmp_path / "a.pt")
 
 
-GOOD = dict(dtype="F32", shape=[1], data_offsets=[0, 4])
-HEADERS = [[], {"a": 3}, {"a": GOOD | dict(data_offsets="04")}, {"a": GOOD | dict(shape="x")},
-           {"a": GOOD | dict(data_offsets=[-4, 0])}]
-
-
-@pytest.mark.parametrize("header", HEADERS, ids=str)
-def test_damaged_safetensors_are_refused_with_a_sentence(tmp_path, header):
+def safetensors(header):
     text = json.dumps(header).encode()
-    file = tmp_path / "a.safetensors"
-    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    with pytest.raises(ValueError, match="a.safetensors is no checkpoint .* damaged"):
-        load_pretrained(AST("nano"), file)
+    return len(text).to_bytes(8, "little") + text + bytes(4)
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
-def test_text_is_no_checkpoint(tmp_path, name):
-    (tmp_path / name).write_bytes(b"no checkpoint")
+@pytest.mark.parametrize("name, content", [
+    ("a.pt", b"no checkpoint"), ("a.safetensors", b"no checkpoint"),
+    ("a.safetensors", safetensors([])), ("a.safetensors", safetensors({"a": 3})),
+    *(("a.safetensors", safetensors({"a": dict(dtype="F32", shape=shape, data_offsets=offsets)}))
+      for shape, offsets in (([1], "04"), ([1], [-4, 0]), ("x", [0, 4])))])
+def test_a_damaged_checkpoint_is_refused_with_a_sentence(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} is no checkpoint .* damaged"):
         load_pretrained(AST("nano"), tmp_path / name)
 
 
-def test_a_missing_checkpoint_is_said_to_be_missing(tmp_path):
+def test_a_missing_file_and_an_adapted_ast_are_refused_with_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint at"):
         load_pretrained(AST("nano"), tmp_path / "none.pt")
-
-
-def test_an_adapted_ast_is_no_place_to_load_into():
     with pytest.raises(ValueError, match="load into a plain AST: this one carries 'linear'"):
         load_pretrained(adapt(AST("nano"), "linear"), "a.pt")
 
@@ -1088,19 +984,11 @@ def test_an_adapted_ast_is_no_place_to_load_into():
 
 
 @pytest.mark.parametrize("method, options, trainable", [
-    ("linear", {}, 1_536),
-    ("bitfit", {}, 102_144),
-    ("full", {}, 86_187_264),
-    ("prompt-shallow", {}, 231_936),
-    ("prompt-deep", {}, 231_936),
-    ("prefix", {}, 222_720),
-    ("lora", {}, 222_720),
-    ("adapter", {}, 250_512),
-    ("adapter", dict(where="both"), 499_488),
-    ("conformer", {}, 253_824),  # without the dead LayerNorm
-    ("conformer", dict(where="both"), 506_112),
-    ("dense-moa", {}, 923_724),
-    ("soft-moa", {}, 923_640)])
+    ("linear", {}, 1_536), ("bitfit", {}, 102_144), ("full", {}, 86_187_264),
+    ("prompt-shallow", {}, 231_936), ("prompt-deep", {}, 231_936), ("prefix", {}, 222_720),
+    ("lora", {}, 222_720), ("dense-moa", {}, 923_724), ("soft-moa", {}, 923_640),
+    ("adapter", {}, 250_512), ("adapter", dict(where="both"), 499_488),
+    ("conformer", {}, 253_824), ("conformer", dict(where="both"), 506_112)])  # no dead LayerNorm
 def test_counts_of_parameters_are_the_published_ones(method, options, trainable):
     """P1 and its code, on AST-base, without the head."""
     with torch.device("meta"):
@@ -1149,20 +1037,12 @@ def test_a_method_starts_as_the_frozen_model(case):
         assert same, "the added path is not zero at the start"
 
 
-def moved_and_trained(case):
+def test_a_method_moves_all_that_it_counts_and_nothing_that_is_frozen(case):
     before = case.fresh.state_dict()
     moved = {k for k, v in case.ast.state_dict().items() if not torch.equal(v, before[k])}
-    return moved, {n for n, p in case.ast.named_parameters() if p.requires_grad}
-
-
-def test_a_method_moves_nothing_that_is_frozen(case):
-    moved, trained = moved_and_trained(case)
+    trained = {name for name, p in case.ast.named_parameters() if p.requires_grad}
     frozen = moved - trained - {name for name, _ in case.ast.named_buffers()}
     assert not frozen, f"moved though frozen: {frozen}"
-
-
-def test_a_method_moves_all_that_it_counts(case):
-    moved, trained = moved_and_trained(case)
     still = {name for name in trained - moved if not BLIND.search(name)}
     assert not still, f"counted as trainable, and never moved: {still}"
 
@@ -1174,30 +1054,23 @@ def test_checkpointing_trains_the_same(case):
     assert all(map(torch.equal, case.ast.parameters(), saving.parameters())), "other gradients"
 
 
-def test_an_adapter_lives_in_its_file(case, tmp_path):
+def test_an_adapter_lives_in_its_file_and_leaves_its_backbone_as_it_was(case, tmp_path):
     torch.save(case.state, tmp_path / "adapter.pt")
     state = torch.load(tmp_path / "adapter.pt", weights_only=True)
-    twin = ast_adapters.load_adapter(copy.deepcopy(case.plain), state).eval()
+    plain = copy.deepcopy(case.plain)
+    twin = ast_adapters.load_adapter(plain, state).eval()
     assert torch.equal(twin(case.x), case.ast(case.x)), "what is read is not what was saved"
+    same = map(torch.equal, plain.parameters(), case.plain.parameters())
+    assert all(same), "the adapter wrote into the backbone's weights"
     if case.method != "full":
         numbers = sum(v.numel() for v in state["weights"].values())
         assert numbers < 2e5, f"the file holds {numbers} of the backbone's 300,000 numbers"
 
 
-def test_loading_an_adapter_leaves_its_backbone_as_it_was(case):
-    plain = copy.deepcopy(case.plain)
-    ast_adapters.load_adapter(plain, case.state)
-    same = map(torch.equal, plain.parameters(), case.plain.parameters())
-    assert all(same), "the adapter wrote into the backbone's weights"
-
-
-def test_a_damaged_adapter_is_refused(case):
+def test_a_damaged_adapter_and_one_of_another_backbone_are_refused(case):
     part = case.state | {"weights": {"norm.bias": case.plain.norm.bias}}
     with pytest.raises(ValueError, match="this adapter is damaged"):
         ast_adapters.load_adapter(copy.deepcopy(case.plain), part)
-
-
-def test_an_adapter_of_another_backbone_is_refused(case):
     other = copy.deepcopy(case.plain)
     other.blocks[0].mlp.fc1.bias.data += 1
     if case.method == "full":  # its file is the whole model
@@ -1220,7 +1093,6 @@ def test_what_blocks_share_is_counted_once_stored_once_and_read(monkeypatch):
         ast_adapters.insert_scales(ast, ["attn.o"], shift=False)
         for block in ast.blocks:
             block.attn.o.scale = ast.blocks[0].attn.o.scale
-
     monkeypatch.setitem(METHODS, "shared", (insert, {}))
     plain = AST("nano")
     ast = adapt(copy.deepcopy(plain), "shared")
@@ -1250,10 +1122,8 @@ def test_a_method_takes_any_length_and_bfloat16(method, options, monkeypatch):
         assert_close(y, ast(x), atol=0.1, rtol=0)
 
 
-SAME_GRAPH = {"linear", "bitfit", "prompt-shallow"}  # as full, full, prompt-deep
-
-
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - SAME_GRAPH))
+@pytest.mark.parametrize("method", sorted(
+    METHODS.keys() - {"linear", "bitfit", "prompt-shallow"}))  # compiled as full, full, prompt-deep
 def test_a_method_takes_torch_compile(method, monkeypatch):
     ast = small_ast(method, {}, monkeypatch)
     torch._dynamo.reset()
@@ -1281,16 +1151,12 @@ def test_without_positions_only_the_conformer_adapter_sees_order(method, pos_emb
         assert not same, "it does not see the order"
 
 
-def test_lora_by_hand():
+def test_lora_and_the_lengths_of_doras_rows_by_hand():
     linear = nn.Linear(5, 4)
     lora = ast_adapters.LoRA(linear, rank=2, alpha=6)
     nn.init.normal_(lora.B)
     x = torch.randn(3, 5)
     assert_close(lora(x), x @ (linear.weight + 3 * lora.B @ lora.A).T + linear.bias)
-
-
-def test_doras_rows_have_the_length_of_their_magnitude():
-    linear = nn.Linear(5, 4)
     dora = ast_adapters.DoRA(linear, rank=2, alpha=2)
     nn.init.normal_(dora.B)
     dora.m.data.mul_(2)
@@ -1336,22 +1202,16 @@ def test_convpass_mixes_neighbours_in_the_grid_of_patches():
     assert not differs[:2].any(), "CLS and DIST are nobody's neighbours"
 
 
-def test_the_dense_mixture_by_hand():
+def test_the_mixtures_by_hand():
+    """The soft one a clip at a time, as the equations stand in the paper."""
     dense = ast_adapters.DenseMoA(8, 2, experts=3)
-    for expert in dense.experts:
+    soft = ast_adapters.SoftMoA(8, 2, experts=3, slots=2)
+    for expert in (*dense.experts, *soft.experts):
         nn.init.normal_(expert.up.weight)
     x = torch.randn(2, 5, 8)
     share = F.softmax(dense.router(x), dim=2)
     expected = torch.stack([expert(x) for expert in dense.experts], 3) @ share[..., None]
     assert_close(dense(x), expected[..., 0])
-
-
-def test_the_soft_mixture_by_hand():
-    """One clip at a time, as the equations stand in the paper."""
-    soft = ast_adapters.SoftMoA(8, 2, experts=3, slots=2)
-    for expert in soft.experts:
-        nn.init.normal_(expert.up.weight)
-    x = torch.randn(2, 5, 8)
     for b in range(2):
         logits = x[b] @ soft.phi  # (5, 6)
         inputs = logits.softmax(0).T @ x[b]  # (6, 8)
@@ -1364,12 +1224,9 @@ def test_the_soft_mixture_by_hand():
     ("linear", dict(rank=3), "unknown option of 'linear' 'rank': it has none"),
     ("lora", dict(rnk=3), "unknown option of 'lora' 'rnk': choose from rank, alpha, targets"),
     ("lora", dict(targets="qx"), "name some of q, k, v, o"),
-    ("adapter", dict(rank=0), "at least 1"),
-    ("adapter", dict(rank=2.5), "a whole number"),
-    ("adapter", dict(rank=65), "at most 64"),
-    ("conformer", dict(kernel=51), "at most 50"),
-    ("adapter", dict(where="top"), "from ffn, mhsa, both"),
-    ("prefix", dict(tokens=7), "7 is odd"),
+    ("adapter", dict(rank=0), "at least 1"), ("adapter", dict(rank=2.5), "a whole number"),
+    ("adapter", dict(rank=65), "at most 64"), ("conformer", dict(kernel=51), "at most 50"),
+    ("adapter", dict(where="top"), "from ffn, mhsa, both"), ("prefix", dict(tokens=7), "7 is odd"),
     ("adapter", dict(at="before"), "sequential")])
 def test_bad_options_are_answered_with_a_sentence(method, options, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
@@ -1392,10 +1249,7 @@ def test_the_drawn_attention_is_that_of_the_pooled_tokens(pool, queries):
     read = []
     inner.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
     drawn = ast_adapters.pooled_attention(ast, torch.randn(1, 60, 128))  # (1, 8, 3)
-    theirs = nn.MultiheadAttention(64, 2, batch_first=True)
-    theirs.in_proj_weight.data = torch.cat([inner.q.weight, inner.k.weight, inner.v.weight])
-    theirs.in_proj_bias.data = torch.cat([inner.q.bias, inner.k.bias, inner.v.bias])
-    _, weights = theirs(read[0], read[0], read[0])  # (1, N, N), the mean of the heads
+    _, weights = torchs_attention(inner)(read[0], read[0], read[0])  # (1, N, N), of all heads
     expected = weights[:, queries].mean(dim=1)  # (1, N)
     assert_close(drawn.flatten(1), expected[:, 2 + 3 :])
 
@@ -1410,8 +1264,6 @@ BLOCKS = [(sv.BasicBlock, 16, 32, dict(stride=2), (2, 16, 6, 10)),
           (sv.SERes2Block, 32, 32, dict(dilation=2, bottleneck=4), (2, 32, 1, 20)),
           (sv.MultiScaleBlock, 16, 32, {}, (2, 16, 1, 20)),
           (sv.RecurrentBlock, 32, 32, {}, (2, 32, 1, 20))]
-EIGHT = [.9, .8, .7, .3, .6, .5, .2, .1]
-SAME = [1, 1, 1, 1, 0, 0, 0, 0]
 
 
 def slim(name, **options):
@@ -1443,7 +1295,7 @@ def test_light_hosts_keep_their_budget(name, millions, giga):
 
 @pytest.mark.parametrize("name", SLIM)
 @pytest.mark.parametrize("options", LIGHT.values(), ids=LIGHT)
-def test_every_parameter_is_trained_and_reloads(name, options):
+def test_every_parameter_is_trained(name, options):
     x = torch.randn(4, 60, 40)
     y = torch.arange(4)
     head = sv.AAMSoftmax(24, 5)
@@ -1458,17 +1310,6 @@ def test_every_parameter_is_trained_and_reloads(name, options):
     for key, p in encoder.named_parameters():
         assert p.grad.isfinite().all(), f"the gradient of {key} is not finite"
         assert p.grad.abs().max() > 1e-7, f"{key} gets no gradient but rounding noise"
-    again = slim(name, **options).eval()
-    again.load_state_dict(encoder.state_dict())
-    assert_close(again(x), encoder.eval()(x), msg="a reloaded encoder gives other embeddings")
-
-
-@pytest.mark.parametrize("name", SLIM)
-def test_lightening_shrinks_a_host_and_only_the_module_costs_parameters(name):
-    plain, module, none, mean, shared = [size(slim(name, **o)) for o in LIGHT.values()]
-    assert plain > module, "a light host is not smaller than the plain one"
-    assert module > none == mean, "the module alone has parameters of its own"
-    assert mean > shared, "shared weights save nothing"
 
 
 @pytest.mark.parametrize("block, d_in, d_out, options, shape", BLOCKS)
@@ -1495,15 +1336,12 @@ def test_shared_weights_treat_all_subsets_alike(block, d_in, d_out, options, sha
     assert_close(light(torch.cat([half, half], dim=1)), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_module_starts_as_the_identity_and_adds_no_digits(dtype):
-    x = torch.randn(2, 32, 6, 10).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        assert_close(sv.TransformationModule(32, 2)(x), x, rtol=0, atol=0)
-
-
-def test_the_module_by_hand():
+def test_the_module_starts_as_the_identity_and_by_hand():
     module = sv.TransformationModule(2, 2).eval()  # two subsets of one channel
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 2, 6, 10).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            assert_close(module(x), x, rtol=0, atol=0, msg="it should start as the identity")
     nn.init.zeros_(module.gate.weight)
     module.gate.bias.data = torch.tensor([math.log(3.0), 0.0])  # a = 3/4 and 1/4
     module.gamma.data = torch.tensor([1.0, 2.0])
@@ -1512,26 +1350,15 @@ def test_the_module_by_hand():
     assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_context_stands_beside_every_frame():
+def test_pooling_by_hand_with_the_context_beside_every_frame():
+    stats = sv.mean_and_std(torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([0.25, 0.75]))
+    assert_close(stats, torch.tensor([[2.5, math.sqrt(0.25 * 2.25 + 0.75 * 0.25)]]))
     x = torch.randn(2, 8, 1, 20)
     pool = sv.AttentivePooling(8, bottleneck=4)
     context = sv.mean_and_std(x)[:, :, None, None].expand(-1, -1, -1, 20)
     whole = torch.cat([pool.frames.weight, pool.context.weight[:, :, None, None]], dim=1)  # W
     down = torch.tanh(F.conv2d(torch.cat([x, context], dim=1), whole, pool.frames.bias))
     assert_close(pool(x), sv.mean_and_std(x, pool.scores(down).softmax(dim=-1)))
-
-
-def test_equal_scores_pool_the_plain_mean_and_deviation():
-    x = torch.randn(1, 8, 1, 20)
-    pool = sv.AttentivePooling(8, bottleneck=4)
-    nn.init.zeros_(pool.scores.weight)
-    expected = torch.cat([x.mean(-1), x.std(-1, correction=0)], dim=1).squeeze(2)
-    assert_close(pool(x), expected)
-
-
-def test_weighted_mean_and_deviation_by_hand():
-    stats = sv.mean_and_std(torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([0.25, 0.75]))
-    assert_close(stats, torch.tensor([[2.5, math.sqrt(0.25 * 2.25 + 0.75 * 0.25)]]))
 
 
 @pytest.mark.parametrize("layer, macs", [
@@ -1541,12 +1368,6 @@ def test_weighted_mean_and_deviation_by_hand():
 def test_macs_by_hand(layer, macs):
     layer.mels = 6
     assert sv.count_macs(layer, frames=50) == macs
-
-
-def test_timing_leaves_the_threads_alone():
-    threads = torch.get_num_threads()
-    assert sv.latency_ms(slim("amcrn"), frames=50, repeats=1) > 0
-    assert torch.get_num_threads() == threads
 
 
 def test_aam_softmax_by_hand():
@@ -1568,12 +1389,8 @@ def test_aam_softmax_has_a_gradient_where_embedding_and_weight_are_parallel(sign
 
 
 @pytest.mark.parametrize("targets, others, eer, dcf", [  # a digit is a score
-    ("456", "123", 0, 0),
-    ("123", "456", 100, 1),
-    ("9873", "6521", 25, 1 / 4),
-    ("984", "75321", 100 / 3, 1 / 3),
-    ("5599", "5119", 100 / 3, 1),
-    ("55", "55", 50, 1)])
+    ("456", "123", 0, 0), ("123", "456", 100, 1), ("9873", "6521", 25, 1 / 4),
+    ("984", "75321", 100 / 3, 1 / 3), ("5599", "5119", 100 / 3, 1), ("55", "55", 50, 1)])
 def test_error_rates_by_hand_whatever_the_order(targets, others, eer, dcf):
     scores = [int(digit) for digit in targets + others]
     labels = np.repeat([1, 0], [len(targets), len(others)])
@@ -1597,19 +1414,17 @@ def test_adaptive_s_norm_by_hand():
     assert score == pytest.approx([2.0, -2.0])
 
 
-def test_a_threshold_gives_the_error_rates_that_belong_to_it():
-    assert sv.error_rates_at(EIGHT, SAME, sv.threshold_at(EIGHT, SAME)) == (.25, .25)
-    assert sv.error_rates_at(EIGHT, SAME, .3) == (0, .5), "a score at the threshold is accepted"
-
-
-def test_a_score_file_gives_error_rates_or_the_line_that_is_bad(tmp_path, capsys):
-    path = tmp_path / "scores.txt"
-    path.write_text("".join(f"a b {score} {label}\n" for score, label in zip(EIGHT, SAME)))
-    sv.main([str(path)])
+def test_a_threshold_and_a_score_file_give_error_rates(tmp_path, capsys):
+    scores = [.9, .8, .7, .3, .6, .5, .2, .1]
+    labels = [1, 1, 1, 1, 0, 0, 0, 0]
+    assert sv.error_rates_at(scores, labels, sv.threshold_at(scores, labels)) == (.25, .25)
+    assert sv.error_rates_at(scores, labels, .3) == (0, .5), "a score at the threshold is accepted"
+    write(tmp_path / "scores", *(f"a b {score} {label}" for score, label in zip(scores, labels)))
+    sv.main([str(tmp_path / "scores")])
     assert "8 trials, 4 of one speaker: EER 25.000 %" in capsys.readouterr().out
-    path.write_text("a b .5 1\na b .5 yes")
+    write(tmp_path / "scores", "a b .5 1", "a b .5 yes")
     with pytest.raises(SystemExit, match="line 2: expected `id_a id_b score label`"):
-        sv.main([str(path)])
+        sv.main([str(tmp_path / "scores")])
 
 
 @pytest.mark.parametrize("call, sentence", [
@@ -1629,19 +1444,13 @@ def test_bad_sizes_features_and_trials_are_answered_with_a_sentence(call, senten
 # --------------------------------------------------------------------------------------------------
 # 5. train.py and the README: helpers, training, files, refusals, tables, use, a pretended GPU
 
-TRAIN = [sys.executable, str(HERE / "train.py")]
 README = (HERE / "README.md").read_text(encoding="utf-8")
+ONE_STEP = ["--epochs=1", "--steps=1"]
 
 
 def tone(label, samples=8000):
     """A clip as those of a class of `folder_corpus`."""
     return 0.5 * np.sin(np.arange(samples) * (label + 1) * 0.3)
-
-
-def write_wav(path, wave, rate=16000):
-    """Write samples (n,) or (n, channels)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(wav_bytes(wave.reshape(len(wave), -1), rate))
 
 
 @pytest.fixture(scope="module")
@@ -1673,10 +1482,10 @@ def told(*arguments):
     return out.getvalue()
 
 
-def as_flags(settings):
+def as_flags(settings, *but):
     flags = ["--no-bf16"]
     for name, value in settings.items():
-        if name != "bf16":
+        if name not in ("bf16", *but):
             flags.append(f"--{name.replace('_', '-')}={value}")
     return flags
 
@@ -1709,11 +1518,6 @@ def stop_after(patch, saves):
     return saved
 
 
-# Every model, through the command line.
-
-ONE_STEP = ["--epochs=1", "--steps=1"]
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_trained_for_a_step(small, tmp_path, method):
     flags = as_flags(small[1] | dict(method=method, out=tmp_path / "run"))
@@ -1726,32 +1530,24 @@ def test_every_method_is_trained_for_a_step(small, tmp_path, method):
 @pytest.mark.parametrize("host", sv.MODELS)
 def test_every_host_is_trained_for_a_step(verified, tmp_path, host, subsets):
     settings = verified[1] | dict(model=host, width=16, subsets=subsets, out=tmp_path / "run")
-    for name in ("init", "method", "speed_perturb", "noise", "reverb"):
-        settings.pop(name, None)
-    printed = told(*as_flags(settings), *ONE_STEP)
+    printed = told(*as_flags(settings, "init", "method", "speed_perturb", "noise", "reverb"),
+                   *ONE_STEP)
     assert "tested once" in printed, printed
     assert 0 <= read_json(tmp_path / "run/results.json")["eer"] <= 100
 
 
-def test_an_option_of_a_method_without_a_field_of_config_is_named(monkeypatch):
-    method, options = METHODS["lora"]
-    monkeypatch.setitem(METHODS, "lora", (method, options | dict(wings=2)))
-    monkeypatch.setattr(train, "METHOD_OPTIONS", ["rank", "wings"])
-    assert "'wings' that is no flag" in told("evaluate", "gone"), "the option is ignored"
-
-
-def test_a_keyword_of_a_host_without_a_field_of_config_is_named(monkeypatch):
+def test_an_option_without_a_field_of_config_is_named(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "METHOD_OPTIONS", ["rank", "wings"])
+        assert "'wings' that is no flag" in told("evaluate", "gone"), "a method's is ignored"
     monkeypatch.setitem(sv.MODELS, "winged", lambda mels=80, wings=2: None)
-    assert "'wings' that is no flag" in told("evaluate", "gone"), "the keyword is ignored"
-
-
-# Going on where a run stopped.
+    assert "'wings' that is no flag" in told("evaluate", "gone"), "a host's is ignored"
 
 
 def kill_after_an_epoch(settings, out):
     """Start or resume a run, and kill it at a random moment after its next epoch."""
     done = log_of(out)
-    command = [*TRAIN, *as_flags(settings), "--out", out, "--resume"]
+    command = [sys.executable, HERE / "train.py", *as_flags(settings), "--out", out, "--resume"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while log_of(out) == done and process.poll() is None:
         time.sleep(0.002)
@@ -1760,89 +1556,61 @@ def kill_after_an_epoch(settings, out):
     assert process.wait() == -9, "the run ended before it could be killed"
 
 
-@pytest.fixture(scope="module", params=[
-    dict(method="lora"), dict(method="conformer", noise="generated", reverb="generated", gain=6.0)],
-    ids=["lora", "augmented"])
-def resumed(request, small, tmp_path_factory):
-    """An unbroken run, and one that was killed twice: (folder, results) of each."""
-    folder = tmp_path_factory.mktemp("resumed")
-    settings = small[1] | request.param | dict(epochs=10)
-    unbroken = folder / "unbroken", run(settings, folder / "unbroken")
-    kill_after_an_epoch(settings, folder / "killed")
-    torch.load(folder / "killed/best.pt", weights_only=True)  # whole, whenever it was killed
-    kill_after_an_epoch(settings, folder / "killed")
-    killed = folder / "killed", run(settings, folder / "killed", resume=True)
-    return unbroken, killed
-
-
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(resumed):
-    (unbroken, expected), (killed, results) = resumed
+def test_a_run_killed_twice_equals_an_unbroken_one_bit_for_bit(small, tmp_path):
+    settings = small[1] | dict(
+        method="conformer", noise="generated", reverb="generated", gain=6.0, epochs=10)
+    expected = run(settings, tmp_path / "unbroken")
+    killed = tmp_path / "killed"
+    kill_after_an_epoch(settings, killed)
+    torch.load(killed / "best.pt", weights_only=True)  # whole, whenever it was killed
+    kill_after_an_epoch(settings, killed)
+    results = run(settings, killed, resume=True)
     machine = dict(seconds=0, peak_mb=0)
-    assert_close(weights(killed), weights(unbroken), atol=0, rtol=0)
+    assert_close(weights(killed), weights(tmp_path / "unbroken"), atol=0, rtol=0)
     assert results | machine == expected | machine, "other results"
     assert log_of(killed) == list(range(1, 11)), "an epoch is logged twice or not at all"
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory, small):
-    """A run that Ctrl-C stopped after its first epoch: (folder, settings, what it said)."""
-    folder = tmp_path_factory.mktemp("stopped")
-    folder_corpus(folder / "root")
-    settings = small[1] | dict(root=str(folder / "root"))
+def stopped(small, tmp_path_factory):
+    """The folder of a run that Ctrl-C stopped after its first epoch."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 1)
-        said = told(*as_flags(settings), "--out", folder / "run")
-    return folder, settings, said
+        assert f"--resume --out {out}" in told(*as_flags(small[1]), "--out", out)
+    return out
 
 
-def test_ctrl_c_names_the_folder_to_resume(stopped):
-    assert f"--resume --out {stopped[0] / 'run'}" in stopped[2]
-
-
-def refused(stopped, sentence, **changes):
-    """Assert that going on is refused with a sentence, and that last.pt stays as it was."""
-    folder, settings, _ = stopped
-    good = (folder / "run/last.pt").read_bytes()
+@pytest.mark.parametrize("fault, changes, sentence", [
+    ("none", {}, "holds a run already"),
+    ("none", dict(resume=True, lr=0.5), "configuration (lr 0.01 -> 0.5)"),
+    ("clip", dict(resume=True), "begun on other clips"),
+    ("disk", dict(resume=True), "No space left")])
+def test_a_refusal_spoils_no_checkpoint(small, stopped, tmp_path, fault, changes, sentence):
+    shutil.copytree(small[1]["root"], tmp_path / "root")
+    shutil.copytree(stopped, tmp_path / "run")
+    part = tmp_path / "run/last.pt.part"
+    if fault == "clip":
+        save_clips(tmp_path, "root/class1/3.wav")
+    if fault == "disk":
+        part.symlink_to("/dev/full")  # every write there answers: no space left
     with pytest.raises((ValueError, OSError), match=re.escape(sentence)):
-        run(settings, folder / "run", **changes)
-    assert (folder / "run/last.pt").read_bytes() == good, "last.pt changed"
-
-
-@pytest.mark.parametrize("changes, sentence", [
-    (dict(lr=0.5, resume=True), "configuration (lr 0.01 -> 0.5)"), ({}, "holds a run already")])
-def test_another_run_is_not_written_over(stopped, changes, sentence):
-    refused(stopped, sentence, **changes)
-
-
-def test_a_run_on_other_clips_is_not_resumed(stopped):
-    clip = stopped[0] / "root/class1/3.wav"
-    sound = clip.read_bytes()
-    clip.write_bytes(sound[:-2000] + bytes(2000))
-    refused(stopped, "begun on other clips", resume=True)
-    clip.write_bytes(sound)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_spoils_no_checkpoint(stopped):
-    part = stopped[0] / "run/last.pt.part"
-    part.symlink_to("/dev/full")  # every write there answers: no space left
-    refused(stopped, "No space left", resume=True)
+        run(small[1], tmp_path / "run", root=str(tmp_path / "root"), **changes)
+    assert (tmp_path / "run/last.pt").read_bytes() == (stopped / "last.pt").read_bytes()
     assert not part.is_symlink(), "a half-written file stays"
 
 
-def test_a_run_of_an_older_program_goes_on(stopped, tmp_path):
+def test_a_run_of_an_older_program_goes_on(small, stopped, tmp_path):
     """Its config lacks a field that is new, and has one that is gone."""
-    out = tmp_path / "run"
-    shutil.copytree(stopped[0] / "run", out)
-    config = read_json(out / "config.json")
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    config = read_json(tmp_path / "config.json")
     del config["snr"]
-    (out / "config.json").write_text(json.dumps(config | dict(wings=2)))
-    run(stopped[1], out, resume=True)
-    assert log_of(out) == [1, 2, 3]
+    write(tmp_path / "config.json", json.dumps(config | dict(wings=2)))
+    run(small[1], tmp_path, resume=True)
+    assert log_of(tmp_path) == [1, 2, 3]
 
 
-# Several processes. The last run of this sweep fails in the second process.
-
+# Several processes. The last run of this sweep fails in the second one.
 WORKER = """
 import train
 
@@ -1868,16 +1636,12 @@ def two_processes(small, tmp_path_factory):
     return folder, done, run(small[1], folder / "one")
 
 
-def test_two_processes_learn_what_one_learns(two_processes):
-    folder, done, _ = two_processes
+def test_two_processes_learn_and_test_what_one_does(two_processes):
+    folder, done, one = two_processes
     assert (folder / "two/lora/last.pt").exists(), done.stderr
     assert_close(weights(folder / "two/lora"), weights(folder / "one"), atol=1e-4, rtol=1e-5)
     expected = pytest.approx(log_of(folder / "one", "loss"), abs=1e-5)
     assert log_of(folder / "two/lora", "loss") == expected, "other losses"
-
-
-def test_two_processes_that_test_half_of_the_clips_each_print_one_accuracy(two_processes):
-    folder, done, one = two_processes
     assert read_json(folder / "two/lora/results.json")["accuracy"] == one["accuracy"]
     assert done.stdout.count("tested once") == 1, "each of them prints"
 
@@ -1895,9 +1659,6 @@ def test_clips_that_do_not_divide_among_processes_are_refused(small, monkeypatch
         train.check_corpus(cfg, train.open_corpus(cfg))
 
 
-# What a run leaves.
-
-
 @pytest.fixture(scope="module")
 def classifier(small):
     """A nano AST that tells the three tones of `small` apart: (path of best.pt, results)."""
@@ -1905,45 +1666,20 @@ def classifier(small):
     return out / "best.pt", run(small[1], out, epochs=10, method="conformer", seed=3)
 
 
-def test_results_are_written_as_they_are_returned(classifier):
-    best, results = classifier
-    assert results == read_json(best.parent / "results.json")
-    assert results["seed"] == 3
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """Let validation give these scores, epoch by epoch; return them and the weights it saw."""
-    scores = []
-    seen = []
-
-    def evaluate(cfg, corpus, model, split, *more, **options):
-        score = scores[len(seen)] if split == "valid" else 50.0
-        if split == "valid":
-            seen.append(copy.deepcopy(model.encoder.state_dict()))
-        return dict(accuracy=score, score=score)
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    return scores, seen
-
-
 @pytest.mark.parametrize("scores, best", [((50.0, 80.0, 20.0), 2), ((50.0, 80.0, 80.0, 20.0), 3)],
                          ids=["the best epoch", "the later of equal ones"])
-def test_best_pt_holds_the_weights_of(small, scripted, tmp_path, scores, best):
-    scripted[0].extend(scores)
+def test_best_pt_holds_the_weights_of(small, tmp_path, monkeypatch, scores, best):
+    seen = []  # the weights that validation saw
+
+    def evaluate(cfg, corpus, model, split, *more, **options):
+        if split == "valid":
+            seen.append(copy.deepcopy(model.encoder.state_dict()))
+        return dict(accuracy=50.0, score=scores[len(seen) - 1])
+    monkeypatch.setattr(train, "evaluate", evaluate)
     run(small[1], tmp_path, epochs=len(scores))
     saved = torch.load(tmp_path / "best.pt", weights_only=True)
     assert saved["epoch"] == best
-    assert_close(saved["encoder"], scripted[1][best - 1], atol=0, rtol=0)
-
-
-def test_an_adapter_file_is_small(classifier):
-    best = classifier[0]
-    assert (best.parent / "adapter.pt").stat().st_size < best.stat().st_size / 5
-
-
-def test_a_log_counts_clips_that_are_there(small, tmp_path):
-    run(small[1], tmp_path, batch_size=10**6)
-    assert max(log_of(tmp_path, "clips_per_second")) < 1e5, "there are 21, not a million"
+    assert_close(saved["encoder"], seen[best - 1], atol=0, rtol=0)
 
 
 def test_a_figure_is_drawn_of_a_log_without_a_new_key(small, tmp_path):
@@ -1951,9 +1687,6 @@ def test_a_figure_is_drawn_of_a_log_without_a_new_key(small, tmp_path):
     write(tmp_path / "log.jsonl", '{"epoch": 1, "loss": 2.5}', '{"epoch": 2, "loss": 1.5}')
     train.draw_log(tmp_path, str(tmp_path / "log.png"))
     assert (tmp_path / "log.png").stat().st_size > 1000
-
-
-# The loop: rates, margin, weight decay, losses; where its time goes.
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
@@ -1988,16 +1721,13 @@ def decaying(method, **options):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_weight_decay_leaves_scales_biases_and_norms_alone(method):
+def test_weight_decay_leaves_scales_biases_and_norms_alone_at_any_rank(method):
     names = decaying(method)
     assert "head.weight" in names, "the head's matrix should decay"
     vectors = ("bias", "scale", "shift", ".m", "norm.weight", "cls_token", "dist_token")
     assert not {name for name in names if name.endswith(vectors)}, "vectors decay"
-
-
-@pytest.mark.parametrize("method", ["lora", "dora", "adapter", "conformer"])
-def test_weight_decay_is_of_the_same_parameters_at_rank_1(method):
-    assert decaying(method, rank=1) == decaying(method, rank=4)
+    if "rank" in METHODS[method][1]:
+        assert decaying(method, rank=1) == names, "other parameters decay at rank 1"
 
 
 def test_a_loss_that_is_not_finite_names_the_clips_of_its_batch(small, tmp_path, monkeypatch):
@@ -2015,95 +1745,36 @@ def test_a_loss_that_is_not_finite_names_the_clips_of_its_batch(small, tmp_path,
     assert all(ids[clip] in str(stop.value) for clip in batches[1]), stop.value
 
 
-@pytest.fixture(scope="module")
-def profiled(small, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("profile")
-    settings = {name: value for name, value in small[1].items() if name != "epochs"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        return folder, told("profile", *as_flags(settings), "--figure", "trace.json")
-
-
-def test_a_profile_has_a_line_for_each_phase_and_they_add_up_to_a_step(profiled):
-    found = re.findall(r"^ *([\d.]+) ms +[\d.]+% +([\w ]+)$", profiled[1], re.M)
+def test_a_profile_has_a_line_for_each_phase_and_writes_its_trace(small, here):
+    printed = told("profile", *as_flags(small[1], "epochs"), "--figure", "trace.json")
+    times = re.findall(r"^ *([\d.]+) ms +[\d.]+% +([\w ]+)$", printed, re.M)
     names = ["data", "augmentation", "features", "forward", "backward", "optimiser", "a step",
              "its products alone"]
-    assert [name for _, name in found] == names, profiled[1]
-    *phases, step, products = (float(ms) for ms, _ in found)
-    assert sum(phases) == pytest.approx(step, abs=0.1)
-    assert 0 < products < step, "the floor should lie below a step"
+    assert [name for _, name in times] == names, printed
+    assert 0 < float(times[-1][0]) < float(times[-2][0]), "the floor should lie below a step"
+    assert os.listdir() == ["trace.json"] and "forward" in Path("trace.json").read_text()
 
 
-def test_a_profile_writes_its_trace_and_nothing_else(profiled):
-    assert os.listdir(profiled[0]) == ["trace.json"]
-    assert "forward" in (profiled[0] / "trace.json").read_text()
-
-
-# Settings: recipes, flags, commands.
-
-
-@pytest.mark.parametrize("corpus, recipe", [  # P1, section 3.1
-    ("esc50", (500, 32, 50, 24, 80)), ("urbansound8k", (400, 32, 30, 24, 80)),
-    ("speechcommands", (100, 128, 75, 0, 0)), ("fluentspeech", (400, 32, 75, 0, 0))])
-def test_recipes_of_corpora_are_p1s(corpus, recipe):
-    cfg = train.with_recipe(train.Config(data=corpus, model="ast-base"))
-    assert (cfg.frames, cfg.batch_size, cfg.epochs, cfg.spec_f, cfg.spec_t) == recipe
-
-
-@pytest.mark.parametrize("method, rate", [
-    ("full", 5e-5), ("linear", 1e-3), ("bitfit", 5e-3), ("lora", 5e-3), ("prefix", 1e-2)])
-def test_recipes_of_methods_are_p1s(method, rate):
-    cfg = train.with_recipe(train.Config(data="esc50", model="ast-base", method=method))
-    assert (cfg.lr, cfg.weight_decay, cfg.warmup) == (rate, 0.1, 0)
-
-
-def test_what_is_typed_wins_over_the_recipe():
-    assert train.with_recipe(train.Config(data="esc50", epochs=2)).epochs == 2
-
-
-def test_every_setting_is_a_flag_of_train():
-    flags = set(re.findall(r"--[\w-]+", told("train", "--help")))
-    assert {f"--{name.replace('_', '-')}" for name in train.FIELDS} <= flags
+@pytest.mark.parametrize("typed, recipe", [  # P1, section 3.1
+    (dict(data="esc50"), dict(frames=500, batch_size=32, epochs=50, spec_f=24, spec_t=80)),
+    (dict(data="urbansound8k"), dict(frames=400, batch_size=32, epochs=30, spec_f=24, spec_t=80)),
+    (dict(data="speechcommands"), dict(frames=100, batch_size=128, epochs=75, spec_f=0)),
+    (dict(data="fluentspeech"), dict(frames=400, batch_size=32, epochs=75, spec_f=0)),
+    (dict(method="full"), dict(lr=5e-5, weight_decay=0.1, warmup=0)),
+    (dict(method="linear"), dict(lr=1e-3)), (dict(method="bitfit"), dict(lr=5e-3)),
+    (dict(method="lora"), dict(lr=5e-3)), (dict(method="prefix"), dict(lr=1e-2)),
+    (dict(data="esc50", epochs=2), dict(epochs=2, frames=500))])  # what is typed wins
+def test_recipes_are_p1s(typed, recipe):
+    cfg = train.with_recipe(train.Config(model="ast-base", **typed))
+    assert {name: getattr(cfg, name) for name in recipe} == recipe
 
 
 @pytest.mark.parametrize("command", train.COMMANDS)
-def test_the_help_of_a_command_has_an_example_that_it_understands(command):
+def test_the_help_names_a_command_and_has_an_example_that_it_understands(command):
+    assert re.search(rf"^ +{command} ", told("--help"), re.M)
     printed = told(command, "--help")
     example = re.search(r"example: python train.py ([^\n]+(?:\n[^\n]+)*)", printed)[1]
     assert train.parse(shlex.split(example))[0] == command
-
-
-def test_the_help_names_every_command():
-    assert set(re.findall(r"^ +([a-z]+) ", told("--help"), re.M)) >= train.COMMANDS.keys()
-
-
-def test_help_says_which_default_will_act():
-    printed = " ".join(told("train", "--help").split())
-    assert "(default: the recipe's)" in printed and "(default: None)" not in printed
-
-
-def refusal(command):
-    """What the parser says to a command line that it refuses."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), pytest.raises((SystemExit, ValueError)) as stop:
-        train.parse(shlex.split(command))
-    return f"{said.getvalue()} {stop.value}"
-
-
-@pytest.mark.parametrize("command, sentence", [
-    ("trian", "did you mean train"), ("evalute RUN", "did you mean evaluate"),
-    ("--metod lora", "did you mean --method"), ("train --epoch 3", "did you mean --epochs"),
-    ("predict RUN a.wav --cvs x", "did you mean --csv"), ("--lrr 1", "did you mean --lr")])
-def test_a_mistyped_word_is_answered_with_the_nearest(command, sentence):
-    assert sentence in refusal(command)
-
-
-@pytest.mark.parametrize("command", [
-    "predict RUN a.wav --epochs 7", "evaluate RUN --lr 1", "verify RUN a.wav b.wav --csv x",
-    "embed RUN a.wav --method lora", "train --csv x", "train --durations 1", "train --as-norm",
-    "compare --method lora", "profile --seeds 2", "sweep rank=1 --durations 1"])
-def test_a_flag_of_another_command_is_refused(command):
-    assert "unrecognized arguments: --" in refusal(command)
 
 
 @pytest.fixture(scope="module")
@@ -2120,9 +1791,17 @@ def bad_place(small, tmp_path_factory):
 
 
 TONES = "--method full --init none --data folder --root tones"
+OF_ANOTHER_COMMAND = [
+    "predict RUN a.wav --epochs 7", "evaluate RUN --lr 1", "verify RUN a.wav b.wav --csv x",
+    "embed RUN a.wav --method lora", "train --csv x", "train --durations 1", "train --as-norm",
+    "compare --method lora", "profile --seeds 2", "sweep rank=1 --durations 1"]
 
 
 @pytest.mark.parametrize("command, sentence", [
+    *((command, "unrecognized arguments: --") for command in OF_ANOTHER_COMMAND),
+    ("trian", "did you mean train"), ("evalute RUN", "did you mean evaluate"),
+    ("--metod lora", "did you mean --method"), ("train --epoch 3", "did you mean --epochs"),
+    ("predict RUN a.wav --cvs x", "did you mean --csv"), ("--lrr 1", "did you mean --lr"),
     ("--data nope", "--data: invalid choice: 'nope'"), ("--data folder", "needs --root"),
     (f"{TONES} --noise nope", "nope"), ("--data esc50 --root empty", "empty/meta/esc50.csv'"),
     ("--data voxceleb --root empty", "Ask for the audio by the form at https:"),
@@ -2142,8 +1821,7 @@ TONES = "--method full --init none --data folder --root tones"
     ("--figure a.jpg", "a name that ends in .png, .svg or .pdf"),
     ("profile --figure a.png", "expected a name in .json"),
     ("predict x y --csv gone/rows.csv", "there is no folder gone")])
-def test_bad_input_is_answered_with_a_sentence_and_nothing_is_made(
-        bad_place, monkeypatch, command, sentence):
+def test_bad_input_is_answered_and_nothing_is_made(bad_place, monkeypatch, command, sentence):
     monkeypatch.chdir(bad_place)
     printed = told(*command.split())
     assert sentence in printed, printed
@@ -2158,111 +1836,81 @@ def test_a_batch_of_one_for_batchnorm_is_refused_before_packing(tmp_path):
     assert not (tmp_path / "cache").exists(), "the corpus was packed first"
 
 
-def test_bfloat16_is_refused_on_a_mac(monkeypatch):
-    monkeypatch.setattr(train, "ACCELERATOR", torch.device("mps"))
+def test_bfloat16_where_it_is_not_is_refused_or_said_to_be_slow(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    train.on_this_machine(train.Config(bf16=True, device="cpu"))
+    assert "about 8 times as long" in capsys.readouterr().out
+    monkeypatch.setattr(train, "ACCELERATOR", torch.device("mps"))  # a Mac
     with pytest.raises(ValueError, match="--bf16: mps has no bfloat16"):
         train.on_this_machine(train.Config(bf16=True))
 
 
-def test_bfloat16_on_a_processor_without_it_says_what_it_costs(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
-    train.on_this_machine(train.Config(bf16=True, device="cpu"))
-    assert "about 8 times as long" in capsys.readouterr().out
-
-
-# Tables: folds, seeds, methods, figures.
-
-
-@pytest.fixture(scope="module")
-def folded(small, tmp_path_factory):
-    """Four folds with two seeds, stopped after five runs, and gone on: (saved, printed, table)."""
-    out = tmp_path_factory.mktemp("folded")
-    # Noise, in four folds that have one, four, one and no clips of the second class.
+def test_a_table_of_folds_and_seeds_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
+    """Four folds of noise that have one, four, one and no clips of the second class."""
     clips = [(str(n), str(int(n in (0, 1, 2, 5, 9, 13))), str(n % 4 + 1)) for n in range(16)]
     source = data.Source(lambda *_: clips, folds=4, read=lambda clip: np.random.default_rng(
         int(clip)).uniform(-1, 1, 8000))
-    settings = small[1] | dict(data="folded", epochs=1, fold="all", seeds=2, out=out)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.CORPORA, "folded", source)
-        saved = stop_after(patch, 5)
-        told(*as_flags(settings), "--skip-bad")
-        printed = told(*as_flags(settings), "--skip-bad", "--resume")
-    return saved, printed, read_json(out / "compare.json")["ast-nano-lora"]
-
-
-RUNS = [(fold, seed) for fold in (1, 2, 3, 4) for seed in (0, 1)]
-
-
-def test_folds_and_seeds_go_on_where_they_stopped(folded):
-    assert folded[0] == [f"ast-nano-lora-fold{fold}-seed{seed}" for fold, seed in RUNS]
-
-
-def test_a_table_has_every_fold_and_seed(folded):
-    assert [(result["fold"], result["seed"]) for result in folded[2]] == RUNS
-
-
-def test_a_table_shows_mean_and_deviation(folded):
-    right = [result["accuracy"] for result in folded[2]]
-    assert f"{np.mean(right):.2f} ± {np.std(right, ddof=1):.2f}" in folded[1]
+    monkeypatch.setitem(data.CORPORA, "folded", source)
+    saved = stop_after(monkeypatch, 5)
+    settings = small[1] | dict(data="folded", epochs=1, fold="all", seeds=2, out=tmp_path)
+    told(*as_flags(settings), "--skip-bad")
+    printed = told(*as_flags(settings), "--skip-bad", "--resume")
+    runs = list(itertools.product((1, 2, 3, 4), (0, 1)))
+    assert saved == [f"ast-nano-lora-fold{fold}-seed{seed}" for fold, seed in runs]
+    results = read_json(tmp_path / "compare.json")["ast-nano-lora"]
+    assert [(result["fold"], result["seed"]) for result in results] == runs
+    right = [result["accuracy"] for result in results]
+    assert f"{np.mean(right):.2f} ± {np.std(right, ddof=1):.2f}" in printed, printed
 
 
 def test_compare_has_a_row_for_each_method(small, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "METHODS", {name: METHODS[name] for name in ("linear", "bitfit")})
-    flags = as_flags(small[1] | dict(out=tmp_path / "table"))
-    printed = told("compare", *[f for f in flags if "--method" not in f], *ONE_STEP)
+    flags = as_flags(small[1] | dict(out=tmp_path / "table"), "method")
+    printed = told("compare", *flags, *ONE_STEP)
     assert list(read_json(tmp_path / "table/compare.json")) == ["linear", "bitfit"]
     assert "2 of 2: bitfit" in printed, "no word of how far it is"
 
 
-def test_a_finished_table_is_not_trained_again(small, tmp_path):
-    command = ["sweep", "seed=0,1", *as_flags(small[1] | dict(out=tmp_path / "table")), *ONE_STEP]
-    told(*command)
-    assert told(*command, "--resume").count("is finished already") == 2
-
-
-FIGURES = {  # what is drawn: the command, without its --figure
-    "a run's log": "{flags} --epochs=1 --out=run",
-    "a table": "sweep seed=0,1 {flags} --epochs=1 --out=sweep",
-    "error rates": "evaluate {verified}",
-    "error rates over seconds": "evaluate {verified} --durations 0.2 0.4",
-    "attention": "predict {classifier} {sound}"}
-
-
 @pytest.fixture(scope="module")
-def words(small, classifier, verified, elsewhere):
-    """What stands in the braces of a command."""
-    (small[0] / "bad.wav").write_text("no sound")
-    homeless = torch.load(verified[0] / "run/best.pt", weights_only=True)
-    homeless["config"]["root"] = "gone"  # its training corpus
-    torch.save(homeless, small[0] / "homeless.pt")
+def words(small, classifier, verified):
+    """What stands in the braces of a command. `elsewhere`: a corpus whose trials name every
+    speaker, as VoxCeleb's lists E and H do. `homeless`: a run whose training corpus is gone."""
+    write(small[0] / "bad.wav", "no sound")
+    trial_corpus(small[0] / "elsewhere", classes=2)
+    saved = torch.load(verified[0] / "run/best.pt", weights_only=True)
+    saved["config"]["root"] = "gone"
+    torch.save(saved, small[0] / "homeless.pt")
     return dict(
         flags=shlex.join(as_flags(small[1] | dict(epochs=1))), classifier=classifier[0],
         verified=verified[0] / "run", sound=small[0] / "root/class0/0.wav",
-        bad=small[0] / "bad.wav", homeless=small[0] / "homeless.pt", elsewhere=elsewhere)
+        bad=small[0] / "bad.wav", made=small[0] / "made", homeless=small[0] / "homeless.pt",
+        elsewhere=f"--data=folder --cache={small[1]['cache']} --root={small[0] / 'elsewhere'}",
+        accuracy=f"{classifier[1]['accuracy']:.4g}", eer=f"{verified[2]['eer']:.4g}")
 
 
-@pytest.mark.parametrize("command", FIGURES.values(), ids=FIGURES)
-def test_a_figure_is_drawn_of(words, tmp_path, monkeypatch, command):
+@pytest.mark.parametrize("command", [
+    "{flags} --epochs=1 --out=run", "sweep seed=0,1 {flags} --epochs=1 --out=sweep",
+    "evaluate {verified}", "evaluate {verified} --durations 0.2 0.4",
+    "predict {classifier} {sound}"],
+    ids=["log", "table", "error rates", "error rates over seconds", "attention"])
+def test_a_figure_is_drawn_of(words, here, command):
     pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
     printed = told(*shlex.split(command.format(**words)), "--figure=a.png")
     assert "drawn: a.png" in printed and Path("a.png").stat().st_size > 1000, printed
 
 
-def test_without_matplotlib_a_figure_is_refused_before_any_work(words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_without_matplotlib_a_figure_is_refused_before_any_work(words, here, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install matplotlib" in told(*shlex.split(words["flags"]), "--figure=a.png")
     assert not os.listdir(), "something was made"
 
 
-# Using a run: what the commands say, and the functions for a script of one's own.
-
-
 @pytest.mark.parametrize("command, sentence", [
+    ("evaluate {classifier} --durations 0.3 full", "0.3 s  accuracy .*full  accuracy {accuracy} %"),
     ("evaluate {classifier} {elsewhere}", "knows 3 classes"),
     ("evaluate {classifier} --as-norm", "has no trials"),
     ("evaluate {classifier} --figure=a.png", "has no trials"),
+    ("evaluate {verified} {elsewhere} --as-norm", " eer (?!.*miss)"),  # no threshold of cosines
     ("evaluate {homeless} {elsewhere}", " eer "),
     ("evaluate {homeless} {elsewhere} --as-norm", "needs --root"),
     ("predict {verified} {sound} --figure=a.png", "holds no AST"),
@@ -2271,85 +1919,39 @@ def test_without_matplotlib_a_figure_is_refused_before_any_work(words, tmp_path,
     ("verify {verified} {sound} gone.wav", "error: no such file or folder: gone.wav"),
     ("verify {verified} {sound} {sound} {bad}", "bad.wav"),
     ("verify {verified} {sound}", "two readable files or more"),
-    ("verify {verified} {sound} {sound}", "same speaker")])
-def test_what_a_command_says(words, tmp_path, monkeypatch, command, sentence):
+    ("verify {verified} {sound} {sound}", "same speaker"),
+    ("predict {classifier} {bad} {sound}", r"0.wav  class.*ended with not read: .*bad.wav: \w"),
+    ("embed {classifier} {bad} {sound} --out {made}", r"\(1, 64\).*ended with .*bad.wav: \w"),
+    ("evaluate {verified} --durations 0.16 full", "0.16 s  eer .*full  eer {eer} %.* miss ")])
+def test_what_a_command_says(words, here, command, sentence):
     pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
     printed = told(*shlex.split(command.format(**words)))
-    assert sentence in printed, printed
+    assert re.search(f"(?s){sentence.format(**words)}", printed), printed
     assert not os.listdir(), "something was made"
 
 
-@pytest.mark.parametrize("name", ["best.pt", ""], ids=["file", "folder"])
-def test_evaluate_takes_a_file_or_its_folder(classifier, name):
-    best, results = classifier
-    printed = told("evaluate", best.parent / name)
-    assert f"full  accuracy {results['accuracy']:.4g} %" in printed, printed
-
-
-def test_evaluate_has_a_line_for_each_duration(classifier):
-    printed = told("evaluate", classifier[0], "--durations", "0.3", "full")
-    assert re.search(r"^ *0.3 s  accuracy .*\n *full  accuracy", printed, re.M), printed
-
-
-@pytest.fixture(scope="module")
-def longer(small, classifier, tmp_path_factory):
-    """A corpus of stereo clips a little longer than the crop, and its accuracy by `evaluate`."""
-    folder = tmp_path_factory.mktemp("longer")
-    for label, clip in itertools.product(range(3), range(10)):
+def test_a_last_window_of_few_frames_has_their_weight(small, classifier, tmp_path):
+    """It once had the weight of a whole one: 84 fell to 6 %. By evaluate and by predict's CSV."""
+    root = tmp_path / "root"
+    for label, clip in itertools.product(range(3), range(10)):  # a little longer than the crop
         wave = np.stack([tone(label, 9500 + clip)] * 2, axis=1)
-        write_wav(folder / f"root/class{label}/{clip}.wav", wave)
-    printed = told("evaluate", classifier[0], "--data", "folder", "--root", folder / "root",
-                   "--cache", small[1]["cache"])
-    return folder, float(re.search(r"accuracy ([\d.]+)", printed)[1])
-
-
-def test_the_last_window_of_a_clip_has_no_more_weight_than_its_frames(classifier, longer):
-    """A last window of a few frames once had the weight of a whole one: 84 fell to 6 %."""
-    assert longer[1] >= classifier[1]["accuracy"] - 17, "more than one of six clips is lost"
-
-
-@pytest.fixture(scope="module")
-def predicted(classifier, longer):
-    """The rows of predict's CSV for the clips of `longer`, a dictionary each."""
-    folder = longer[0]
-    told("predict", classifier[0].parent, folder / "root", "--csv", folder / "rows.csv")
-    with open(folder / "rows.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def test_the_csv_of_predict_has_a_header_and_a_row_a_file(predicted):
-    names = ["file", "class", "chance", "class2", "chance2", "class3", "chance3"]
-    assert list(predicted[0]) == names and len(predicted) == 30
-
-
-def test_predict_and_evaluate_agree(small, predicted, longer):
-    corpus = data.open_corpus("folder", longer[0] / "root", cache=small[1]["cache"])
-    tested = {str(longer[0] / "root" / corpus.ids[i]) for i in corpus.pick("test")}
-    right = []
-    for row in predicted:
-        if row["file"] in tested:
-            right.append(Path(row["file"]).parent.name == row["class"])
-    assert len(right) == 6
-    assert 100 * np.mean(right) == pytest.approx(longer[1], abs=0.1)
-
-
-def test_the_chances_of_all_classes_add_up_to_one(predicted):
-    chances = [float(predicted[0][name]) for name in ("chance", "chance2", "chance3")]
-    assert sum(chances) == pytest.approx(1, abs=1e-3)
-
-
-@pytest.mark.parametrize("command", ["predict", "embed"])
-def test_an_unreadable_file_is_named_and_the_others_go_on(words, tmp_path, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
-    printed = told(command, words["classifier"], words["bad"], words["sound"])
-    assert re.search(r"not read: .*bad.wav: \w+", printed), "the reason is missing"
-    assert "class0/0.wav  class" in printed or "(1, 64)" in printed, "the good file is missing"
-    assert "ended with" in printed and "ended with 0" not in printed, "the exit status should be 1"
+        save_clips(root, f"class{label}/{clip}.wav", wave=wave)
+    source = ["--data", "folder", "--root", root, "--cache", small[1]["cache"]]
+    accuracy = float(re.search(r"accuracy ([\d.]+)", told("evaluate", classifier[0], *source))[1])
+    assert accuracy >= classifier[1]["accuracy"] - 17, "more than one of six clips is lost"
+    told("predict", classifier[0].parent, root, "--csv", tmp_path / "rows.csv")
+    with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30, "a folder's files are not all there"
+    corpus = data.open_corpus("folder", root, cache=small[1]["cache"])
+    said = {row["file"]: row["class"] for row in rows}
+    found = [said[str(root / corpus.ids[i])] for i in corpus.pick("test")]
+    expected = [corpus.classes[corpus.labels[i]] for i in corpus.pick("test")]
+    assert 100 * np.mean(np.equal(found, expected)) == pytest.approx(accuracy, abs=0.1)
 
 
 def test_a_name_that_the_screen_cannot_show_is_printed_escaped(classifier, tmp_path, monkeypatch):
-    write_wav(tmp_path / "é.wav", tone(0))
+    save_clips(tmp_path, "é.wav", wave=tone(0))
     screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", screen)
     train.main(["predict", str(classifier[0]), str(tmp_path / "é.wav")])
@@ -2357,93 +1959,44 @@ def test_a_name_that_the_screen_cannot_show_is_printed_escaped(classifier, tmp_p
     assert rb"\xe9.wav  class" in screen.buffer.getvalue()
 
 
-@pytest.mark.parametrize("lost", [
-    "classes", "trials", "settings", "adaptation", "encoder", "head", "config", "threshold"])
-def test_a_best_pt_without_a_part_is_refused_with_a_sentence(classifier, tmp_path, lost):
+@pytest.mark.parametrize("part", [
+    "classes", "trials", "settings", "adaptation", "encoder", "head", "config", "threshold",
+    dict(head=dict(weight=torch.zeros(7, 7), bias=torch.zeros(7)))], ids=str)
+def test_a_best_pt_without_a_part_or_with_another_head_is_refused(classifier, tmp_path, part):
     saved = torch.load(classifier[0], weights_only=True)
-    del saved[lost]
+    if isinstance(part, dict):
+        saved |= part
+    else:
+        del saved[part]
     torch.save(saved, tmp_path / "best.pt")
     with pytest.raises(ValueError, match="best.pt is no best.pt of this program"):
         train.load_run(tmp_path)
 
 
-def test_a_best_pt_with_a_head_of_another_size_is_refused(classifier, tmp_path):
-    saved = torch.load(classifier[0], weights_only=True)
-    saved["head"] = dict(weight=torch.zeros(7, 7), bias=torch.zeros(7))
-    torch.save(saved, tmp_path / "best.pt")
-    with pytest.raises(ValueError, match="best.pt is no best.pt of this program"):
-        train.load_run(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def tones(classifier, tmp_path_factory):
-    """(the Run, a file of class1 in 16 bits, its samples)."""
-    path = tmp_path_factory.mktemp("tones") / "clip.wav"
-    write_wav(path, tone(1))
-    return train.load_run(classifier[0].parent), path, np.round(tone(1) * 2**15) / 2**15
-
-
-def test_a_loaded_run_is_ready_for_use(tones, classifier):
-    loaded = tones[0]
+def test_a_loaded_run_does_what_predict_its_adapter_file_and_arrays_do(small, classifier):
+    loaded = train.load_run(classifier[0].parent)
     assert not loaded.model.training, "the model should be in eval mode"
-    assert loaded.classes == ["class0", "class1", "class2"]
-
-
-def test_classify_says_what_predict_prints(tones, classifier):
-    ranked = train.classify(tones[0], tones[1])
-    printed = told("predict", classifier[0], tones[1]).split()
-    expected = [word for name, chance in ranked for word in (name, f"{chance:.4f}")]
-    assert printed[1:] == expected
-
-
-VARIANTS = {  # the same sound in other shapes: (samples -> array, rate, how near its embedding is)
-    "floats": (lambda wave: wave.astype(np.float32), 16000, 1e-5),
-    "int16": (lambda wave: (wave * 2**15).astype(np.int16), 16000, 1e-5),
-    "stereo": (lambda wave: np.stack([wave, wave]), 16000, 1e-5),
-    "twice the rate": (lambda wave: np.repeat(wave, 2).astype(np.float32), 32000, 0.2)}
-
-
-@pytest.mark.parametrize("make, rate, near", VARIANTS.values(), ids=VARIANTS)
-def test_an_array_is_embedded_as_its_file(tones, make, rate, near):
-    loaded, path, wave = tones
-    unit = train.embed(loaded, make(wave), rate)
-    assert unit.norm() == pytest.approx(1, abs=1e-5)
-    assert (unit - train.embed(loaded, path)).norm() < near
-
-
-@pytest.mark.parametrize("use", [train.classify, train.embed])
-@pytest.mark.parametrize("sound, rate, sentence", [
-    ("gone.wav", None, "no such file or folder: gone.wav"), (np.zeros(8000), None, "rate"),
-    (np.zeros((8000, 2)), 16000, r"\(channels, samples\)"),
-    (np.full(8000, np.nan), 16000, "finite"), (np.zeros(5), 16000, "short"),
-    (np.zeros((2, 2, 8000)), 16000, "expected an array")],
-    ids=["missing", "no rate", "wrong way round", "not finite", "short", "three axes"])
-def test_a_bad_sound_is_answered_with_a_sentence(tones, use, sound, rate, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        use(tones[0], sound, rate)
-
-
-def test_an_adapter_file_and_its_backbone_are_the_run(small, classifier, tones):
-    other = train.load_run(classifier[0].parent / "adapter.pt", backbone=small[0] / "nano.pt")
-    assert train.classify(other, tones[1]) == train.classify(tones[0], tones[1])
-
-
-def test_an_adapter_file_without_its_backbone_is_refused(classifier):
+    clip = small[0] / "root/class1/3.wav"
+    ranked = train.classify(loaded, clip)
+    printed = told("predict", classifier[0], clip).split()
+    assert printed[1:] == [word for name, chance in ranked for word in (name, f"{chance:.4f}")]
+    adapter = classifier[0].parent / "adapter.pt"
+    other = train.load_run(adapter, backbone=small[0] / "nano.pt")
+    assert train.classify(other, clip) == ranked
     with pytest.raises(ValueError, match="holds an adapter alone: say backbone="):
-        train.load_run(classifier[0].parent / "adapter.pt")
-
-
-# Using a speaker model: trials, verify, embed, another start.
+        train.load_run(adapter)
+    array = train.embed(loaded, data.read_audio(clip), 16000)
+    assert_close(array, train.embed(loaded, clip), atol=1e-5, rtol=0)
+    assert array.norm() == pytest.approx(1, abs=1e-5)
 
 
 def trial_corpus(root, classes=8):
     """A folder per speaker, and trials of the first two. Some have 150 ms: an AST reads 160."""
     folder_corpus(root, classes, clips=5)
     for label in range(classes):
-        write_wav(root / f"class{label}/1.wav", tone(label, 2400))
-    lines = []
-    for a, b, i in itertools.product((0, 1), (0, 1), range(4)):
-        lines.append(f"{int(a == b)} class{a}/{i}.wav class{b}/4.wav")
+        save_clips(root, f"class{label}/1.wav", wave=tone(label, 2400))
+    pairs = itertools.product((0, 1), (0, 1), range(4))
+    lines = [f"{int(a == b)} class{a}/{i}.wav class{b}/4.wav" for a, b, i in pairs]
     write(root / "trials.txt", *lines)
 
 
@@ -2458,73 +2011,34 @@ def verified(small, tmp_path_factory):
     return folder, settings, run(settings, folder / "run")
 
 
-def test_the_scores_of_a_run_give_its_error_rate(verified):
-    scores, labels = sv.read_scores(verified[0] / "run/scores.txt")
-    rate = 100 * sv.equal_error_rate(scores, labels)
-    assert verified[2]["eer"] == pytest.approx(rate, abs=1e-3)
+def test_the_scores_of_a_run_and_its_threshold_give_its_error_rates(verified):
+    folder, _, results = verified
+    scores, labels = sv.read_scores(folder / "run/scores.txt")
+    assert results["eer"] == pytest.approx(100 * sv.equal_error_rate(scores, labels), abs=1e-3)
+    miss, false_alarm = sv.error_rates_at(scores, labels, train.load_run(folder / "run").threshold)
+    found = results["miss"], results["false_alarm"]
+    assert found == pytest.approx((100 * miss, 100 * false_alarm)), "of validation's threshold"
 
 
-def test_the_threshold_of_validation_trials_judges_the_test(verified):
-    scores, labels = sv.read_scores(verified[0] / "run/scores.txt")
-    threshold = train.load_run(verified[0] / "run").threshold
-    miss, false_alarm = sv.error_rates_at(scores, labels, threshold)
-    found = verified[2]["miss"], verified[2]["false_alarm"]
-    assert found == pytest.approx((100 * miss, 100 * false_alarm))
-
-
-def test_a_speaker_at_three_speeds_is_three_classes_of_the_head(verified):
-    saved = train.load_run(verified[0] / "run").saved
-    assert len(saved["head"]["weight"]) == 3 * len(saved["classes"]) == 12
-
-
-def test_a_speaker_at_all_speeds_is_one_speaker_to_predict(verified):
+def test_a_speaker_at_three_speeds_is_three_classes_of_the_head_and_one_to_predict(verified):
     loaded = train.load_run(verified[0] / "run")
+    assert len(loaded.saved["head"]["weight"]) == 3 * len(loaded.classes) == 12
     ranked = train.classify(loaded, verified[0] / "root/class7/0.wav")
     assert sorted(name for name, _ in ranked) == loaded.classes
     assert sum(chance for _, chance in ranked) == pytest.approx(1, abs=1e-5)
 
 
-def test_evaluate_finds_the_error_rates_of_the_run(verified):
-    printed = told("evaluate", verified[0] / "run", "--durations", "0.16", "full")
-    cut, full = printed.splitlines()[-2:]
-    assert f"full  eer {verified[2]['eer']:.4g} %" in full and "miss" in full
-    assert full.split("full")[1] != cut.split("0.16 s")[1], "short utterances should score other"
-
-
-@pytest.fixture(scope="module")
-def elsewhere(verified, tmp_path_factory):
-    """Flags of a corpus whose trials name every speaker, as VoxCeleb's lists E and H do."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    trial_corpus(folder / "root", classes=2)
-    return f"--data=folder --cache={verified[1]['cache']} --root={folder / 'root'}"
-
-
-def test_s_norm_takes_its_cohort_from_the_training_corpus(verified, elsewhere):
-    printed = told("evaluate", verified[0] / "run", *elsewhere.split(), "--as-norm")
-    assert " eer " in printed, printed
-    assert "miss" not in printed, "the threshold is one of cosines"
-
-
-@pytest.fixture(scope="module")
-def embedded(verified, tmp_path_factory):
-    """(files, two of one speaker and one of another; their embeddings as `embed` writes them)."""
-    out = tmp_path_factory.mktemp("embed") / "embeddings"
+def test_embed_writes_what_the_function_returns_and_verify_enrols_by_the_mean(verified, tmp_path):
+    run = verified[0] / "run"
     files = [str(verified[0] / f"root/class{name}.wav") for name in ("0/0", "0/1", "1/0")]
-    told("embed", verified[0] / "run", *files, "--out", out)
-    assert (out / "names.txt").read_text().split() == files
-    return files, np.load(out / "embeddings.npy")
-
-
-def test_embed_writes_what_the_function_returns(verified, embedded):
-    files, unit = embedded
-    loaded = train.load_run(verified[0] / "run/best.pt")
-    assert_close(torch.from_numpy(unit[2]), train.embed(loaded, files[2]), atol=1e-6, rtol=0)
-
-
-def test_verify_enrols_by_the_mean_of_embeddings(verified, embedded):
-    files, unit = embedded
-    mean = (unit[0] + unit[1]) / np.linalg.norm(unit[0] + unit[1])
-    assert f"score {mean @ unit[2]:.4f}, threshold" in told("verify", verified[0] / "run", *files)
+    told("embed", run, *files, "--out", tmp_path / "out")
+    assert (tmp_path / "out/names.txt").read_text().split() == files
+    unit = np.load(tmp_path / "out/embeddings.npy")
+    function = train.embed(train.load_run(run / "best.pt"), files[2])
+    assert_close(torch.from_numpy(unit[2]), function, atol=1e-6, rtol=0)
+    mean = unit[:2].mean(0)
+    score = mean @ unit[2] / np.linalg.norm(mean)
+    assert f"score {score:.4f}, threshold" in told("verify", run, *files)
 
 
 def test_without_validation_trials_there_is_no_threshold(verified, tmp_path):
@@ -2544,36 +2058,24 @@ def test_a_sound_repeated_thirty_times_is_near_itself(request, monkeypatch, kind
     assert once @ often > 0.9, f"cosine {once @ often:.3f}"
 
 
-@pytest.fixture(scope="module")
-def started(verified):
-    """(settings, corpus, model) of a training that starts from the best.pt of `verified`."""
+def test_a_speaker_model_starts_from_another_run_and_its_speakers_at_their_own_speed(verified):
     changes = dict(init=str(verified[0] / "run"), margin=0.5, speed_perturb=False)
     cfg = train.with_recipe(train.Config(**verified[1] | changes))
     corpus = train.open_corpus(cfg)
-    return cfg, corpus, train.build_model(cfg, corpus)
-
-
-def test_a_speaker_model_starts_from_the_encoder_of_another_run(verified, started):
+    model = train.build_model(cfg, corpus)
     saved = train.load_run(verified[0] / "run").saved
-    assert_close(started[2].encoder.state_dict(), saved["encoder"], atol=0, rtol=0)
-
-
-def test_a_speaker_model_starts_from_the_speakers_at_their_own_speed(verified, started):
-    saved = train.load_run(verified[0] / "run").saved
-    assert torch.equal(started[2].head.weight, saved["head"]["weight"][:4])
-
-
-def test_a_start_of_another_width_is_refused(started):
-    cfg, corpus, _ = started
+    assert_close(model.encoder.state_dict(), saved["encoder"], atol=0, rtol=0)
+    assert torch.equal(model.head.weight, saved["head"]["weight"][:4])
     with pytest.raises(ValueError, match="holds another model"):
         train.build_model(replace(cfg, width=32), corpus)
 
 
-def test_a_cohort_holds_the_mean_embedding_of_each_training_speaker(started):
-    cfg, corpus, model = started
+def test_a_cohort_holds_the_mean_embedding_of_each_training_speaker(verified):
+    loaded = train.load_run(verified[0] / "run")
+    corpus = train.open_corpus(loaded.settings)
     clips = np.flatnonzero((corpus.labels == 0) & (corpus.splits == "train"))
-    expected = train.embeddings(cfg, corpus, model, clips).mean(0)
-    assert_close(train.cohort(cfg, corpus, model)[0], expected)
+    expected = train.embeddings(loaded.settings, corpus, loaded.model, clips).mean(0)
+    assert_close(train.cohort(loaded.settings, corpus, loaded.model)[0], expected)
 
 
 # A pretended GPU: FakeTensorMode makes CUDA tensors without a device, of shapes but no values. A
@@ -2622,9 +2124,7 @@ def test_a_method_runs_on_a_pretended_gpu(method):
 
 
 @pytest.mark.parametrize("host", [name for name in sv.MODELS if name != "amcrn"])
-@pytest.mark.parametrize("options", [
-    dict(subsets=1), dict(subsets=2, share=True), dict(subsets=2), dict(subsets=2, fusion="mean"),
-    dict(subsets=2, fusion="none")], ids=str)
+@pytest.mark.parametrize("options", LIGHT.values(), ids=LIGHT)
 def test_a_host_runs_on_a_pretended_gpu(host, options):
     encoder = sv.MODELS[host](width=16, embed_dim=12, **options)
     model = train.Model(encoder, sv.AAMSoftmax(12, 3))
@@ -2634,16 +2134,11 @@ def test_a_host_runs_on_a_pretended_gpu(host, options):
 @pytest.mark.parametrize("options", [
     dict(gain=6.0), dict(noise="generated"), dict(rooms="generated"),
     dict(gain=6.0, noise="generated", rooms="generated")], ids=str)
-def test_waves_are_augmented_on_a_pretended_gpu(options):
+def test_waves_and_features_are_augmented_on_a_pretended_gpu(options):
     with pretended_gpu():
         batch = data.augment_waves(pretended_batch(), classes=3, frames=98, share=1.0, **options)
-    assert batch.x.device.type == "cuda"
-
-
-def test_features_are_augmented_on_a_pretended_gpu():
-    with pretended_gpu():
-        x = torch.zeros(4, 98, 128, device="cuda")
-        assert data.augment_features(x, 10, 24, 20).device.type == "cuda"
+        x = data.augment_features(torch.zeros(4, 98, 128, device="cuda"), 10, 24, 20)
+    assert batch.x.device.type == x.device.type == "cuda"
 
 
 def test_a_tensor_left_on_the_cpu_fails_on_a_pretended_gpu():
@@ -2654,9 +2149,6 @@ def test_a_tensor_left_on_the_cpu_fails_on_a_pretended_gpu():
         on_pretended_gpu(model)
 
 
-# The README.
-
-
 def quick_source(patch):
     """Let the nano AST of the quick start be made in two steps, of few clips."""
     patch.setattr(data, "COUNTS", dict(train=2, valid=1, test=1))
@@ -2664,39 +2156,20 @@ def quick_source(patch):
     patch.setitem(train.RECIPES, ("sounds-source", "*", "*"), recipe)
 
 
-def test_two_first_runs_on_one_cache_both_get_the_nano_ast_and_draw_the_same(
-        tmp_path, monkeypatch):
+def test_two_runs_on_one_cache_both_get_the_nano_ast_and_draw_the_same(tmp_path, monkeypatch):
     quick_source(monkeypatch)
     cfg = train.with_recipe(train.Config(method="adapter", cache=str(tmp_path), device="cpu"))
     corpus = corpus_of([np.zeros(16000)], [0], ["train"])
-    run_once = train.run
-    made = []
-
-    def run_twice(source):  # a second program begins, and ends, while the first one is at it
-        made.append(source.out)
-        if len(made) == 1:
-            train.build_model(cfg, corpus)
-        return run_once(source)
-    monkeypatch.setattr(train, "run", run_twice)
     first = train.build_model(cfg, corpus).state_dict()
-    second = train.build_model(cfg, corpus).state_dict()
-    assert_close(first, second, atol=0, rtol=0)
-    assert len(made) == 2, "the second model should come from the cache"
+    monkeypatch.setattr(train, "run", lambda cfg: pytest.fail("it is made again"))
+    assert_close(first, train.build_model(cfg, corpus).state_dict(), atol=0, rtol=0)
 
 
 README_BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 SHELL = re.compile(r"^(?:python|torchrun \S+) train\.py(.*?)(?:\s+#.*)?$", re.M)
-
-
-def typed_commands():
-    """What stands behind train.py, in blocks and in sentences of the README; N is a number."""
-    lines = re.findall(r"`python train\.py([^`]*)`", README)
-    for _, block in README_BLOCKS:
-        lines += SHELL.findall(block)
-    return sorted({re.sub(r"\bN\b", "1", " ".join(line.split())) for line in lines})
-
-
-TYPED = [line for line in typed_commands() if "--help" not in line]
+LINES = re.findall(r"`python train\.py([^`]*)`", README) + SHELL.findall(README)
+ONE_SPACE = [" ".join(line.split()) for line in LINES if "--help" not in line]
+TYPED = sorted({re.sub(r"\bN\b", "1", line) for line in ONE_SPACE})  # N is a number
 NOT_HERE = ("--root", "RUN", "CHECKPOINT", "profile", "compare", "sweep", "--seeds", "evaluate",
             "predict", "verify", "embed", "--help", "ast-base", "--figure", "glu")
 OFFLINE = [line for line in TYPED if line and not any(word in line for word in NOT_HERE)]
@@ -2716,6 +2189,7 @@ def test_a_command_of_the_readme_is_understood(arguments, monkeypatch):
 def test_the_readme_shows_every_command():
     shown = {train.parse(shlex.split(line))[0] for line in TYPED if "glu" not in line}
     assert shown == train.COMMANDS.keys()
+    assert "load_run" in README, "it has no script of one's own"
 
 
 @pytest.fixture(scope="module")
@@ -2728,9 +2202,8 @@ def nano_cache(cache):
 
 
 @pytest.mark.parametrize("arguments", OFFLINE)
-def test_a_command_of_the_readme_runs(nano_cache, tmp_path, monkeypatch, arguments):
+def test_a_command_of_the_readme_runs(nano_cache, here, monkeypatch, arguments):
     """As it stands, but for a short training."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "VOICES", dict.fromkeys(("train", "valid", "test"), (4, 4)))
     short = ["--epochs", "1", "--steps", "2", "--cache", nano_cache]
     printed = told(*shlex.split(arguments), *short)
@@ -2743,33 +2216,23 @@ def cells(table):
     return [[cell.strip(" -:") for cell in column] for column in zip(*rows)]
 
 
-@pytest.fixture(scope="module")
-def quick_start(nano_cache, tmp_path_factory):
-    """The quick start as a program of its own, shortened: (what it printed, its table)."""
-    folder = tmp_path_factory.mktemp("quick")
-    short = ["--epochs", "1", "--steps", "2", "--cache", nano_cache]
-    done = subprocess.run([*TRAIN, *short], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, (folder / "out/quick-start/compare.md").read_text(encoding="utf-8")
-
-
-def test_the_quick_start_says_how_far_it_is_what_is_seen_and_what_to_try(quick_start):
+def test_the_quick_start_prints_what_the_readme_shows(nano_cache, here, monkeypatch):
+    """Shortened: its words, and those columns of its table that this does not change."""
+    monkeypatch.setattr(data, "COUNTS", dict(train=2, valid=1, test=1))
+    printed = told("--epochs", "1", "--steps", "2", "--cache", nano_cache)
     for words in ("1 of 3: linear, about", "What you see", "Try next: python train.py"):
-        assert words in quick_start[0], words
-
-
-@pytest.mark.parametrize("title", ["", "trainable", "share %"])
-def test_the_readmes_first_table_is_what_the_quick_start_prints(quick_start, title):
-    """In the columns that a shorter training does not change."""
+        assert words in printed, (words, printed)
+    table = (here / "out/quick-start/compare.md").read_text(encoding="utf-8")
+    found = {column[0]: column for column in cells(table)}
     block = next(block for _, block in README_BLOCKS if re.search(r"^\| +\| +accuracy", block))
     said = cells("".join(line for line in block.splitlines(True) if line.startswith("|")))
-    printed = {column[0]: column for column in cells(quick_start[1])}
-    assert printed[title] in said, printed[title]
+    for title in ("", "trainable", "share %"):
+        assert found[title] in said, found[title]
 
 
-def test_the_workshops_shapes_are_those_of_its_answers(nano_cache, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "cache").symlink_to(nano_cache, target_is_directory=True)
+def test_the_workshops_shapes_are_those_of_its_answers(nano_cache, here, monkeypatch):
+    monkeypatch.setattr(data, "COUNTS", dict(train=2, valid=1, test=1))
+    (here / "cache").symlink_to(nano_cache, target_is_directory=True)
     shapes = next(block for _, block in README_BLOCKS if "train.prepare" in block)
     with pytest.raises(AssertionError, match="it is not"):
         exec(shapes, {})  # before it is filled in
@@ -2778,14 +2241,9 @@ def test_the_workshops_shapes_are_those_of_its_answers(nano_cache, tmp_path, mon
     exec(re.sub(r"\(\)(?=\)[,)])", lambda gap: next(answers), shapes), {})
 
 
-SCRIPTS = [block for language, block in README_BLOCKS if "load_run" in block]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_of_the_readme_runs_as_it_stands(
-        small, classifier, verified, tmp_path, monkeypatch, script):
+@pytest.mark.parametrize("script", [block for _, block in README_BLOCKS if "load_run" in block])
+def test_a_script_of_the_readme_runs(small, classifier, verified, here, script):
     """In a folder where the runs and the sounds that it names are there."""
-    monkeypatch.chdir(tmp_path)
     for path in re.findall(r'load_run\("([^"]+)"', script):
         made = verified[0] / "run" if "voice" in path or "speaker" in path else classifier[0].parent
         where = Path(path)
@@ -2796,34 +2254,17 @@ def test_a_script_of_the_readme_runs_as_it_stands(
     for path in re.findall(r'backbone="([^"]+)"', script):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).symlink_to(small[0] / "nano.pt")
-    for path in re.findall(r'"([^"]+\.wav)"', script):
-        write_wav(Path(path), tone(1))
+    save_clips(here, *re.findall(r'"([^"]+\.wav)"', script), wave=tone(1))
     exec(script, {})
 
 
-def test_the_readme_has_a_script_of_ones_own():
-    assert SCRIPTS, "no block of python with load_run"
-
-
-METHOD_ROWS = re.findall(r"^\| `([\w-]+)` \| .* \| ([\d,]+) \| [\d.]+ % \|$", README, re.M)
-
-
-def test_the_readme_has_a_row_for_each_method_of_p1():
-    assert len(METHOD_ROWS) >= 15  # one of yours needs no row
-
-
-@pytest.fixture(scope="module")
-def counted():
-    """What `python ast_adapters.py` prints."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        ast_adapters.main()
-    return out.getvalue()
-
-
-@pytest.mark.parametrize("method, trainable", METHOD_ROWS)
-def test_the_readmes_counts_are_those_that_are_printed(counted, method, trainable):
-    assert re.search(rf"^{method} +{trainable} ", counted, re.M), counted
+def test_the_readmes_counts_of_p1s_methods_are_those_that_are_printed(capsys):
+    ast_adapters.main()
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^\| `([\w-]+)` \| .* \| ([\d,]+) \| [\d.]+ % \|$", README, re.M)
+    assert len(rows) >= 15, "a method of P1 has no row"  # one of yours needs none
+    for method, trainable in rows:
+        assert re.search(rf"^{method} +{trainable} ", printed, re.M), (method, trainable, printed)
 
 
 def test_the_examples_in_docstrings_are_true():
