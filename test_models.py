@@ -914,6 +914,19 @@ def torchs_attention(ours):
     return theirs
 
 
+@torch.no_grad()
+def test_the_shared_dinov2_file_loads():
+    file = REAL / "dinov2-small" / "dinov2_vits14.safetensors"
+    if not file.exists():
+        pytest.skip(f"no {file}")
+    with torch.device("meta"):  # random weights would only be thrown away
+        plain = AST("small")
+    ast, said = load_pretrained(plain, file)
+    assert "199 tensors, positions 37 x 37, stride 16" in said, said
+    embedding = ast.eval()(torch.randn(1, 100, 128))
+    assert embedding.shape == (1, 384) and embedding.isfinite().all()
+
+
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("tokens", [9, 700, 1500])  # all heads at once, in slices, by the kernel
 def test_attention_is_torchs_own_also_written_out_in_bfloat16(tokens, bfloat16):
