@@ -290,14 +290,10 @@ def printable(name):
     return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def composed(name):
-    """A name with each accent in its letter; a Mac writes them apart, which is another text."""
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
-
-
 def same_name(clip):
-    """What a clip is known by, however a list writes it: ./dog\\1.wav is dog/1.wav."""
-    return posixpath.normpath(composed(clip).replace("\\", "/"))
+    """What a clip is known by, however a list or a Mac, whose accents stand apart from their
+    letters, writes it: ./dog\\1.wav is dog/1.wav."""
+    return posixpath.normpath(unicodedata.normalize("NFC", clip).replace("\\", "/"))
 
 
 def locate(root, clip):
@@ -510,7 +506,7 @@ def list_clips(name, root, file, found):
             clip, label, split = map(printable, row)
             found.bad.append(f"{clip}: in two rows, as {label} {split} and {' '.join(before[1:])}")
     clips, labels, splits = zip(*first.values())
-    labels = [composed(printable(label)) for label in labels]
+    labels = [unicodedata.normalize("NFC", printable(label)) for label in labels]
     kinds = sorted(set(labels))
     spelled = Counter(label.strip().casefold() for label in kinds)
     found.note("classes differ by capitals or spaces alone",
@@ -621,9 +617,7 @@ def loose_corpus(name, ids, length, store, found):
 def corpus_of_waves(waves):
     """Return {name: (wave, samples a second)} as a corpus in memory, without classes. A wave is an
     array (samples,) or (channels, samples), int16 or floats in [-1, 1]."""
-    def read(name):
-        return prepare(*check_wave(*waves[name]))
-
+    read = lambda name: prepare(*check_wave(*waves[name]))
     corpus = corpus_in_memory(list(waves), read, Findings())
     if corpus.bad:
         name, reason = corpus.bad[0]
@@ -633,9 +627,7 @@ def corpus_of_waves(waves):
 
 def check_wave(wave, rate):
     """Return an array as float32 (channels, n), and its rate; raise a sentence for another one."""
-    wave = np.asarray(wave)
-    if wave.ndim == 1:
-        wave = wave[None]
+    wave = np.atleast_2d(wave)
     if wave.ndim != 2 or not wave.size:
         raise ValueError(f"expected an array (samples,) or (channels, samples), got {wave.shape}")
     if len(wave) > wave.shape[1]:
@@ -812,9 +804,9 @@ def check_splits(name, splits, names, trials, train):
     counts = Counter(splits)
     needed = {"train", "test"} if train else {"test"}
     if not needed <= counts.keys() <= {"train", "valid", "test", "bad", "unused"}:
-        raise ValueError(f"{name} has clips {dict(counts)}: expected some of split train, some of "
-                         "test, the others valid or what `Source` names (a class of fewer than "
-                         "three clips only trains; beside folders train and valid there is a test)")
+        raise ValueError(f"{name} has clips {dict(counts)}: some must train, some test, the others "
+                         "be valid or what `Source` names. A class is split from three clips on; "
+                         "beside folders train and valid there is a test")
 
 
 def check_classes(name, splits, names, drawn, train, skip_bad, found):

@@ -831,8 +831,7 @@ def prepare(cfg):
         dist.barrier()
     check_corpus(cfg, corpus)
     for sounds in (noise, rooms):
-        if isinstance(sounds, data.Corpus):
-            corpus.notes += sounds.notes
+        corpus.notes += getattr(sounds, "notes", [])  # of a folder
     augment_waves = partial(data.augment_waves, classes=len(corpus.classes), frames=cfg.frames,
                             speeds=cfg.speed_perturb, gain=cfg.gain, noise=noise, rooms=rooms,
                             share=cfg.distorted, snr=(min(cfg.snr), max(cfg.snr)))
