@@ -26,6 +26,8 @@ import io
 import json
 import math
 import os
+import posixpath
+import re
 import shutil
 import string
 import struct
@@ -111,6 +113,8 @@ def read_chunks(file):
     """Read a RIFF up to its sound; return [(name, body)] of the chunks before it, and the sound's
     size in bytes. A RIFF is a row of chunks: 4 letters, little-endian size, body padded to even."""
     riff = file.read(12)
+    if riff[:4] == b"RIFX":
+        raise ValueError("big-endian, which FFmpeg takes for noise; convert it: sox FILE NEW.wav")
     if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
         raise NotPlain(f"it starts with {riff!r}" if riff else "the file is empty")
     chunks = []
@@ -196,9 +200,9 @@ def inspect_wave(wave):
         return wave[0], ["digital silence"]
     if peak > 16:  # integers, kept as floats: of 16, 24 or 32 bits
         bits = 15
-        while peak > 2**bits and bits < 31:
+        while peak > 2.0**bits:
             bits += 8
-        wave = wave / 2**bits
+        wave = wave / 2.0**bits
         remarks.append("floats at the scale of integers (scaled)")
     elif peak > 1 and np.mean(np.abs(wave) > 1) > 0.001:  # MP3 may overshoot here and there
         remarks.append("floats beyond [-1, 1] (clipped)")
@@ -281,22 +285,24 @@ class Findings:
 
 
 def printable(name):
-    """A file's name; bytes that are no UTF-8 (of old Windows, say) are written as \\xfc."""
+    """A file's name in one line; bytes that are no UTF-8 (of old Windows, say) become \\xfc."""
+    name = name.replace("\n", r"\n")
     return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def composed(name):
-    """A name with each accent in its letter; a Mac writes them apart, which is another text."""
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
+def same_name(clip):
+    """What a clip is known by, however a list or a Mac, whose accents stand apart from their
+    letters, writes it: ./dog\\1.wav is dog/1.wav."""
+    return posixpath.normpath(unicodedata.normalize("NFC", clip).replace("\\", "/"))
 
 
 def locate(root, clip):
-    """Return the path of a clip, whose name may have its accents apart, or not, on the disk."""
-    if not clip.isascii():
-        for form in ("NFC", "NFD"):
-            path = f"{root}/{unicodedata.normalize(form, clip)}"
-            if os.path.exists(path):
-                return path
+    """Return the path of a clip, whose name on the disk may have its accents apart, or not."""
+    if not clip.isascii() or "\\" in clip:
+        known = same_name(clip)
+        for name in (clip, known, unicodedata.normalize("NFD", known)):
+            if os.path.exists(f"{root}/{name}"):
+                return f"{root}/{name}"
     return f"{root}/{clip}"  # Path's slash takes longer than all the rest
 
 
@@ -321,7 +327,7 @@ def walk(root):
             yield folder, [name for name in files if name[0] != "."]
 
 
-def find_audio(root, found=None):
+def find_audio(root, found):
     """Return the paths of the recordings below a folder, relative to it, sorted."""
     clips = []
     others = []
@@ -334,31 +340,25 @@ def find_audio(root, found=None):
                 clips.append(place + file)
             elif ending not in PAPERS and "." in file:
                 others.append(place + file)
-    if found:
-        found.note("files have endings that are left out", sorted(others))
+    found.note("files have endings that are left out", sorted(others))
     return keep_one(sorted(clips), lambda clip: clip.rpartition(".")[0], found)
 
 
 def keep_one(clips, key, found):
     """Of recordings with one key (1.wav and 1.m4a) keep one, by the order of AUDIO."""
     rank = lambda clip: AUDIO.index(clip.rpartition(".")[2].lower())
-    kept = dict(zip(map(key, clips), clips))
-    if len(kept) < len(clips):
-        kept = {}
-        for clip in sorted(clips, key=rank):
-            kept.setdefault(key(clip), clip)
-        if found:
-            found.note("recordings are there twice, under another ending or place, and count once; "
-                       "left out", sorted(set(clips) - set(kept.values())))
+    kept = {}
+    for clip in sorted(clips, key=rank):
+        kept.setdefault(key(clip), clip)
+    found.note("recordings are there twice, under another ending or place, and count once; left out",
+               sorted(set(clips) - set(kept.values())))
     return sorted(kept.values())
 
 
 def leave_out(clips, wanted, why, found):
     """Return the clips that are `wanted`, and note the others."""
-    kept = [clip for clip in clips if wanted(clip)]
-    if found and len(kept) < len(clips):
-        found.note(why, sorted(set(clips) - set(kept)))
-    return kept
+    found.note(why, [clip for clip in clips if not wanted(clip)])
+    return [clip for clip in clips if wanted(clip)]
 
 
 def read_text(path):
@@ -374,7 +374,10 @@ def read_text(path):
 
 def read_table(path, found, *forms):
     """Rows of a CSV file as tuples: each form with the columns it names, as "audio/{filename}"."""
-    lines = csv.reader(io.StringIO(read_text(path), newline=""))
+    text = read_text(path)
+    gap = max(",;\t", key=text.partition("\n")[0].count)  # Excel writes all three
+    csv.field_size_limit(2**31 - 1)  # a quote that is never closed
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=gap)
     header = [cell.strip() for cell in next(lines, [])]
     used = [name for form in forms for _, name, _, _ in string.Formatter().parse(form) if name]
     missing = [name for name in used if name not in header]
@@ -445,7 +448,7 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     paths, names, splits = list_clips(name, root, file, found)
     found.stop(skip_bad, f"{name}: {len(found.bad)} rows are not clear")
     ids = [printable(path) for path in paths]
-    found.note("names are no UTF-8, here escaped", sorted(set(ids) - set(paths)))
+    found.note("names hold a new line or no UTF-8, here escaped", sorted(set(ids) - set(paths)))
 
     # Pack: decode each clip once.
     length, store = pack(name, root, paths, source.read, cache, skip_bad, found)
@@ -498,12 +501,16 @@ def list_clips(name, root, file, found):
                          f"{tree}") from error
     first = {}
     for row in rows:
-        before = first.setdefault(composed(row[0]), row)
+        before = first.setdefault(same_name(row[0]), row)
         if before is not row:
             clip, label, split = map(printable, row)
             found.bad.append(f"{clip}: in two rows, as {label} {split} and {' '.join(before[1:])}")
     clips, labels, splits = zip(*first.values())
-    labels = [composed(printable(label)) for label in labels]
+    labels = [unicodedata.normalize("NFC", printable(label)) for label in labels]
+    kinds = sorted(set(labels))
+    spelled = Counter(label.strip().casefold() for label in kinds)
+    found.note("classes differ by capitals or spaces alone",
+               [label for label in kinds if spelled[label.strip().casefold()] > 1])
     return list(clips), np.array(labels), np.array(splits, object)
 
 
@@ -512,13 +519,18 @@ def pack(name, root, clips, read, cache, skip_bad, found):
     (length of each clip, memory map of samples). Without `skip_bad`, bad clips are read again,
     then raise. `read`: clip -> wave, of a built-in corpus."""
     digest = hashlib.sha256(b"index 2")
+    files = {}  # (disk, number on it) -> its first clip
+    linked = []
     for clip in clips:  # a million: one by one, not as one text
         stamp = VERSION
         if not read:
             with contextlib.suppress(OSError):  # missing: reading it will say so
                 status = os.stat(locate(root, clip))
                 stamp = status.st_size, status.st_mtime_ns
+                if files.setdefault((status.st_dev, status.st_ino), clip) is not clip:
+                    linked.append(clip)
         digest.update(f"{clip} {stamp}\n".encode("utf-8", "surrogateescape"))
+    found.note("clips are links to the file of another", linked)
     owner = "own"
     if not read:
         owner = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:6]
@@ -587,10 +599,10 @@ def open_sounds(folder, cache="cache", skip_bad=False):
     """Return a folder of noises or of rooms' responses, packed; nothing and "generated" stay."""
     if folder in ("", "generated"):
         return folder
-    clips = find_audio(folder)
-    if not clips:
-        raise ValueError(f"no recordings below {folder}")
     found = Findings()
+    clips = find_audio(folder, found)
+    if not clips:
+        raise ValueError("; ".join([f"no recordings below {folder}", *found.notes]))
     length, store = pack("extra", Path(folder), clips, None, cache, skip_bad, found)
     return loose_corpus("extra", clips, length, store, found)
 
@@ -605,9 +617,7 @@ def loose_corpus(name, ids, length, store, found):
 def corpus_of_waves(waves):
     """Return {name: (wave, samples a second)} as a corpus in memory, without classes. A wave is an
     array (samples,) or (channels, samples), int16 or floats in [-1, 1]."""
-    def read(name):
-        return prepare(*check_wave(*waves[name]))
-
+    read = lambda name: prepare(*check_wave(*waves[name]))
     corpus = corpus_in_memory(list(waves), read, Findings())
     if corpus.bad:
         name, reason = corpus.bad[0]
@@ -617,9 +627,7 @@ def corpus_of_waves(waves):
 
 def check_wave(wave, rate):
     """Return an array as float32 (channels, n), and its rate; raise a sentence for another one."""
-    wave = np.asarray(wave)
-    if wave.ndim == 1:
-        wave = wave[None]
+    wave = np.atleast_2d(wave)
     if wave.ndim != 2 or not wave.size:
         raise ValueError(f"expected an array (samples,) or (channels, samples), got {wave.shape}")
     if len(wave) > wave.shape[1]:
@@ -640,14 +648,13 @@ def corpus_of_files(paths):
     files = []
     found = Findings()
     for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"no such file or folder: {path}")
         if path.is_dir():
             files += [str(path / name) for name in find_audio(path, found)]
         else:
             files.append(str(path))
     if not files:
-        raise ValueError("expected audio files, or folders that hold some; found none")
+        said = ["expected audio files, or folders that hold some; found none", *found.notes]
+        raise ValueError("; ".join(said))
     return corpus_in_memory(files, read_clip, found)
 
 
@@ -679,7 +686,7 @@ def read_trials(path, ids, length, count, skip_bad, found):
     (label, index, index). Names count without their ending, in VoxCeleb's lists, of `count`
     trials, from the third last part on: there a clip may lie at any depth."""
     def key(clip):
-        stem = composed(clip).rpartition(".")[0]
+        stem = same_name(clip).rpartition(".")[0]
         return "/".join(stem.split("/")[-3:]) if count else stem
 
     index = {key(clip): i for i, clip in enumerate(ids) if length[i]}
@@ -687,6 +694,8 @@ def read_trials(path, ids, length, count, skip_bad, found):
     for line in read_text(path).split("\n"):
         if line.strip():
             rows.append(split_trial(line.strip(), lambda clip: key(clip) in index, path))
+    if not rows:
+        raise ValueError(f"{path}: no trials; without this file the folders are classes")
     lost = {clip for _, *pair in rows for clip in pair if key(clip) not in index}
     if lost and not skip_bad:
         raise ValueError(f"{path} names {len(lost)} clips that are missing or unusable, such as "
@@ -766,14 +775,12 @@ def split_by_class(splits, names, rng, fold):
     for name in np.unique(names):
         for kind in ("any", "train*"):
             clips = rng.permutation(np.flatnonzero((names == name) & (splits == kind)))
-            valid = test = 0
+            splits[clips] = "train"
             if len(clips) > 2:
                 valid = max(1, len(clips) // 10)
-            if len(clips) > 2 and kind == "any":
-                test = max(1, len(clips) // 5)
-            splits[clips] = "train"
-            splits[clips[:valid]] = "valid"
-            splits[clips[valid : valid + test]] = "test"
+                test = max(1, len(clips) // 5) if kind == "any" else 0
+                splits[clips[:valid]] = "valid"
+                splits[clips[valid : valid + test]] = "test"
 
 
 def choose_few(splits, names, classes, few_shot, seed):
@@ -797,8 +804,9 @@ def check_splits(name, splits, names, trials, train):
     counts = Counter(splits)
     needed = {"train", "test"} if train else {"test"}
     if not needed <= counts.keys() <= {"train", "valid", "test", "bad", "unused"}:
-        raise ValueError(f"{name} has clips {dict(counts)}: expected some of split train, some of "
-                         "test, the others valid or what `Source` names")
+        raise ValueError(f"{name} has clips {dict(counts)}: some must train, some test, the others "
+                         "be valid or what `Source` names. A class is split from three clips on; "
+                         "beside folders train and valid there is a test")
 
 
 def check_classes(name, splits, names, drawn, train, skip_bad, found):
@@ -1282,10 +1290,12 @@ SPLIT_FOLDERS = dict(train="train", training="train", test="test", testing="test
 def folder_rows(root, found=None):
     """ROOT/dog/1.wav: a class is a folder, the splits are drawn. With ROOT/train/dog/1.wav and
     ROOT/test/dog/2.wav, and maybe validation, they are the folders'."""
+    found = found or Findings()
     clips = find_audio(root, found)
     tops = {clip.partition("/")[0] for clip in clips if "/" in clip}
-    role = {top: SPLIT_FOLDERS[top.lower()] for top in tops if top.lower() in SPLIT_FOLDERS}
-    if not {"train", "test"} <= set(role.values()):
+    words = {top: re.split("[-_ ]|set|data", top.lower())[0] for top in tops}  # train_set: train
+    role = {top: SPLIT_FOLDERS[word] for top, word in words.items() if word in SPLIT_FOLDERS}
+    if "train" not in role.values() or len(set(role.values())) == 1:
         why = "recordings directly in ROOT are left out"
         clips = leave_out(clips, lambda clip: "/" in clip, why, found)
         return [(clip, clip.partition("/")[0], "any") for clip in clips]
@@ -1299,8 +1309,11 @@ def folder_rows(root, found=None):
 
 def fsdd_rows(root, found):
     """Of each digit and speaker recordings 0 to 4 test: its authors' split."""
+    named = partial(re.fullmatch, r"\d_.+_\d+\.\w+")
+    clips = leave_out(find_audio(root / "recordings", found), named,
+                      "recordings have no name as 7_jackson_32.wav and are left out", found)
     rows = []
-    for clip in find_audio(root / "recordings", found):
+    for clip in clips:
         digit, *_, take = clip.rpartition(".")[0].split("_")
         split = "test" if int(take) < 5 else "train*"
         rows.append((f"recordings/{clip}", digit, split))
@@ -1320,13 +1333,13 @@ def speechcommands_rows(root, found):
     """Version 2: a folder a word; what neither list names trains."""
     rows = []
     for split, file in (("valid", "validation_list.txt"), ("test", "testing_list.txt")):
-        names = [line.strip() for line in read_text(root / file).split("\n")]
-        rows += [(name, name.split("/")[0], split) for name in names if name]
-    listed = {composed(name) for name, _, _ in rows}  # also with what is not there
+        names = filter(None, map(str.strip, read_text(root / file).split("\n")))
+        rows += [(name, name.split("/")[0], split) for name in map(same_name, names)]
+    listed = {name for name, _, _ in rows}  # also with what is not there
     clips = leave_out(find_audio(root, found), lambda clip: clip.count("/") == 1,
                       "recordings are not directly in a word's folder and left out", found)
     for clip in clips:  # _background_noise_ is no word
-        if composed(clip) not in listed and not clip.startswith("_"):
+        if same_name(clip) not in listed and not clip.startswith("_"):
             rows.append((clip, clip.split("/")[0], "train"))
     return sorted(rows)
 

@@ -172,7 +172,7 @@ def test_a_headers_size_is_believed_where_it_can_be(tmp_path, whole, sound, cut,
     (wav_bytes(noise())[:30], "0 whole `fmt ` chunks|no `data`"),
     (wav_bytes(noise())[:44], "no `data` chunk"), (wav_bytes(noise(), code=7), "format 7, 16 bits"),
     (wav_bytes(noise(), code=1, bits=24, width=8), "24 bits, 1 channels in 8 bytes"),
-    (wav_bytes(noise(), 0), "0 Hz"), (wav_bytes(noise(100)), "100 samples .* one frame"),
+    (b"RIFX" + wav_bytes(noise())[4:], "big-endian.* sox FILE"), (wav_bytes(noise(), 0), "0 Hz"), (wav_bytes(noise(100)), "100 samples .* one frame"),
     (wav_bytes(noise() + np.nan, code=3, bits=32), "not finite"), (None, "No such file")])
 @pytest.mark.parametrize("decoder", [True, False])
 def test_what_is_no_sound_is_said_to_be_none(tmp_path, monkeypatch, content, sentence, decoder):
@@ -210,6 +210,7 @@ def test_a_decoder_that_loses_samples_of_a_compressed_wav_is_found_out(tmp_path,
     (lambda wave: np.concatenate([wave, 0 * wave]), 0.25, []),
     (lambda wave: 2**15 * wave, 0.5, ["floats at the scale of integers"]),
     (lambda wave: 2**31 * wave, 0.5, ["floats at the scale of integers"]),
+    (lambda wave: 2**38 * wave, 0.25, ["floats at the scale of integers"]),
     (lambda wave: 3 * wave, 1.5, ["floats beyond"]),
     (lambda wave: wave * 2**-17, 0.5, ["sound too quiet"])])
 def test_what_a_recording_holds_is_looked_at_and_said(change, level, remark):
@@ -349,10 +350,10 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
         return scandir(path)
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="cat"):
-        data.find_audio(tmp_path)
+        data.find_audio(tmp_path, data.Findings())
 
 
-@pytest.mark.parametrize("valid", ["val", "valid", "validation", "Dev", None])
+@pytest.mark.parametrize("valid", ["val", "valid_set", "validation", "Dev-clean", None])
 def test_folders_named_train_and_test_are_splits(tmp_path, valid):
     save_clips(tmp_path, "train/a/1.wav", "Test/b/1.wav", "extra/a/1.wav")
     expected = {"train/a/1.wav": ("a", "train*"), "Test/b/1.wav": ("b", "test")}
@@ -361,6 +362,24 @@ def test_folders_named_train_and_test_are_splits(tmp_path, valid):
         expected |= {"train/a/1.wav": ("a", "train"), f"{valid}/a/1.wav": ("a", "valid")}
     rows, notes = found_in(tmp_path)
     assert rows == expected and "extra/a/1.wav" in notes[0], notes
+
+
+def test_folders_of_training_and_validation_alone_are_no_classes(tmp_path):
+    save_clips(tmp_path, *(f"{split}/{c}/1.wav" for split in ("train", "val") for c in "ab"))
+    with pytest.raises(ValueError, match="'train': 2, 'valid': 2.*there is a test"):
+        data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache")
+
+
+def test_a_link_to_a_clip_and_classes_that_differ_by_capitals_are_named(tmp_path):
+    save_clips(tmp_path, *(f"{kind}/{i}.wav" for kind in ("Dog", "dog ", "cat") for i in "345"))
+    (tmp_path / "cat/6.wav").symlink_to(tmp_path / "cat/5.wav")
+    notes = data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache").notes
+    assert notes == ["2 classes differ by capitals or spaces alone: Dog, dog ",
+                     "1 clips are links to the file of another: cat/6.wav"]
+
+
+def test_a_name_of_two_lines_is_printed_in_one():
+    assert data.printable("a\nb\u00fc.wav") == "a\\nb\u00fc.wav"
 
 
 def test_one_class_alone_is_refused(tmp_path):
@@ -375,12 +394,15 @@ def test_names_in_another_normal_form_and_in_no_utf8_are_found(tmp_path):
     assert data.locate(tmp_path, "\u00fcber.wav") == str(tmp_path / apart)
     os.rename(tmp_path / "root/a/0.wav", os.fsencode(tmp_path / "root") + b"/a/h\xfc.wav")
     corpus = data.open_corpus("folder", tmp_path / "root", cache=tmp_path / "cache")
-    assert corpus.notes == [r"1 names are no UTF-8, here escaped: a/h\xfc.wav"] and not corpus.bad
+    note = r"1 names hold a new line or no UTF-8, here escaped: a/h\xfc.wav"
+    assert corpus.notes == [note] and not corpus.bad
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
-def test_tables_are_read_in_any_common_encoding(tmp_path, encoding):
-    (tmp_path / "a.csv").write_text("file, kind\r\n1.wav, H\u00fcndchen,\r\n\r\n", encoding)
+@pytest.mark.parametrize("encoding, gap", [
+    ("utf-8", ","), ("utf-8-sig", ","), ("utf-16", "\t"), ("latin-1", ";")])
+def test_tables_are_read_in_any_form_that_excel_writes(tmp_path, encoding, gap):
+    text = "file, kind\r\n1.wav, H\u00fcndchen,\r\n\r\n".replace(",", gap)
+    (tmp_path / "a.csv").write_text(text, encoding)
     found = data.Findings()
     rows = data.read_table(tmp_path / "a.csv", found, "audio/{file}", "{kind}", "1")
     assert (rows, found.bad) == ([("audio/1.wav", "H\u00fcndchen", "1")], [])
@@ -388,8 +410,8 @@ def test_tables_are_read_in_any_common_encoding(tmp_path, encoding):
 
 @pytest.mark.parametrize("line, sentence", [
     ("1.wav,1,dog,more", "line 12: 4 columns, the header has 3"), ("1.wav,1", "line 12: 2 columns"),
-    ("1.wav,1, ", "line 12: 'category' is empty"),
-    ("0.wav,2,c0", "0.wav: in two rows, as c0 2 and c0 1"),
+    ("1.wav,1, ", "line 12: 'category' is empty"), ('"' + "1.wav" * 30000, "1 columns"),
+    ("0.wav,2,c0", "0.wav: in two rows, as c0 2 and c0 1"), ("./0.wav,2,c0", "in two rows"),
     ("10.wav,1,new", "'new' trains and is never tested"),
     ("10.wav,5,new", "'new' is tested and never trains")])
 def test_a_doubtful_row_stops_training_or_is_left_out_and_is_named(tmp_path, line, sentence):
@@ -409,7 +431,7 @@ def test_a_doubtful_row_stops_training_or_is_left_out_and_is_named(tmp_path, lin
     ("\ufeff1 class0/0.wav class0/1.wav", "all of one kind"),  # after Excel's first bytes
     ("0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "than two speakers"),
     ("1 class0/0.wav class9/1.wav", "names 1 clips .*'class9/1.wav'"),
-    ("\n", "all of one kind"), ("1 a", "trials.txt: expected `1 id_a id_b`"),
+    ("\n", "trials.txt: no trials"), ("1 a", "trials.txt: expected `1 id_a id_b`"),
     ("1 class0/0.wav class 0/1.wav", "tabs between, if names hold spaces")])
 def test_bad_trials_are_answered_with_a_sentence(tmp_path, text, sentence):
     folder_corpus(tmp_path, 4, 3)
@@ -418,12 +440,12 @@ def test_bad_trials_are_answered_with_a_sentence(tmp_path, text, sentence):
         data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache")
 
 
-@pytest.mark.parametrize("gap", [" ", "\t"])
-def test_trials_may_name_files_with_spaces(tmp_path, gap):
+@pytest.mark.parametrize("gap, slash", [(" ", "/"), ("\t", "\\"), ("\t", "/./")])
+def test_trials_may_name_files_with_spaces_and_any_slashes(tmp_path, gap, slash):
     save_clips(tmp_path, *(f"{who} L/take {n}.wav" for who in ("Ada", "Bob") for n in (1, 2)))
     trials = [("1", "Ada L/take 1.wav", "Ada L/take 2.wav"),
               ("0", "Ada L/take 1.wav", "Bob L/take 2.wav")]
-    write(tmp_path / "trials.txt", *map(gap.join, trials))
+    write(tmp_path / "trials.txt", *(gap.join(trial).replace("/", slash) for trial in trials))
     corpus = data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache", train=False)
     assert corpus.trials["test"] == [(1, 0, 1), (0, 0, 3)]
 
@@ -432,10 +454,16 @@ def test_a_missing_table_or_column_is_answered_with_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="(?s)UrbanSound8K.csv'.*audio/fold1.*--download"):
         data.open_corpus("urbansound8k", tmp_path)
     write(tmp_path / "meta/esc50.csv", "file;fold;category", "1.wav;1;dog")
-    with pytest.raises(ValueError, match="no column 'filename'; its columns are file;fold"):
+    with pytest.raises(ValueError, match="no column 'filename'; its columns are file, fold"):
         data.open_corpus("esc50", tmp_path)
     with pytest.raises(ValueError, match="(?s)has none.*train_data.csv.*by the form"):
         data.download_corpus("fluentspeech", tmp_path)
+
+
+def test_files_without_a_known_ending_are_named(tmp_path):
+    write(tmp_path / "a.xyz", "no sound")
+    with pytest.raises(ValueError, match="found none; 1 files have endings .*: a.xyz"):
+        data.corpus_of_files([tmp_path])
 
 
 def test_arrays_of_any_rate_are_a_corpus():
@@ -478,7 +506,7 @@ def test_official_lists_are_read_and_the_published_counts_are_expected(tmp_path,
         write(tmp_path / f"data/{split}_data.csv", ",path,transcription,action,object,location",
               f'0,wavs/{split}.wav,"Please, lights",activate,lights,none')
     write(tmp_path / "validation_list.txt", "bed/a.wav")
-    write(tmp_path / "testing_list.txt", "cat/b.wav")
+    write(tmp_path / "testing_list.txt", r".\cat\b.wav")
     there = ["_background_noise_/a.wav", "bed/c.wav"]
     monkeypatch.setattr(data, "find_audio", lambda root, found: there)
     words = [("bed/a.wav", "bed", "valid"), ("bed/c.wav", "bed", "train"),
@@ -492,6 +520,14 @@ def test_official_lists_are_read_and_the_published_counts_are_expected(tmp_path,
         source = data.CORPORA[name]
         assert source.rows(tmp_path, data.Findings()) == rows
         assert (source.clips, source.folds) == (clips, folds), "other counts than the authors'"
+
+
+def test_recordings_with_other_names_than_spoken_digits_have_are_left_out_and_named(tmp_path):
+    save_clips(tmp_path / "recordings", "7_jackson_4.wav", "7_jackson_5.wav", "7_x (1).wav", "a.wav")
+    found = data.Findings()
+    rows = data.fsdd_rows(tmp_path, found)
+    assert [split for _, _, split in rows] == ["test", "train*"]
+    assert found.notes[0].endswith("left out: 7_x (1).wav, a.wav"), found.notes
 
 
 def test_damage_is_named_by_the_check_and_stops_training_or_is_left_out(tmp_path, capsys):
@@ -1623,6 +1659,14 @@ def test_a_run_of_an_older_program_goes_on(small, stopped, tmp_path):
     assert log_of(tmp_path) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["last.pt", "config.json", "results.json"])
+def test_a_damaged_file_of_a_run_is_named(small, stopped, tmp_path, name):
+    shutil.copytree(stopped, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{name} is damaged; delete it"):
+        run(small[1], tmp_path / "run", resume=True)
+
+
 # Several processes. The last run of this sweep fails in the second one.
 WORKER = """
 import train
@@ -1833,7 +1877,7 @@ OF_ANOTHER_COMMAND = [
     (f"{TONES} --frames 100000", "longest training clip"), (f"{TONES} --out code.pt", "a file"),
     ("--figure a.jpg", "a name that ends in .png, .svg or .pdf"),
     ("profile --figure a.png", "expected a name in .json"),
-    ("predict x y --csv gone/rows.csv", "there is no folder gone")])
+    ("predict x y --csv gone/rows.csv", "expected a file, in a folder that is")])
 def test_bad_input_is_answered_and_nothing_is_made(bad_place, monkeypatch, command, sentence):
     monkeypatch.chdir(bad_place)
     printed = told(*command.split())
@@ -1927,9 +1971,9 @@ def test_without_matplotlib_a_figure_is_refused_before_any_work(words, here, mon
     ("evaluate {homeless} {elsewhere}", " eer "),
     ("evaluate {homeless} {elsewhere} --as-norm", "needs --root"),
     ("predict {verified} {sound} --figure=a.png", "holds no AST"),
-    ("predict {classifier} gone.wav", "error: no such file or folder: gone.wav"),
-    ("embed {classifier} gone.wav", "error: no such file or folder: gone.wav"),
-    ("verify {verified} {sound} gone.wav", "error: no such file or folder: gone.wav"),
+    ("predict {classifier} gone.wav", "not read: gone.wav: No such file"),
+    ("embed {classifier} gone.wav", "not read: gone.wav: No such file"),
+    ("verify {verified} {sound} gone.wav", "not read: gone.wav: No such file"),
     ("verify {verified} {sound} {sound} {bad}", "bad.wav"),
     ("verify {verified} {sound}", "two readable files or more"),
     ("verify {verified} {sound} {sound}", "same speaker"),
@@ -1961,6 +2005,20 @@ def test_a_last_window_of_few_frames_has_their_weight(small, classifier, tmp_pat
     found = [said[str(root / corpus.ids[i])] for i in corpus.pick("test")]
     expected = [corpus.classes[corpus.labels[i]] for i in corpus.pick("test")]
     assert 100 * np.mean(np.equal(found, expected)) == pytest.approx(accuracy, abs=0.1)
+
+
+def test_what_predict_leaves_out_or_finds_silent_is_said(classifier, tmp_path):
+    save_clips(tmp_path, "1.wav", "1.flac")
+    save_clips(tmp_path, "2.wav", wave=np.zeros((8000, 1)))
+    printed = told("predict", classifier[0], tmp_path)
+    assert "note: 1 recordings are there twice" in printed and "left out: 1.flac" in printed
+    assert "note: 1 clip holds digital silence" in printed
+
+
+def test_what_a_folder_of_noises_leaves_out_is_said(small, tmp_path, capsys):
+    save_clips(tmp_path / "noise", "a.wav", "b.xyz")
+    run(small[1] | dict(epochs=1, steps=1), tmp_path / "run", noise=str(tmp_path / "noise"))
+    assert "left out: b.xyz" in capsys.readouterr().out
 
 
 def test_a_name_that_the_screen_cannot_show_is_printed_escaped(classifier, tmp_path, monkeypatch):

@@ -741,12 +741,23 @@ def load_last(out, corpus, model, optimiser):
     """Load the weights of last.pt and return its state; without such a file, that of a new run."""
     if not (out / "last.pt").exists():
         return dict(epoch=0, best=-math.inf, seconds=0.0, log=[], corpus=corpus.fingerprint())
-    saved = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
+    saved = read_back(out / "last.pt")
     if saved["corpus"] != corpus.fingerprint():
         raise ValueError(f"{out} was begun on other clips: their list, splits or sound changed")
     model.load_state_dict(saved.pop("model"))
     optimiser.load_state_dict(saved.pop("optimiser"))
     return saved
+
+
+def read_back(path):
+    """Return what a file of a run holds, tensors or JSON; a sentence names one that is damaged."""
+    try:
+        if path.suffix == ".pt":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return json.loads(path.read_text(encoding="utf-8"))
+    except Exception as error:  # what torch raises depends on what the file holds
+        raise ValueError(f"{path} is damaged; delete it, and the same command makes it anew "
+                         f"({error!r:.99})") from error
 
 
 def run_folder(cfg, name, table=None):
@@ -761,7 +772,7 @@ def run_folder(cfg, name, table=None):
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: expected a folder, or a new name")
     if not RANK and (out / "config.json").exists():
-        saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        saved = read_back(out / "config.json")
         theirs = asdict(with_recipe(as_config(saved))) | dict(table=saved.get("table"))
         mine = asdict(with_recipe(cfg)) | dict(table=table)
         changes = []
@@ -784,7 +795,7 @@ def run(cfg, position=""):
     out = run_folder(cfg, f"{cfg.data}-{cfg.name}")
     if (out / "results.json").exists():
         print(f"{out} is finished already")
-        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        results = read_back(out / "results.json")
     else:
         memory, expected = measure_step(cfg, corpus, model)
         trainable, total = ast_adapters.count(model.encoder)
@@ -844,6 +855,8 @@ def prepare(cfg):
     if WORLD > 1 and not RANK:
         dist.barrier()  # those that wait go on when the first one arrives here
     check_corpus(cfg, corpus)
+    for sounds in (noise, rooms):
+        corpus.notes += getattr(sounds, "notes", [])  # of a folder
     augment_waves = partial(data.augment_waves, classes=len(corpus.classes), frames=cfg.frames,
                             speeds=cfg.speed_perturb, gain=cfg.gain, noise=noise, rooms=rooms,
                             share=cfg.distorted, snr=(min(cfg.snr), max(cfg.snr)))
@@ -1087,6 +1100,14 @@ def embed_all(run, corpus):
     return embeddings(run.settings, corpus, run.model, np.arange(len(corpus.ids)))
 
 
+def open_files(paths):
+    """Return audio files as a corpus, and print what was left out and what they hold."""
+    corpus = data.corpus_of_files(paths)
+    for note in corpus.notes:
+        print(f"note: {note}")
+    return corpus
+
+
 def bad_files(corpus):
     """Return a line for each file that could not be read."""
     return [f"not read: {file}: {reason}" for file, reason in corpus.bad]
@@ -1127,12 +1148,12 @@ def evaluate_run(cfg, typed, own):
 
 def predict_files(cfg, typed, own):
     """Name the three likeliest classes of each file; those that cannot be read are named too."""
-    if own["csv"] and not Path(own["csv"]).parent.is_dir():
-        raise ValueError(f"--csv {own['csv']}: there is no folder {Path(own['csv']).parent}")
+    if own["csv"] and (Path(own["csv"]).is_dir() or not Path(own["csv"]).parent.is_dir()):
+        raise ValueError(f"--csv {own['csv']}: expected a file, in a folder that is there")
     run = load_run(own["run"], device=cfg.device)
     if cfg.figure and run.settings.speaker:
         raise ValueError(f"--figure draws an AST's attention; {own['run']} holds no AST")
-    corpus = data.corpus_of_files(own["files"])
+    corpus = open_files(own["files"])
     ranked = likeliest(run, corpus) if corpus.ids else []  # no file could be read
     rows = []
     for file, classes in zip(corpus.ids, ranked):
@@ -1156,7 +1177,7 @@ def predict_files(cfg, typed, own):
 def verify_files(cfg, typed, own):
     """Is the last of these files the speaker of the others?"""
     run = load_run(own["run"], device=cfg.device)
-    corpus = data.corpus_of_files(own["files"])
+    corpus = open_files(own["files"])
     if corpus.bad or len(corpus.ids) < 2:
         expected = "verify: expected two readable files or more, the last of them to be judged"
         raise ValueError("\n".join([expected, *bad_files(corpus)]))
@@ -1173,7 +1194,7 @@ def verify_files(cfg, typed, own):
 def embed_files(cfg, typed, own):
     """Write the embeddings of the files, and their names."""
     run = load_run(own["run"], device=cfg.device)
-    corpus = data.corpus_of_files(own["files"])
+    corpus = open_files(own["files"])
     if corpus.ids:
         unit = embed_all(run, corpus)
         out = run_folder(cfg, "embeddings")
