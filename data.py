@@ -350,8 +350,8 @@ def keep_one(clips, key, found):
     kept = {}
     for clip in sorted(clips, key=rank):
         kept.setdefault(key(clip), clip)
-    found.note("recordings are there twice, under another ending or place, and count once; left out",
-               sorted(set(clips) - set(kept.values())))
+    twice = sorted(set(clips) - set(kept.values()))
+    found.note("recordings are there twice, with another ending or place; left out", twice)
     return sorted(kept.values())
 
 

@@ -172,7 +172,8 @@ def test_a_headers_size_is_believed_where_it_can_be(tmp_path, whole, sound, cut,
     (wav_bytes(noise())[:30], "0 whole `fmt ` chunks|no `data`"),
     (wav_bytes(noise())[:44], "no `data` chunk"), (wav_bytes(noise(), code=7), "format 7, 16 bits"),
     (wav_bytes(noise(), code=1, bits=24, width=8), "24 bits, 1 channels in 8 bytes"),
-    (b"RIFX" + wav_bytes(noise())[4:], "big-endian.* sox FILE"), (wav_bytes(noise(), 0), "0 Hz"), (wav_bytes(noise(100)), "100 samples .* one frame"),
+    (b"RIFX" + wav_bytes(noise())[4:], "big-endian.* sox FILE"),
+    (wav_bytes(noise(), 0), "0 Hz"), (wav_bytes(noise(100)), "100 samples .* one frame"),
     (wav_bytes(noise() + np.nan, code=3, bits=32), "not finite"), (None, "No such file")])
 @pytest.mark.parametrize("decoder", [True, False])
 def test_what_is_no_sound_is_said_to_be_none(tmp_path, monkeypatch, content, sentence, decoder):
@@ -523,7 +524,8 @@ def test_official_lists_are_read_and_the_published_counts_are_expected(tmp_path,
 
 
 def test_recordings_with_other_names_than_spoken_digits_have_are_left_out_and_named(tmp_path):
-    save_clips(tmp_path / "recordings", "7_jackson_4.wav", "7_jackson_5.wav", "7_x (1).wav", "a.wav")
+    names = "7_jackson_4.wav", "7_jackson_5.wav", "7_x (1).wav", "a.wav"
+    save_clips(tmp_path / "recordings", *names)
     found = data.Findings()
     rows = data.fsdd_rows(tmp_path, found)
     assert [split for _, _, split in rows] == ["test", "train*"]
