@@ -16,7 +16,7 @@ modules. To add a method write it in section 2 and put one line into METHODS.
     adapt(ast, "lora", rank=8, targets="qv")             # freezes, inserts, unfreezes
     embedding = ast(torch.randn(4, 500, 128))            # (B, T, F) -> (B, E) = (4, 768)
 
-Differs from P1's published code (its defects: README, section 9):
+Differs from P1's published code (its defects: README, section 13):
   D1 the position embedding is cropped or interpolated, never silently replaced by zeros;
   D2 the first matrix of a bottleneck starts random, the last one zero (both were zero);
   D3 the Conformer adapter has no LayerNorm: the published one computes it and drops the result;
