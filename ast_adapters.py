@@ -22,7 +22,7 @@ Differs from P1's published code (its defects: README, section 13):
   D3 the Conformer adapter has no LayerNorm: the published one computes it and drops the result;
   D4 Convpass convolves over the f x t grid; the published one drops what its convolution gives;
   D5 LoRA's product B A has rank `rank`, its scale is alpha / rank; q and v have a pair each;
-  D6 a mixture's output is added once; Soft-MoA weights its outputs by a softmax over all of them;
+  D6 a mixture's output is added once; in Soft-MoA a token's weights are a softmax over all slots;
   D7 adapter a, layer f: "before" is f(u + a(u)), "after" f(u) + a(f(u)), parallel f(u) + a(u);
   D8 prompts stand beside CLS and DIST and replace neither.
 Does not: pre-train on AudioSet, pad (data.py does), or combine two methods in one AST.
@@ -120,10 +120,10 @@ class AST(nn.Module):
                "zero": no positions at all, as P1's code trained (an experiment)
     eps        of the LayerNorms
     normalise  (mean, std) of its training log-mels: data.py feeds (x - mean) / (2 std)
-    picture    True (DINOv2): positions are stretched over the whole clip, never cropped
+    picture    True for weights of a picture model (DINOv2): positions are stretched, not cropped
     """
 
-    checkpointing = False  # True: less memory; blocks run twice a step (BatchNorms count it twice)
+    checkpointing = False  # True: less memory; blocks run twice a step, BatchNorm's means too
 
     def __init__(self, size="base", mels=128, grid=None, stride=None, pool="mean",
                  pos_embed="crop", eps=1e-6, normalise=AUDIOSET_MEAN_STD, picture=False):
@@ -155,7 +155,7 @@ class AST(nn.Module):
 
     def reset_parameters(self):
         """Normal numbers of std 0.02, biases zero, as in the Vision Transformer. Positions have std
-        0.3: with 0.02 a short training hardly learns what comes first. `patch` stays torch's."""
+        0.3: with 0.02 a short training hardly learns the order in time. `patch` stays torch's."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -214,8 +214,9 @@ class LinearHead(nn.Linear):
 
 # --------------------------------------------------------------------------------------------------
 # 2. Methods: units (small modules), each followed by the function that inserts it into the blocks.
-# For your own: what is added to an output starts at zero. Frozen random tensors need a fixed seed:
-# adapter files hold only what is trained. The insert function makes what all blocks share.
+# For your own: what is added to an output starts at zero. An adapter file holds only what is
+# trained: make a frozen random tensor from a fixed seed. A module that all blocks share is made
+# once, in the insert function.
 
 
 def wrap(ast, names, unit, *args):
@@ -320,7 +321,7 @@ class SoftMoA(nn.Module):
 
 class Placed(nn.Module):
     """A sub-layer f with an adapter a at one of P1's places: the formulas of D7. Without `residual`
-    only a's output, zero at first, goes on: then training does not start at the frozen model."""
+    it gives only a's output, zero at first: so training does not start at the frozen model."""
 
     def __init__(self, layer, adapter, form, at, residual):
         super().__init__()
@@ -455,7 +456,7 @@ class Prompted(nn.Module):
         self.block = block
         self.drop = tokens if replace else 0
         self.prompts = nn.Parameter(torch.empty(1, tokens, width))
-        bound = (6 / (PATCH * PATCH + width)) ** 0.5  # Xavier's (VPT, appendix)
+        bound = (6 / (PATCH * PATCH + width)) ** 0.5  # Xavier's, from a patch to D (VPT)
         nn.init.uniform_(self.prompts, -bound, bound)
 
     def forward(self, x):  # (B, N, D) -> (B, N + p, D)
@@ -478,7 +479,7 @@ def train_biases(ast):
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. adapt: one line a method; freezes, inserts, unfreezes, counts
+# 3. adapt: one line a method; it freezes the model, then inserts what trains
 
 PLACE = dict(where="ffn", form="parallel", at="after", residual=True)
 SSF = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.fc1", "mlp.fc2", "norm1", "norm2"]
@@ -523,7 +524,7 @@ def check_options(size, method, options):
     """Raise a sentence for an unknown method, and for options that do not fit it or this size."""
     check_known("method", method, METHODS)
     width, _, _, _, grid = SIZES[size]
-    limits = dict(rank=width, kernel=2 + math.prod(grid))  # D; N of the size's grid
+    limits = dict(rank=width, kernel=2 + math.prod(grid))  # at most D, and N of the size's grid
     for name, value in options.items():
         check_known(f"option of {method!r}", name, METHODS[method][1])
         if name in CHOICES:
@@ -595,20 +596,20 @@ HEADS = r"^(mlp_head|head|head_dist|classifier)\."  # AudioSet's and ImageNet's:
 
 def load_pretrained(ast, path):
     """Return a new AST like the plain `ast`, with the weights of a file, and a sentence about it.
-    The file, of the same size: AST's, Hugging Face's, ours, or a picture model (DeiT, DINOv2)."""
+    It must hold a model of that size: AST's, Hugging Face's, ours or of pictures (DeiT, DINOv2)."""
     if ast.adaptation:  # the new AST would be plain
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
     state, own = read_weights(path)  # own: settings, {} if the file is not ours
     keys = " ".join(state)
     layout = "our"
-    found = dict(picture="ls1.gamma" in keys, eps=1e-6)  # a key of DINOv2 alone
+    found = dict(eps=1e-6, picture="ls1.gamma" in keys)  # a key that only DINOv2 has
     if found["picture"]:
         layout = "DINOv2"
     elif "qkv" in keys:
         layout = "original"  # also DeiT's
     elif "layernorm" in keys:
         layout = "Hugging Face"
-        found["eps"] = 1e-12  # some tokens hardly vary: 1e-6 moves the outputs by 1e-2
+        found["eps"] = 1e-12  # with 1e-6 outputs would differ by 1e-2
     found["normalise"] = infer_mean_std(Path(path), layout) or ast.normalise
     try:
         state = to_our_names(state)
@@ -668,8 +669,8 @@ def from_dinov2(state):
 
 
 def infer_grid(ast, state, picture):
-    """Return stride and grid (f, t). A file holds the number of patches, f * t, only: its grid is
-    that of `ast`, or the first with whole rows, or, for all files of pictures, a square."""
+    """Return stride and grid (f, t). A file tells only f * t. The grid is that of `ast` if it fits,
+    else that of the first stride whose f divides the number; of picture models a square."""
     patches = state["pos_embed"].shape[1] - 2
     colours = state["patch.weight"].shape[1]
     if colours == 1:
@@ -703,7 +704,7 @@ def infer_mean_std(path, layout):
 
 
 def read_weights(path):
-    """Return a file's {key: tensor} and the settings that our own hold. Code in it never runs."""
+    """Return a file's {key: tensor} and its settings if it is ours. Code in the file never runs."""
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
@@ -778,8 +779,9 @@ def adapter_state(ast):
 
 def load_adapter(ast, state):
     """Return a new AST that carries the adapter `state`; the plain `ast` gives what it gave before.
-    Both share the frozen weights (now frozen in `ast` too): deepcopy copies all but `shared`.
+    Both share the frozen weights (now frozen in `ast` too).
     An adapter for another backbone is refused, but "full" replaces all weights and fits any."""
+    # deepcopy takes what is in `shared` as it is, and copies the rest.
     shared = {id(p): p for name, p in ast.named_parameters() if name not in state["weights"]}
     twin = adapt(copy.deepcopy(ast, shared), state["method"], **state["options"])
     if state["method"] != "full" and state["backbone"] != twin.adaptation["backbone"]:
@@ -809,7 +811,7 @@ def pooled_attention(ast, x):
     """The last block's attention weights for each patch: (B, T, F) -> (B, f, t), a mean over the
     heads and over the tokens that the AST pools. Prompts and prefixes stand before the patches."""
     attention = [module for module in ast.modules() if isinstance(module, Attention)][-1]
-    read = []  # what this attention layer reads: one tensor (B, N, D)
+    read = []  # the hook puts here what this layer reads: one tensor (B, N, D)
     hook = attention.register_forward_pre_hook(lambda module, inputs: read.extend(inputs))
     ast(x)
     hook.remove()
@@ -857,7 +859,7 @@ def main():
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v for each head, d = D/H: three tensors (B, H, N, d) -> one. In bf16
     on a CPU this is two to three times as fast as torch's kernel: it takes few heads at a time, and
-    their scores stay in the CPU's cache. Above 1,448 tokens torch's kernel keeps memory small."""
+    their scores stay in the CPU's cache. Above 1,448 tokens it calls torch's, to save memory."""
     most = 2**21  # scores at a time: 1,448 x 1,448
     scores = q.shape[2] * k.shape[2]  # of one head: N x N; prefixes make k and v longer than q
     bf16_on_cpu = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")

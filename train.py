@@ -80,7 +80,7 @@ def flag(default, help, **rules):
     """A field of Config, with the rules that a typed value must keep:
     choices, least, most    which values are allowed; `item`: the type of each in a list
     model                   the kind of model that reads it: "ast" or "speaker"
-    needs                   other flags; without one of them this does nothing
+    needs                   other flags; if none of them is set, this does nothing
     corpus                  what the corpus must have: "folds" or "lists"
     For --help: `shown` is the default to print, `group` the title of this field and the next."""
     return field(default=default, metadata=dict(rules, help=help))
@@ -97,7 +97,7 @@ class Config:
     data: str = flag("sounds", "the corpus", choices=data.CORPORA, group="Data")
     fold: str = flag("1", "the fold that tests", choices=FOLDS, corpus="folds")
     trials: str = flag("o", "VoxCeleb's list", choices=("o", "e", "h"), corpus="lists")
-    valid: bool = flag(True, "select the best epoch on validation clips; no: these train too")
+    valid: bool = flag(True, "select the best epoch on validation clips; else they train too")
     few_shot: int = flag(0, "train on so many clips a class, drawn by the seed; 0: all", least=0)
     skip_bad: bool = flag(False, "go on without clips that cannot be read")
 
@@ -222,7 +222,7 @@ def check_training(cfg, typed):
     if not cfg.speaker:
         size = cfg.model.removeprefix("ast-")
         starts = [*ast_adapters.DOWNLOADS, ("", "nano")]  # (--init, size of the AST in it)
-        fitting = [other for init, other in starts if init == cfg.init]  # any size fits a FILE
+        fitting = [other for init, other in starts if init == cfg.init]  # a FILE: any size fits
         if fitting and size not in fitting:
             raise ValueError(
                 f"--model {cfg.model} needs --init FILE (none: random weights); to start from "
@@ -236,10 +236,11 @@ def check_training(cfg, typed):
 def check_batch(cfg, clips):
     """Refuse one clip a process if the model has a BatchNorm over embeddings: it needs two values
     of a channel. On several GPUs BatchNorm is synchronised, and sees the clips of all."""
-    synchronised = cfg.device == "cuda" and WORLD > 1
+    gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    synchronised = gpu and WORLD > 1
     if cfg.speaker and clips // WORLD == 1 and not synchronised:
         if any(isinstance(layer, nn.BatchNorm1d) for layer in make_encoder(cfg).modules()):
-            raise ValueError(f"--batch-size {cfg.batch_size}: one clip a step cannot train "
+            raise ValueError(f"--batch-size {cfg.batch_size}: one clip a process cannot train "
                              f"{cfg.model}, whose BatchNorm needs two or more")
 
 
@@ -277,8 +278,8 @@ RECIPES = {
     ("sounds-source", "*", "*"): dict(frames=100, epochs=7),
     ("voices", "*", "*"): dict(frames=150, epochs=6, batch_size=32),
     # A small AST starts from a model of pictures (--init dinov2). Rates were chosen on validation
-    # clips of 40 spoken words, 8 clips a word. `full`: a rate of 5e-5 is too low for the new head,
-    # which has one of its own; from 1.5e-4 on the rest forgets what it knew.
+    # clips of 40 spoken words, 8 clips a word. `full`: 5e-5 is too low for the new head, so
+    # the head has its own rate; from 1.5e-4 on the other layers forget what they knew.
     ("*", "*", "ast-small"): dict(epochs=8, batch_size=16, warmup=0.1, lr=2e-3),
     ("*", "full", "ast-small"): dict(lr=5e-5, head_lr=5e-3),
     ("*", "lora dora convpass", "ast-small"): dict(lr=5e-3),
@@ -347,7 +348,7 @@ def fit(cfg, corpus, model, augment_waves, out):
                 loss.backward()
             with record_function("optimiser"):
                 optimiser.step()
-            check_loss(losses, corpus)  # of the step before: this one's would wait for the GPU
+            check_loss(losses, corpus)  # of the step before: this one would wait for the GPU
             losses.append((loss.detach(), batch.clips))
         # 5. Validate, keep the best weights, log, save.
         end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start)
@@ -719,7 +720,7 @@ def save(path, value):
         part.write_bytes(content.getbuffer())
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)  # of a full disk
+        part.unlink(missing_ok=True)  # what is left if the disk was full
 
 
 def checkpoint(cfg, corpus, model, epoch, valid):
@@ -856,7 +857,7 @@ def prepare(cfg):
         dist.barrier()  # those that wait go on when the first one arrives here
     check_corpus(cfg, corpus)
     for sounds in (noise, rooms):
-        corpus.notes += getattr(sounds, "notes", [])  # of a folder
+        corpus.notes += getattr(sounds, "notes", [])  # only a folder's sounds have notes
     augment_waves = partial(data.augment_waves, classes=len(corpus.classes), frames=cfg.frames,
                             speeds=cfg.speed_perturb, gain=cfg.gain, noise=noise, rooms=rooms,
                             share=cfg.distorted, snr=(min(cfg.snr), max(cfg.snr)))
@@ -955,7 +956,7 @@ def table_rows(cfg, typed, values):
     for text in texts.split(","):
         _, swept, _ = parse(["train", switches.get(text, f"--{name}={text}")])
         row = replace(cfg, **swept)
-        # In a table of methods a typed option is for the methods that have it.
+        # A typed option that this row's method lacks is meant for other rows of the table.
         of_others = set(METHOD_OPTIONS) - set(METHODS[row.method][1])
         check_training(row, (typed - of_others) | swept.keys())
         rows[text if name == "method" else f"{name}={text}"] = row
@@ -984,7 +985,7 @@ def study(cfg, title, rows):
         out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
         row = replace(rows[label], seed=seed, out=str(out), resume=True, figure="")
         if len(folds) > 1:
-            row = replace(row, fold=fold)  # else its own: it may be what is swept
+            row = replace(row, fold=fold)  # else each row keeps its own
         try:
             table[label].append(run(row, f"{number} of {len(plan)}: {name}"))
         except KeyboardInterrupt:
@@ -1267,7 +1268,7 @@ def profile(cfg, typed, own):
     """Print where the time of a training step goes; with --figure trace.json, all for a browser."""
     check_training(cfg, typed)
     cfg, corpus, augment_waves, model = prepare(replace(cfg, steps=10, epochs=1))
-    kinds = {"CPU", cfg.device.upper()}  # of a GPU both
+    kinds = {"CPU", cfg.device.upper()}  # {"CPU"}, or with a GPU {"CPU", "CUDA"}
     activities = [getattr(torch.profiler.ProfilerActivity, kind) for kind in kinds]
     profiler = torch.profiler.profile(activities=activities, acc_events=True)
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
@@ -1279,7 +1280,7 @@ def profile(cfg, typed, own):
     spent = dict.fromkeys(PHASES, 0.0)  # ms in a step
     for event in profiler.key_averages():
         if event.key in spent:
-            # A GPU has each phase twice: the CPU's time for starting its work, and its own.
+            # With a GPU each phase is there twice, as its time and the CPU's: the larger counts.
             taken = max(event.cpu_time_total, event.device_time_total) / 1000 / steps  # us -> ms
             spent[event.key] = max(spent[event.key], taken)
     step = sum(spent.values())
