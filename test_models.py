@@ -30,7 +30,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py does, before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as train.py does, before torch is imported
 
 import numpy as np
 import pytest

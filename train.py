@@ -41,7 +41,7 @@ from pathlib import Path
 # torch computes in threads. A thread that waits for another one spins: it keeps its core busy, and
 # beside a second program a nano step took 400 ms instead of 25. Let threads spin shortly, then
 # sleep. One line is for GNU's OpenMP, one for Intel's and LLVM's; torch reads them at its import.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("KMP_BLOCKTIME", "1")
 
 import numpy as np
