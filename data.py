@@ -539,9 +539,10 @@ def pack(name, root, clips, read, cache, skip_bad, found):
     def read_one(clip):
         return (read(clip), []) if read else read_clip(locate(root, clip))
 
-    if not path.exists() or (read_index(path)["bad"] and not skip_bad):
+    index = read_index(path) if path.exists() else None
+    if not index or (index["bad"] and not skip_bad):
         write_pack(path, clips, read_one)
-    index = read_index(path)
+        index = read_index(path)
     bad = [f"{printable(clip)}: {reason}" for clip, reason in index["bad"].items()]
     if bad:
         Findings(bad).stop(skip_bad and len(bad) < len(clips),

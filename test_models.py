@@ -1455,6 +1455,7 @@ def test_error_rates_of_normal_scores():
     scores = np.random.RandomState(0).randn(11_000) + 3 * labels
     rates = sv.error_rates(scores, labels)
     assert list(rates.values()) == pytest.approx([6.8, .632, .4313], abs=1e-6)
+    assert sv.min_dcf(scores, labels, 0.01) == pytest.approx(.632, abs=1e-6)
 
 
 def test_adaptive_s_norm_by_hand():
