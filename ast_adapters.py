@@ -7,16 +7,17 @@ Sections 1 AST, 2 methods, 3 adapt, 4 pretrained weights, 5 adapter files, 6 dem
 Axes     B batch, T frames, F mel bins, N tokens, D width, H heads, E embedding size, C classes,
          r rank, f x t the grid of patches (rows of frequency x columns of time).
 
-The AST cuts a log-mel (logarithms of energies, 100 frames a second) into patches, one token each,
-and puts two learned tokens before them, CLS and DIST. `adapt` wraps layers of its blocks in small
-modules. To add a method write it in section 2 and put one line into METHODS.
+The AST reads a log-mel: 100 frames a second, each with the log energies of F frequency bands, the
+mel bins. It cuts the log-mel into patches, one token each, and puts two learned tokens before them,
+CLS and DIST. `adapt` wraps layers of its blocks in small modules. To add a method write it in
+section 2 and put one line into METHODS.
 
     ast = AST("base")                                    # expects F = 128 and T of 16 or more
     ast, sentence = load_pretrained(ast, "audioset_10_10_0.4593.pth")
     adapt(ast, "lora", rank=8, targets="qv")             # freezes, inserts, unfreezes
     embedding = ast(torch.randn(4, 500, 128))            # (B, T, F) -> (B, E) = (4, 768)
 
-Differs from P1's published code (its defects: README, section 13):
+Differs from P1's published code (README, section 13; read this after section 2):
   D1 the position embedding is cropped or interpolated, never silently replaced by zeros;
   D2 the first matrix of a bottleneck starts random, the last one zero (both were zero);
   D3 the Conformer adapter has no LayerNorm: the published one computes it and drops the result;
@@ -119,11 +120,13 @@ class AST(nn.Module):
     pos_embed  "crop": the position embedding, cut to a shorter clip, stretched for a longer one;
                "zero": no positions at all, as P1's code trained (an experiment)
     eps        of the LayerNorms
-    normalise  (mean, std) of its training log-mels: data.py feeds (x - mean) / (2 std)
-    picture    True for weights of a picture model (DINOv2): positions are stretched, not cropped
+    normalise  (mean, std) of its training log-mels: data.py feeds (x - mean) / (2 std), as
+               the AST's authors do
+    picture    True for weights of DINOv2, a picture model: positions are stretched, not cropped
     """
 
-    checkpointing = False  # True: less memory; blocks run twice a step, BatchNorm's means too
+    # True: less memory. Each block runs twice a step, so a BatchNorm updates its means twice.
+    checkpointing = False
 
     def __init__(self, size="base", mels=128, grid=None, stride=None, pool="mean",
                  pos_embed="crop", eps=1e-6, normalise=AUDIOSET_MEAN_STD, picture=False):
@@ -155,7 +158,7 @@ class AST(nn.Module):
 
     def reset_parameters(self):
         """Normal numbers of std 0.02, biases zero, as in the Vision Transformer. Positions have std
-        0.3: with 0.02 a short training hardly learns the order in time. `patch` stays torch's."""
+        0.3: with 0.02 a short training hardly learns an order in time. `patch` starts as in torch."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -208,15 +211,15 @@ class AST(nn.Module):
 class LinearHead(nn.Linear):
     """The classifier, one Linear as in P1: (B, E) -> (B, C)."""
 
-    def forward(self, embedding, labels=None):  # labels: for speakers' heads (lightweight_sv.py)
+    def forward(self, embedding, labels=None):  # only a head for speakers needs the labels
         return super().forward(embedding)
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Methods: units (small modules), each followed by the function that inserts it into the blocks.
-# For your own: what is added to an output starts at zero. An adapter file holds only what is
-# trained: make a frozen random tensor from a fixed seed. A module that all blocks share is made
-# once, in the insert function.
+# 2. Methods: small modules, and functions that insert them into the blocks.
+# For your own: what is added to an output starts at zero. A module that all blocks share is made
+# once, in the insert function. An adapter file holds only what is trained, so a tensor that is
+# random and frozen must come from a fixed seed.
 
 
 def wrap(ast, names, unit, *args):
@@ -277,7 +280,7 @@ class Convpass(nn.Module):
         self.up = zero(nn.Linear(rank, width))
 
     def forward(self, x):
-        quick_gelu = lambda y: y * torch.sigmoid(1.702 * y)
+        quick_gelu = lambda y: y * torch.sigmoid(1.702 * y)  # nearly GELU, as its authors have it
         x = quick_gelu(self.down(x)).transpose(1, 2)  # (B, N, D) -> (B, r, N)
         # CLS and DIST have no neighbours: they meet only the middle of the 3 x 3 kernel.
         middle = self.conv.weight[:, :, 1, 1:2]  # (r, r, 1)
@@ -321,7 +324,7 @@ class SoftMoA(nn.Module):
 
 class Placed(nn.Module):
     """A sub-layer f with an adapter a at one of P1's places: the formulas of D7. Without `residual`
-    it gives only a's output, zero at first: so training does not start at the frozen model."""
+    a sum's first term is left out, so training does not start at the frozen model."""
 
     def __init__(self, layer, adapter, form, at, residual):
         super().__init__()
@@ -382,7 +385,8 @@ class LoRA(nn.Module):
 
 
 class DoRA(LoRA):
-    """LoRA sets the direction of W's rows; their lengths m train too (Liu et al., 2402.09353)."""
+    """A row of W is a length times a direction: LoRA changes the direction, the length m trains by
+    itself (Liu et al., 2402.09353)."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__(linear, rank, alpha)
@@ -430,7 +434,7 @@ def insert_scales(ast, names, shift):
 
 
 class Prefixed(nn.Module):
-    """p vectors in front of the keys (or values) a Linear makes (Li and Liang, 2101.00190)."""
+    """p vectors in front of the keys (or values) that a Linear makes (Li and Liang, 2101.00190)."""
 
     def __init__(self, linear, tokens):
         super().__init__()
@@ -456,7 +460,7 @@ class Prompted(nn.Module):
         self.block = block
         self.drop = tokens if replace else 0
         self.prompts = nn.Parameter(torch.empty(1, tokens, width))
-        bound = (6 / (PATCH * PATCH + width)) ** 0.5  # Xavier's, from a patch to D (VPT)
+        bound = (6 / (PATCH * PATCH + width)) ** 0.5  # as in VPT: Xavier's rule for patch -> D
         nn.init.uniform_(self.prompts, -bound, bound)
 
     def forward(self, x):  # (B, N, D) -> (B, N + p, D)
@@ -481,6 +485,7 @@ def train_biases(ast):
 # --------------------------------------------------------------------------------------------------
 # 3. adapt: one line a method; it freezes the model, then inserts what trains
 
+# `at` and `residual` act only with form="sequential".
 PLACE = dict(where="ffn", form="parallel", at="after", residual=True)
 SSF = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.fc1", "mlp.fc2", "norm1", "norm2"]
 IA3 = ["attn.k", "attn.v", "mlp.act"]
@@ -497,7 +502,8 @@ METHODS = {  # name: (insertion, its options with the defaults of P1's Table 1)
     "convpass": (insert_convpass, dict(rank=8, **PLACE)),
     "dense-moa": (partial(insert_adapters, DenseMoA), dict(rank=6, experts=7, **PLACE)),
     "soft-moa": (partial(insert_adapters, SoftMoA), dict(rank=6, experts=7, slots=1, **PLACE)),
-    "dora": (partial(insert_low_rank, DoRA), dict(rank=6, alpha=None, targets="qv")),  # beyond P1
+    # Beyond P1:
+    "dora": (partial(insert_low_rank, DoRA), dict(rank=6, alpha=None, targets="qv")),
     "ssf": (partial(insert_scales, names=SSF, shift=True), {}),
     "ia3": (partial(insert_scales, names=IA3, shift=False), {}),
 }
@@ -521,7 +527,7 @@ def adapt(ast, method, **options):
 
 
 def check_options(size, method, options):
-    """Raise a sentence for an unknown method, and for options that do not fit it or this size."""
+    """Raise ValueError for an unknown method, and for options that do not fit it or this size."""
     check_known("method", method, METHODS)
     width, _, _, _, grid = SIZES[size]
     limits = dict(rank=width, kernel=2 + math.prod(grid))  # at most D, and N of the size's grid
@@ -533,7 +539,7 @@ def check_options(size, method, options):
             twice = len(set(value)) < len(value)
             if not value or twice or not set(value) <= set("qkvo"):  # <=: is a subset of
                 raise ValueError(f"targets {value!r}: name some of q, k, v, o once, such as 'qv'")
-        elif name != "alpha":
+        elif name != "alpha":  # rank, kernel, tokens, experts, slots
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} {value}: expected a whole number, at least 1")
             if name in limits and value > limits[name]:
@@ -545,7 +551,7 @@ def check_options(size, method, options):
 
 
 def check_known(what, name, known):
-    """Raise a sentence that lists the valid names if `name` is not among them."""
+    """Raise ValueError, with the valid names, if `name` is not among them."""
     if name not in known:
         names = ", ".join(map(str, known))
         hint = f"choose from {names}" if known else "it has none"
@@ -562,10 +568,11 @@ def count(module):
 # --------------------------------------------------------------------------------------------------
 # 4. Pretrained weights: four layouts of the same Transformer, told apart by their keys
 
-# "audioset-16" is for laptops: 10 s make 514 tokens, not 1,214. File names end with the scores.
+# "audioset-16" is for laptops: 1,024 frames make 514 tokens, not 1,214. File names end with the
+# score on AudioSet (mAP).
 DROPBOX = "https://www.dropbox.com/s/"  # of AST's authors
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"  # Apache 2.0; not tried here
-DOWNLOADS = {  # (name, AST size): (address, sha256 or "": none is published)
+DOWNLOADS = {  # (--init of train.py, AST size): (address, sha256; empty, for none is published)
     ("audioset", "base"): (DROPBOX + "ca0b1v2nlxzyeb4/audioset_10_10_0.4593.pth?dl=1", ""),
     ("audioset-16", "base"): (DROPBOX + "mdsa4t1xmcimia6/audioset_16_16_0.4422.pth?dl=1", ""),
     ("dinov2", "small"): (DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth", ""),
@@ -595,8 +602,8 @@ HEADS = r"^(mlp_head|head|head_dist|classifier)\."  # AudioSet's and ImageNet's:
 
 
 def load_pretrained(ast, path):
-    """Return a new AST like the plain `ast`, with the weights of a file, and a sentence about it.
-    It must hold a model of that size: AST's, Hugging Face's, ours or of pictures (DeiT, DINOv2)."""
+    """Return a new AST like the plain `ast` with the weights of a file, and a sentence on the file.
+    The file holds a model of the size of `ast`: AST's, Hugging Face's, ours, DeiT's or DINOv2's."""
     if ast.adaptation:  # the new AST would be plain
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
     state, own = read_weights(path)  # own: settings, {} if the file is not ours
@@ -649,8 +656,9 @@ def to_our_names(state):
 
 
 def from_dinov2(state):
-    """Turn DINOv2's weights into an AST's. Its patches are 14 x 14; it multiplies what each
-    sub-layer gives by a learned gamma, which goes into the Linear before it; it has no DIST."""
+    """Turn DINOv2's weights into an AST's. DINOv2 multiplies the output of each sub-layer by a
+    learned gamma: here the last Linear of the sub-layer is multiplied. Its patches of 14 x 14 are
+    enlarged. It has no DIST, which becomes a copy of CLS."""
     state = {key: value.float() for key, value in state.items() if key != "mask_token"}
     for key in list(state):
         if key.endswith(".gamma"):
@@ -660,7 +668,7 @@ def from_dinov2(state):
             state[f"{linear}.bias"] = gamma * state[f"{linear}.bias"]
     patch = state["patch.weight"]  # (D, 3, 14, 14)
     larger = F.interpolate(patch, (PATCH, PATCH), mode="bicubic", align_corners=False)
-    # A sum over 256 points, no longer 196: without this factor all outputs would grow.
+    # The convolution sums 256 points, no longer 196: without this factor its outputs would grow.
     state["patch.weight"] = (patch.shape[2] / PATCH) ** 2 * larger
     state["dist_token"] = state["cls_token"]
     positions = state["pos_embed"]  # (1, 1 + 37 * 37, D)
@@ -673,7 +681,7 @@ def infer_grid(ast, state, picture):
     else that of the first stride whose f divides the number; of picture models a square."""
     patches = state["pos_embed"].shape[1] - 2
     colours = state["patch.weight"].shape[1]
-    if colours == 1:
+    if colours == 1:  # no model of pictures, which has three
         if math.prod(ast.grid) == patches:
             return ast.stride, ast.grid
         for stride in (ast.stride, 10, 12, 14, 16):  # its own, then the published ones
@@ -728,9 +736,10 @@ def read_weights(path):
 
 def harmless():
     """Return types that a file may hold beside weights: none of them runs code when it is read."""
-    number, _ = np.float64(0).__reduce__()  # the function that makes a number from a file
+    # The function by which pickle makes a number of NumPy; NumPy 1 and 2 name it differently.
+    number, _ = np.float64(0).__reduce__()
     kinds = [type(np.dtype(name)) for name in ("bool", "int64", "float32", "float64")]
-    numpy_1 = (number, "numpy.core.multiarray.scalar")  # its name in a file
+    numpy_1 = (number, "numpy.core.multiarray.scalar")
     numpy_2 = (number, "numpy._core.multiarray.scalar")
     return [argparse.Namespace, np.dtype, numpy_1, numpy_2, *kinds]
 
@@ -760,7 +769,7 @@ def fingerprint(ast):
     digest = hashlib.sha256(json.dumps(ast.settings).encode())
     for name, value in sorted(ast.state_dict().items()):
         digest.update(name.encode())
-        if not value.is_meta:  # counting on "meta" has shapes and no weights
+        if not value.is_meta:  # main() counts on "meta": shapes without values
             digest.update(value.float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
@@ -781,7 +790,7 @@ def load_adapter(ast, state):
     """Return a new AST that carries the adapter `state`; the plain `ast` gives what it gave before.
     Both share the frozen weights (now frozen in `ast` too).
     An adapter for another backbone is refused, but "full" replaces all weights and fits any."""
-    # deepcopy takes what is in `shared` as it is, and copies the rest.
+    # deepcopy's memo, {id: object}: it takes these objects as they are, and copies all others.
     shared = {id(p): p for name, p in ast.named_parameters() if name not in state["weights"]}
     twin = adapt(copy.deepcopy(ast, shared), state["method"], **state["options"])
     if state["method"] != "full" and state["backbone"] != twin.adaptation["backbone"]:
@@ -809,7 +818,7 @@ def merge(ast):
 @torch.no_grad()
 def pooled_attention(ast, x):
     """The last block's attention weights for each patch: (B, T, F) -> (B, f, t), a mean over the
-    heads and over the tokens that the AST pools. Prompts and prefixes stand before the patches."""
+    heads and over the tokens that the AST pools."""
     attention = [module for module in ast.modules() if isinstance(module, Attention)][-1]
     read = []  # the hook puts here what this layer reads: one tensor (B, N, D)
     hook = attention.register_forward_pre_hook(lambda module, inputs: read.extend(inputs))
@@ -822,6 +831,7 @@ def pooled_attention(ast, x):
     scores = q @ k.mT / q.shape[3] ** 0.5  # (B, H, tokens that are pooled, N)
     weights = scores.softmax(dim=3).mean(dim=(1, 2))  # (B, N)
     columns = (x.shape[1] - PATCH) // ast.stride + 1
+    # The last f * t are patches: prompts and prefixes stand before them.
     return weights[:, -ast.rows * columns :].unflatten(1, (ast.rows, columns))  # (B, f, t)
 
 
@@ -849,11 +859,11 @@ def main():
             trainable, _ = count(adapt(AST("base"), method))
             shown = " ".join(f"{k}={v}" for k, v in options.items() if k not in ("at", "residual"))
             print(f"{method:15s} {trainable:11,} {trainable / total:7.2%}   {shown}")
-    print("\nTrainable: without the head (769 C), with the last LayerNorm (1,536).")
+    print("\nTrainable: without the head (769 a class), with the last LayerNorm (1,536).")
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Faster on a CPU: same numbers, skip it
+# 7. Faster on a CPU: the same formula, skip it
 
 
 def attend(q, k, v):

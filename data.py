@@ -261,7 +261,8 @@ def to_int16(wave):
 # Endings in the order in which they are taken, if a recording is there in several.
 AUDIO = ("wav wave flac aif aiff aifc au snd caf w64 ogg oga opus mp3 mp2 m4a m4b mp4 aac wma webm "
          "amr 3gp ac3 mka wv").split()
-PAPERS = "txt csv tsv json xml md html pdf png jpg svg py sh lab textgrid zip gz".split()
+PAPERS = ("txt csv tsv json xml md html pdf png jpg svg py sh lab textgrid zip gz readme license "
+          "licence makefile").split()
 
 
 @dataclass
@@ -338,9 +339,9 @@ def find_audio(root, found):
             ending = file.rpartition(".")[2].lower()
             if ending in AUDIO:
                 clips.append(place + file)
-            elif ending not in PAPERS and "." in file:
+            elif ending not in PAPERS:
                 others.append(place + file)
-    found.note("files have endings that are left out", sorted(others))
+    found.note("files have another ending or none; left out", sorted(others))
     return keep_one(sorted(clips), lambda clip: clip.rpartition(".")[0], found)
 
 
@@ -380,9 +381,10 @@ def read_table(path, found, *forms):
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=gap)
     header = [cell.strip() for cell in next(lines, [])]
     used = [name for form in forms for _, name, _, _ in string.Formatter().parse(form) if name]
-    missing = [name for name in used if name not in header]
-    if missing:
-        raise ValueError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(header)}")
+    unclear = [name for name in used if header.count(name) != 1]
+    if unclear:
+        raise ValueError(f"{path}: expected one column {unclear[0]!r}; its columns are "
+                         + ", ".join(header))
     before = len(found.bad)
     rows = []
     for cells in lines:
@@ -460,7 +462,7 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     # Trials: pairs of clips, of one speaker or of two. A corpus without any is one of classes.
     pairs = {}
     if source.tree and (root / file).is_file():
-        pairs["test"] = read_trials(root / file, ids, length, count, skip_bad, found)
+        pairs["test"] = read_trials(root / file, ids, names, length, count, skip_bad, found)
     if source.trials:
         for split in ("valid", "test"):
             pairs[split] = make_trials(np.flatnonzero(splits == split), names, rng_of(split))
@@ -518,7 +520,7 @@ def pack(name, root, clips, read, cache, skip_bad, found):
     """Decode clips once, into a file named by a hash of their names, sizes and times; return
     (length of each clip, memory map of samples). Without `skip_bad`, bad clips are read again,
     then raise. `read`: clip -> wave, of a built-in corpus."""
-    digest = hashlib.sha256(b"index 2")
+    digest = hashlib.sha256(b"index 3")
     files = {}  # (disk, number on it) -> its first clip
     linked = []
     for clip in clips:  # a million: one by one, not as one text
@@ -562,6 +564,7 @@ def write_pack(path, clips, read):
     lengths = []
     bad = {}  # clip -> reason
     remarks = {}  # remark -> clips
+    heard = {}  # hash of a sound -> its first clip
     part = path.with_suffix(f".{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -574,8 +577,11 @@ def write_pack(path, clips, read):
                         remarks.setdefault(remark, []).append(clip)
                 except (ValueError, OSError) as error:
                     bad[clip] = str(error)
+                sound = to_int16(wave).tobytes()
+                if heard.setdefault(hashlib.sha256(sound).digest(), clip) is not clip and sound:
+                    remarks.setdefault("the sound of another clip", []).append(clip)
                 lengths.append(len(wave))
-                file.write(to_int16(wave).tobytes())  # a full disk is no clip's fault: it stops
+                file.write(sound)  # a full disk is no clip's fault: it stops
             index = dict(lengths=lengths, bad=bad, remarks=remarks, samples=sum(lengths))
             text = json.dumps(index).encode()
             file.write(text + len(text).to_bytes(8, "little"))
@@ -682,7 +688,7 @@ def corpus_in_memory(names, read, found):
 # 4. Trials and splits: who trains, validates and tests; drawn by a seed where the corpus is silent
 
 
-def read_trials(path, ids, length, count, skip_bad, found):
+def read_trials(path, ids, names, length, count, skip_bad, found):
     """Return the trials of a file, lines `label id_a id_b`, label 1 for the same speaker, as
     (label, index, index). Names count without their ending, in VoxCeleb's lists, of `count`
     trials, from the third last part on: there a clip may lie at any depth."""
@@ -708,7 +714,19 @@ def read_trials(path, ids, length, count, skip_bad, found):
                            "error rates are not comparable with the full list's")
     if count not in (0, len(rows)):
         found.notes.append(f"expected {count:,} trials in {path.name}, found {len(rows):,}")
+    note_odd_trials(good, ids, names, found)
     return good
+
+
+def note_odd_trials(trials, ids, names, found):
+    """Note trials that test nothing, and those that say other speakers than the folders do."""
+    if not trials:
+        return
+    label, a, b = np.array(trials).T  # (trials,) each
+    same = names[a] == names[b]
+    for what, odd in (("are of a clip with itself", a == b),
+                      ("contradict the folders", same != label)):
+        found.note(f"test trials {what}", [f"{ids[a[i]]} {ids[b[i]]}" for i in odd.nonzero()[0]])
 
 
 def split_trial(line, known, path):

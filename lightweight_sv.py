@@ -698,7 +698,7 @@ def main(arguments):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Faster on a CPU: same numbers, skip it.
+# 10. Faster on a CPU: the same formulas, skip it.
 
 
 def channels_last(x):

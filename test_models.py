@@ -101,11 +101,11 @@ def noise(samples=3000):
 
 
 def save_clips(root, *names, wave=None, rate=16000):
-    """Write one wave, noise as a rule, under several names: (n,) or (n, channels)."""
-    wave = noise() if wave is None else wave
+    """Write a wave, (n,) or (n, channels), under several names; by default a noise of each."""
     for name in names:
+        own = data.rng_of(name).uniform(-0.5, 0.5, 3000) if wave is None else wave
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(wav_bytes(wave.reshape(len(wave), -1), rate))
+        (root / name).write_bytes(wav_bytes(own.reshape(len(own), -1), rate))
 
 
 def corpus_of(waves, labels, splits):
@@ -305,7 +305,7 @@ def test_a_folder_is_split_packed_once_and_packed_anew_when_a_clip_changes(tmp_p
     root = tmp_path / "root"
     folder_corpus(root)
     open_it = partial(data.open_corpus, "folder", root, cache=tmp_path / "cache")
-    folder_corpus(root / "lonely", classes=1, clips=1)  # a class of one clip only trains
+    save_clips(root, "lonely/1.wav")  # a class of one clip only trains
     corpus = open_it()
     assert [len(corpus.pick(split)) for split in ("train", "valid", "test")] == [22, 3, 6]
     assert corpus.notes == ["1 classes have too few clips to be tested: lonely"]
@@ -331,12 +331,14 @@ def found_in(root):
 
 def test_what_is_hidden_linked_twice_or_no_recording_is_not_in_a_folder(tmp_path):
     save_clips(tmp_path, "dog/1.wav", "dog/._1.wav", ".ipynb_checkpoints/1.wav", "__MACOSX/1.wav",
-               "cat/1.WAV", "cat/1.flac", "cat/1.m4a", "loose.wav", "dog/notes.txt", "dog/2.xyz")
+               "cat/1.WAV", "cat/1.flac", "cat/1.m4a", "loose.wav", "dog/notes.txt", "dog/2.xyz",
+               "README", "dog/3")
     (tmp_path / "ant").symlink_to(tmp_path / "dog")  # sorted before the folder that it is
     (tmp_path / "dog/again").symlink_to(tmp_path)
     rows, notes = found_in(tmp_path)
     assert rows == {"cat/1.WAV": ("cat", "any"), "dog/1.wav": ("dog", "any")}
-    for words in ("1 files have endings .*: dog/2.xyz", "2 recordings .* twice, .*cat/1.flac",
+    for words in ("2 files have another ending or none; left out: dog/2.xyz, dog/3",
+                  "2 recordings .* twice, .*cat/1.flac",
                   "1 recordings directly in ROOT are left out: loose.wav"):
         assert any(re.search(words, note) for note in notes), (words, notes)
 
@@ -376,7 +378,8 @@ def test_a_link_to_a_clip_and_classes_that_differ_by_capitals_are_named(tmp_path
     (tmp_path / "cat/6.wav").symlink_to(tmp_path / "cat/5.wav")
     notes = data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache").notes
     assert notes == ["2 classes differ by capitals or spaces alone: Dog, dog ",
-                     "1 clips are links to the file of another: cat/6.wav"]
+                     "1 clips are links to the file of another: cat/6.wav",
+                     "1 clips hold the sound of another clip: cat/6.wav"]
 
 
 def test_a_name_of_two_lines_is_printed_in_one():
@@ -451,11 +454,30 @@ def test_trials_may_name_files_with_spaces_and_any_slashes(tmp_path, gap, slash)
     assert corpus.trials["test"] == [(1, 0, 1), (0, 0, 3)]
 
 
+def test_trials_of_a_clip_with_itself_or_against_the_folders_are_noted(tmp_path):
+    folder_corpus(tmp_path, 6, 3)
+    write(tmp_path / "trials.txt", "1 class0/0.wav class0/0.wav", "1 class0/0.wav class1/1.wav",
+          "0 class0/0.wav class1/0.wav", "1 class0/0.wav class0/1.wav")
+    corpus = data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache")
+    assert corpus.notes == ["1 test trials are of a clip with itself: class0/0.wav class0/0.wav",
+                            "1 test trials contradict the folders: class0/0.wav class1/1.wav"]
+
+
+def test_a_recording_copied_under_another_name_is_noted(tmp_path):
+    folder_corpus(tmp_path, 2, 3)
+    shutil.copy(tmp_path / "class0/0.wav", tmp_path / "class1/copy.wav")
+    corpus = data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache")
+    assert corpus.notes == ["1 clips hold the sound of another clip: class1/copy.wav"]
+
+
 def test_a_missing_table_or_column_is_answered_with_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="(?s)UrbanSound8K.csv'.*audio/fold1.*--download"):
         data.open_corpus("urbansound8k", tmp_path)
     write(tmp_path / "meta/esc50.csv", "file;fold;category", "1.wav;1;dog")
-    with pytest.raises(ValueError, match="no column 'filename'; its columns are file, fold"):
+    with pytest.raises(ValueError, match="one column 'filename'; its columns are file, fold"):
+        data.open_corpus("esc50", tmp_path)
+    write(tmp_path / "meta/esc50.csv", "filename,fold,category,fold", "1.wav,1,dog,2")
+    with pytest.raises(ValueError, match="one column 'fold'"):
         data.open_corpus("esc50", tmp_path)
     with pytest.raises(ValueError, match="(?s)has none.*train_data.csv.*by the form"):
         data.download_corpus("fluentspeech", tmp_path)
@@ -463,7 +485,7 @@ def test_a_missing_table_or_column_is_answered_with_what_is_there(tmp_path):
 
 def test_files_without_a_known_ending_are_named(tmp_path):
     write(tmp_path / "a.xyz", "no sound")
-    with pytest.raises(ValueError, match="found none; 1 files have endings .*: a.xyz"):
+    with pytest.raises(ValueError, match="found none; 1 files have another ending .*: a.xyz"):
         data.corpus_of_files([tmp_path])
 
 

@@ -12,9 +12,10 @@ Sections  1 settings, 2 recipes, 3 the loop, 4 evaluation, 5 the model, 6 a run 
           7 tables of runs, 8 using a run, 9 the machine, 10 commands
 Axes      B batch, T frames, F mel bins, D width, E embedding, C classes or speakers
 
-Differs from P1's code: validation selects the best epoch, and the test split is scored once, with
-its weights. Weight decay leaves scales, biases and norms alone: many scales start at one.
-Does not: split one model over several GPUs, search hyper-parameters, or log to a service.
+P1 is the paper on adapters of the AST (arXiv 2312.03694). Unlike its code, this program selects the
+best epoch by validation clips, and scores the test split once, with the weights of that epoch.
+Weight decay leaves scales, biases and norms alone: many scales start at one.
+Not in this program: one model over several GPUs, a search of hyper-parameters, logs to a service.
 """
 
 import argparse
@@ -97,7 +98,7 @@ class Config:
     data: str = flag("sounds", "the corpus", choices=data.CORPORA, group="Data")
     fold: str = flag("1", "the fold that tests", choices=FOLDS, corpus="folds")
     trials: str = flag("o", "VoxCeleb's list", choices=("o", "e", "h"), corpus="lists")
-    valid: bool = flag(True, "select the best epoch on validation clips; else they train too")
+    valid: bool = flag(True, "select the best epoch on validation clips; no: train on them too")
     few_shot: int = flag(0, "train on so many clips a class, drawn by the seed; 0: all", least=0)
     skip_bad: bool = flag(False, "go on without clips that cannot be read")
 
@@ -118,7 +119,7 @@ class Config:
     spec_t: int = flag(None, "SpecAugment: widest mask, in frames", least=0)
     shift: int = flag(None, "roll by up to so many frames", least=0)
     gain: float = flag(None, "louder or softer by up to so many dB", least=0, most=60, model="ast")
-    speed_perturb: bool = flag(False, "play x1, x0.9 and x1.1, as other speakers")
+    speed_perturb: bool = flag(False, "play x1, x0.9 and x1.1; each speed is a speaker of its own")
     noise: str = flag("", "a folder of noises, such as MUSAN's, or: generated")
     reverb: str = flag("", "a folder of rooms' impulse responses, or: generated")
     distorted: float = flag(0.6, "share of clips with either", least=0, most=1,
@@ -132,15 +133,17 @@ class Config:
     at: str = flag(None, "sequential adapters: before or after the sub-layer", model="ast")
     residual: bool = flag(None, "sequential adapters: add their input", model="ast")
     kernel: int = flag(None, "Conformer adapter: taps of the depthwise convolution", model="ast")
-    tokens: int = flag(None, "prompts a layer; prefix: keys and values together", model="ast")
+    tokens: int = flag(None, "prompts in each layer; prefix: half keys, half values", model="ast")
     alpha: float = flag(None, "LoRA: scale is alpha / rank", model="ast")
     targets: str = flag(None, "LoRA: which of q, k, v, o, such as qv", model="ast")
     experts: int = flag(None, "mixtures: adapters a layer", model="ast")
     slots: int = flag(None, "Soft-MoA: slots an expert", model="ast")
-    pos_embed: str = flag("crop", "zero: as in P1's code", choices=("crop", "zero"), model="ast")
-    pool: str = flag("mean", "of all tokens, or of two", choices=("mean", "cls"), model="ast")
+    pos_embed: str = flag("crop", "positions: cut to the clip; zero: none, as in P1's code",
+                          choices=("crop", "zero"), model="ast")
+    pool: str = flag("mean", "mean of all tokens, or of CLS and DIST alone",
+                     choices=("mean", "cls"), model="ast")
 
-    subsets: int = flag(1, "feature subsets S; 1 is the plain host", least=1, model="speaker",
+    subsets: int = flag(1, "feature subsets S; 1: the model as it is", least=1, model="speaker",
                         group="Speaker models: how light, and how hard the training task")
     share: bool = flag(False, "one set of weights for all subsets", model="speaker")
     fusion: str = flag("module", "between subsets", choices=lightweight_sv.FUSIONS, model="speaker")
@@ -169,6 +172,7 @@ class Config:
         """Frames to cut for training. A crop that is played 1.1 times as fast gets shorter."""
         if not self.speed_perturb:
             return self.frames
+        # Counted in samples: the last frame is longer than the hop from one frame to the next.
         return math.ceil(1.1 * data.samples_of(self.frames) / data.HOP)
 
     @property
@@ -206,7 +210,7 @@ def check(cfg, typed):
         broken = None
         if "model" in rules and rules["model"] != cfg.kind:
             broken = f"{cfg.model} does not read it: it is for {rules['model']} models"
-        elif "least" in rules and not rules["least"] <= value <= most:  # not: refuses nan too
+        elif "least" in rules and not (rules["least"] <= value <= most):  # true for nan too
             broken = f"expected at least {rules['least']} and at most {rules.get('most', 'any')}"
         elif needs and not any(getattr(cfg, other) for other in needs):
             broken = "does nothing without --" + " or --".join(needs)
@@ -221,12 +225,12 @@ def check_training(cfg, typed):
     check(cfg, typed)
     if not cfg.speaker:
         size = cfg.model.removeprefix("ast-")
-        starts = [*ast_adapters.DOWNLOADS, ("", "nano")]  # (--init, size of the AST in it)
-        fitting = [other for init, other in starts if init == cfg.init]  # a FILE: any size fits
-        if fitting and size not in fitting:
+        starts = [*ast_adapters.DOWNLOADS, ("", "nano")]  # (--init, size of the AST that it has)
+        sizes = [own for init, own in starts if init == cfg.init]  # none for a FILE: any may fit
+        if sizes and size not in sizes:
             raise ValueError(
                 f"--model {cfg.model} needs --init FILE (none: random weights); to start from "
-                f"{cfg.init or 'our nano AST'}, add --model ast-{fitting[0]}")
+                f"{cfg.init or 'our nano AST'}, add --model ast-{sizes[0]}")
         options = {name: getattr(cfg, name) for name in METHOD_OPTIONS if name in typed}
         ast_adapters.check_options(size, cfg.method, options)
     cfg = with_recipe(cfg)
@@ -234,8 +238,8 @@ def check_training(cfg, typed):
 
 
 def check_batch(cfg, clips):
-    """Refuse one clip a process if the model has a BatchNorm over embeddings: it needs two values
-    of a channel. On several GPUs BatchNorm is synchronised, and sees the clips of all."""
+    """Refuse a step of so many clips if each process has one, and the model has a BatchNorm over
+    embeddings: that needs two values of a channel. On several GPUs it sees the clips of all."""
     gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
     synchronised = gpu and WORLD > 1
     if cfg.speaker and clips // WORLD == 1 and not synchronised:
@@ -257,8 +261,8 @@ RECIPES = {
     ("*", "full", "ast"): dict(lr=5e-5),
     ("*", "linear", "ast"): dict(lr=1e-3),
     ("*", "prompt-shallow prompt-deep prefix", "ast"): dict(lr=1e-2),
-    # The nano AST is four hundred times smaller than AST-base, and P1's 300 prompts are more than
-    # its 50 tokens. Rates and epochs were chosen on validation clips of `sounds`.
+    # The nano AST is four hundred times smaller than AST-base. It has 50 tokens, for which P1's 300
+    # prompts are too many. Rates and epochs were chosen on validation clips of `sounds`.
     ("*", "*", "ast-nano"): dict(lr=1e-2, warmup=0.1, batch_size=16, frames=100),
     ("*", "full", "ast-nano"): dict(lr=1.5e-3),
     ("*", "prompt-shallow", "ast-nano"): dict(tokens=32),
@@ -272,14 +276,14 @@ RECIPES = {
     ("speechcommands", "*", "*"): dict(frames=100, epochs=75, batch_size=128),
     ("fluentspeech", "*", "*"): dict(frames=400, epochs=75),
     ("fsdd", "*", "*"): dict(frames=64, epochs=40, spec_f=16, spec_t=8, shift=6, gain=10.0),
-    ("fsdd", "*", "speaker"): dict(gain=0.0),  # each bin's mean is removed, and so the level
+    ("fsdd", "*", "speaker"): dict(gain=0.0),  # no use: features without means have no loudness
     ("voxceleb", "*", "*"): dict(frames=200),
     ("sounds", "*", "*"): dict(frames=100, epochs=9),
     ("sounds-source", "*", "*"): dict(frames=100, epochs=7),
     ("voices", "*", "*"): dict(frames=150, epochs=6, batch_size=32),
     # A small AST starts from a model of pictures (--init dinov2). Rates were chosen on validation
     # clips of 40 spoken words, 8 clips a word. `full`: 5e-5 is too low for the new head, so
-    # the head has its own rate; from 1.5e-4 on the other layers forget what they knew.
+    # the head has its own rate; at 1.5e-4 or more, the other layers forget what they knew.
     ("*", "*", "ast-small"): dict(epochs=8, batch_size=16, warmup=0.1, lr=2e-3),
     ("*", "full", "ast-small"): dict(lr=5e-5, head_lr=5e-3),
     ("*", "lora dora convpass", "ast-small"): dict(lr=5e-3),
@@ -311,7 +315,7 @@ def with_recipe(cfg):
 def fit(cfg, corpus, model, augment_waves, out):
     """Train `model`; leave last.pt, best.pt and log.jsonl in `out`. Return the seconds it took."""
     optimiser = make_optimiser(cfg, model)
-    state = load_last(out, corpus, model, optimiser)  # of a new run, or where it stopped
+    state = load_last(out, corpus, model, optimiser)  # epoch 0, or where this run stopped
     forward = parallel_model(cfg, model)  # the same weights, for several processes
     bf16 = torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16)
     per_epoch = steps_an_epoch(cfg, corpus)
@@ -332,7 +336,7 @@ def fit(cfg, corpus, model, augment_waves, out):
             step = epoch * per_epoch + i
             lr = learning_rate(cfg, step, steps)
             for group in optimiser.param_groups:
-                group["lr"] = lr * group["times"]  # times: 1, or the head's --head-lr / --lr
+                group["lr"] = lr * group["factor"]  # 1, or for the head --head-lr / --lr
             model.head.margin = head_margin(cfg, step, steps)
             # 3. Waves become features, on the device that trains; both are augmented.
             with record_function("augmentation"):
@@ -340,7 +344,7 @@ def fit(cfg, corpus, model, augment_waves, out):
             with record_function("features"):
                 x = data.features(batch, model.encoder)  # (B, T, F)
                 x = data.augment_features(x, cfg.shift, cfg.spec_f, cfg.spec_t)
-            # 4. Forward: features to logits, (B, T, F) -> (B, C), to a loss. Backward. Step.
+            # 4. (B, T, F) -> logits (B, C) -> loss. (A head for speakers needs the labels.)
             with record_function("forward"), bf16:
                 loss = F.cross_entropy(forward(x, batch.labels), batch.labels)
             with record_function("backward"):
@@ -348,7 +352,7 @@ def fit(cfg, corpus, model, augment_waves, out):
                 loss.backward()
             with record_function("optimiser"):
                 optimiser.step()
-            check_loss(losses, corpus)  # of the step before: this one would wait for the GPU
+            check_loss(losses, corpus)  # the last step's: to read this one's waits for the GPU
             losses.append((loss.detach(), batch.clips))
         # 5. Validate, keep the best weights, log, save.
         end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start)
@@ -359,7 +363,7 @@ def end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start):
     """Validate, keep the best weights, write the log and last.pt, print a line."""
     check_loss(losses, corpus)
     total = sum_over_ranks(torch.stack([loss for loss, _ in losses]).mean())
-    mean = total.item() / WORLD  # waits for the GPU, so the clock is read behind it
+    mean = total.item() / WORLD  # waits for the GPU; only then is the clock read
     speed = WORLD * sum(len(clips) for _, clips in losses) / (time.time() - start)
     epoch = state["epoch"] + 1
     valid = evaluate(cfg, corpus, model, "valid")
@@ -407,20 +411,20 @@ VECTORS = ("cls_token", "dist_token", "m")
 def make_optimiser(cfg, model):
     """Return AdamW for what trains. Matrices, kernels, positions and prompts decay; biases do not,
     nor do scales that start at one (LayerNorm, SSF, IA3, DoRA): decay would pull them to zero."""
-    groups = {}  # (times the rate, weight decay): parameters
+    groups = {}  # (factor of the learning rate, weight decay): parameters
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        times = 1.0
+        factor = 1.0
         if name.startswith("head.") and cfg.head_lr:
-            times = cfg.head_lr / cfg.lr
+            factor = cfg.head_lr / cfg.lr
         decay = 0.0
-        # By the number of axes, not by size: at rank 1 LoRA's A is one row, and still a matrix.
+        # What has two axes is a matrix: LoRA's A too, whose shape at rank 1 is (1, D).
         if p.ndim > 1 and name.rpartition(".")[2] not in VECTORS:
             decay = cfg.weight_decay
-        groups.setdefault((times, decay), []).append(p)
-    settings = [dict(params=params, times=times, weight_decay=decay)
-                for (times, decay), params in groups.items()]
+        groups.setdefault((factor, decay), []).append(p)
+    settings = [dict(params=params, factor=factor, weight_decay=decay)
+                for (factor, decay), params in groups.items()]
     return torch.optim.AdamW(settings, cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
@@ -438,8 +442,9 @@ def check_loss(losses, corpus):
 
 
 def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=None):
-    """Return the results of one split, {} if it is empty. "score" is what the best epoch has most
-    of. Clips of classes are cut into windows of `frames`; utterances of trials end there."""
+    """Return the results of one split, {} if it is empty. The best epoch has the highest "score".
+    Clips of classes are cut into windows of `frames`; of utterances of trials, the first `frames`
+    are heard."""
     if split in corpus.trials:
         return evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers)
     if len(corpus.pick(split)) and not corpus.trials:
@@ -448,8 +453,9 @@ def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=N
 
 
 def evaluate_classes(cfg, corpus, model, split, frames):
-    """Return the accuracy in %. Of `sounds` also `order`, of the classes that only the order of
-    their parts tells apart ("ping>thud" and "thud>ping"), and `content`, of the others."""
+    """Return the accuracy in %. For `sounds` also return two parts of it: `order`, the accuracy on
+    classes that only the order of their parts tells apart ("ping>thud" and "thud>ping"), and
+    `content`, that on all others."""
     clips = corpus.pick(split)
     labels = corpus.labels[clips]
     chances = class_probabilities(cfg, corpus, model, clips, frames)  # (clips, C)
@@ -463,7 +469,8 @@ def evaluate_classes(cfg, corpus, model, split, frames):
 
 def evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers):
     """Return error rates of the trials, and their scores. Validation trials give a threshold, at
-    which test trials are judged; `strangers` are a cohort for s-norm."""
+    which test trials are judged. With `strangers`, the embeddings of training speakers, each score
+    is compared with those of strangers (s-norm)."""
     trials = np.array(corpus.trials[split])  # (trials, 3): label, clip, clip
     labels = trials[:, 0]
     # A clip is in many trials, and embedded once: pairs are rows of the embeddings.
@@ -490,13 +497,13 @@ def infer(cfg, model, layer, batch):
 def class_probabilities(cfg, corpus, model, clips, frames):
     """Return (clips, C): the mean over a clip's windows of `frames` frames, side by side."""
     model.eval()
-    # A window is a clip of its own in `windows`; owner (windows,) is its row in `clips`.
+    # In `windows` each window is a clip; window w was cut from the clip in row owner[w] of `clips`.
     windows, owner = data.cut_windows(corpus, clips, frames)
     total = torch.zeros(len(clips), len(model.head.weight))  # (clips, C)
     for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
                               repeat=cfg.speaker, shard=(RANK, WORLD)):
-        logits = infer(cfg, model, model, batch)  # (B, C)
-        total.index_add_(0, owner[batch.clips], logits.softmax(1))
+        logits = infer(cfg, model, layer=model, batch=batch)  # (B, C)
+        total.index_add_(0, owner[batch.clips], logits.softmax(1))  # batch.clips: its windows
     return sum_over_ranks(total) / owner.bincount()[:, None]  # (clips, 1): windows of each
 
 
@@ -511,7 +518,7 @@ def embeddings(cfg, corpus, model, clips, frames=None):
     if frames:
         corpus = replace(corpus, length=np.minimum(corpus.length, data.samples_of(frames)))
     longest = MINUTE if cfg.speaker else cfg.frames
-    windows, owner = data.cut_windows(corpus, clips, longest)  # owner (windows,): row in `clips`
+    windows, owner = data.cut_windows(corpus, clips, longest)  # as in class_probabilities
     lengths = np.maximum(16, data.frames_of(windows.length))  # an AST needs 16
     total = torch.zeros(len(clips), model.encoder.embed_dim)  # (clips, E)
     # A batch has windows of one length, so that none is padded.
@@ -519,10 +526,10 @@ def embeddings(cfg, corpus, model, clips, frames=None):
     for length in np.unique(lengths):
         size = max(1, min(64, MINUTE // length))  # a batch is a minute of sound at most
         same = np.flatnonzero(lengths == length)
-        batches += np.split(same, range(size, len(same), size))
+        batches += np.split(same, range(size, len(same), size))  # cut after every `size` windows
     for part in batches[RANK::WORLD]:
         batch = data.load_batch(windows, part, int(lengths[part[0]]), repeat=cfg.speaker)
-        total.index_add_(0, owner[part], infer(cfg, model, model.encoder, batch))  # (B, E)
+        total.index_add_(0, owner[part], infer(cfg, model, layer=model.encoder, batch=batch))
     return F.normalize(sum_over_ranks(total), dim=1)
 
 
@@ -561,7 +568,7 @@ def training_memory(model, clips, frames, bf16):
 
     def note(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # an output that its own graph keeps would never be freed
+        return tensor.detach()  # the tensor and its graph would keep each other in memory
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     model.train()
@@ -578,8 +585,8 @@ def ast_settings(cfg):
 
 
 def make_encoder(cfg, settings=None, start=None):
-    """Return an encoder with new weights; an AST with its method inserted. Only for ASTs:
-    `settings` of one that was saved, and `start`, a file whose weights it takes over."""
+    """Return an encoder with new weights; an AST with its method inserted. An AST may have the
+    `settings` of a saved one, and take over the weights of the file `start`."""
     names = host_options(cfg.model) if cfg.speaker else METHODS[cfg.method][1]
     options = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
     torch.manual_seed(cfg.seed)
@@ -618,8 +625,8 @@ def build_model(cfg, corpus):
         except RuntimeError as error:
             raise ValueError(f"--init {start} holds another model or width") from error
         if saved["classes"] == corpus.classes:
-            # One head may have three rows a speaker, one a speed. The first rows of both are the
-            # speakers at their own speed; the shorter head says how many rows are copied.
+            # A head that was trained with --speed-perturb has 3 C rows, of which the first C are
+            # the speakers at their own speed. Copy the rows that both heads have.
             for ours, theirs in zip(model.head.parameters(), saved["head"].values()):
                 ours.data[: len(theirs)] = theirs[: len(ours)]
     return model
@@ -643,9 +650,10 @@ def pretrained_file(cfg):
         # A folder of its own, and one move: two programs may make the file at the same time.
         with tempfile.TemporaryDirectory(dir=cfg.cache) as made:
             folder = on_first_rank(lambda: made)  # all processes use that of the first
-            batch = math.ceil(16 / WORLD) * WORLD  # 16 clips, or what processes can share
+            batch = math.ceil(16 / WORLD) * WORLD  # 16 clips, or the next multiple of WORLD
+            # In float32, so that it is nearly the same on all processors.
             run(Config(data="sounds-source", method="full", init="none", cache=cfg.cache,
-                       out=folder, device=cfg.device, batch_size=batch))
+                       out=folder, device=cfg.device, batch_size=batch, bf16=False))
             on_first_rank(lambda: os.replace(f"{folder}/best.pt", file))
     return file
 
@@ -677,12 +685,13 @@ def load_run(path, backbone=None, device="cpu"):
         head = make_head(cfg, encoder.embed_dim, classes, saved["trials"])
         head.load_state_dict(saved["head"])
         run = Run(cfg, Model(encoder, head).eval(), classes, saved["threshold"], saved)
-    except ValueError:  # a sentence already
+    except ValueError:  # it has a clear message already
         raise
     except Exception as error:  # a wrong file can raise anything
         raise ValueError(f"{path} is no best.pt of this program, or damaged, or holds code, which "
                          f"is never run ({error!r:.99})") from error
-    bf16 = None if cfg.bf16 else False  # trained in bfloat16: where it is fast; else: never
+    # What was trained in float32 stays in float32; else on_this_machine decides (None).
+    bf16 = None if cfg.bf16 else False
     run.settings = on_this_machine(replace(cfg, device=device, bf16=bf16))
     run.model.to(run.settings.device)
     return run
@@ -692,7 +701,8 @@ def saved_encoder(cfg, saved, path, backbone):
     """Return the encoder of a best.pt or, with its backbone, of an adapter.pt."""
     if "adapter" not in saved:
         encoder = make_encoder(cfg, saved["settings"])
-        encoder.adaptation = saved["adaptation"]  # its fingerprint is that of the real backbone
+        # make_encoder started from random weights; this names the backbone of the training.
+        encoder.adaptation = saved["adaptation"]
         encoder.load_state_dict(saved["encoder"])
         return encoder
     if not backbone:
@@ -783,7 +793,7 @@ def run_folder(cfg, name, table=None):
                 changes.append(f"{key} {theirs[key]!r} -> {value!r}")
         if changes or not cfg.resume:
             raise ValueError(f"--out {out} holds a run already: --resume goes on with it, in the "
-                             f"same configuration ({', '.join(changes) or 'as here'})")
+                             f"same configuration ({', '.join(changes) or 'nothing differs'})")
     out.mkdir(parents=True, exist_ok=True)
     save(out / "config.json", json.dumps(asdict(cfg) | dict(table=table), indent=1))
     return out
@@ -865,7 +875,7 @@ def prepare(cfg):
 
 
 def open_corpus(cfg, train=True):
-    """Return the corpus of --data; without `train` only its test clips are of use."""
+    """Return the corpus of --data. With train=False only its test clips will be used."""
     return data.open_corpus(cfg.data, cfg.root, cache=cfg.cache, seed=cfg.seed,
                             fold=int(cfg.fold or 1), few_shot=cfg.few_shot, skip_bad=cfg.skip_bad,
                             valid=cfg.valid, trials=cfg.trials, train=train)
@@ -877,7 +887,8 @@ def check_corpus(cfg, corpus):
     longest = data.frames_of(lengths.max())
     if longest < cfg.frames / 10:  # clips may be padded, within reason
         raise ValueError(f"--frames {cfg.frames}: the longest training clip has {longest} frames")
-    for_speakers = cfg.speed_perturb or cfg.margin != 0.2 or cfg.margin_rise
+    new_margin = cfg.margin != FIELDS["margin"].default
+    for_speakers = cfg.speed_perturb or new_margin or cfg.margin_rise
     if for_speakers and not corpus.trials:
         raise ValueError(f"--speed-perturb and --margin: --data {cfg.data} has no trials")
     clips = min(cfg.batch_size, len(lengths))
@@ -951,7 +962,7 @@ def table_rows(cfg, typed, values):
     if not equals:
         raise ValueError(f"sweep {values}: expected FIELD=v1,v2,..., such as rank=1,4,16")
     name = field_name.replace("_", "-")
-    switches = {"true": f"--{name}", "false": f"--no-{name}"}
+    switches = {"true": f"--{name}", "false": f"--no-{name}"}  # how a bool is typed
     rows = {}
     for text in texts.split(","):
         _, swept, _ = parse(["train", switches.get(text, f"--{name}={text}")])
@@ -983,6 +994,7 @@ def study(cfg, title, rows):
         if cfg.seeds > 1:
             name += f"-seed{seed}"
         out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
+        # resume: in a table that goes on, finished rows are only read.
         row = replace(rows[label], seed=seed, out=str(out), resume=True, figure="")
         if len(folds) > 1:
             row = replace(row, fold=fold)  # else each row keeps its own
@@ -1044,7 +1056,7 @@ def draw_table(table, path, title):
     with data.figure(path) as axes:
         axes.errorbar(x, y, deviations, fmt="o-" if swept else "o", capsize=3)
         axes.set(ylabel=COLUMNS[key][0], title=title, xlabel=name)
-        if 0 < 8 * min(x) < max(x):
+        if 0 < 8 * min(x) < max(x):  # positive and far apart
             axes.set_xscale("log")
         if "full" in table:
             axes.axhline(y[labels.index("full")], color="grey", linestyle="--", label="full")
@@ -1089,7 +1101,8 @@ def likeliest(run, corpus):
     clips = np.arange(len(corpus.ids))
     chances = class_probabilities(run.settings, corpus, run.model, clips, run.settings.frames)
     # A speaker at three speeds is three classes of the head: their chances are added.
-    chances = chances.unflatten(1, (-1, len(run.classes))).sum(1)  # (clips, C)
+    chances = chances.unflatten(1, (-1, len(run.classes)))  # (clips, speeds, C)
+    chances = chances.sum(1)  # (clips, C)
     ranked = []
     for row in chances.tolist():
         ranked.append(sorted(zip(run.classes, row), key=lambda pair: -pair[1]))
@@ -1102,7 +1115,7 @@ def embed_all(run, corpus):
 
 
 def open_files(paths):
-    """Return audio files as a corpus, and print what was left out and what they hold."""
+    """Return audio files as a corpus, and print its notes, as on files that are left out."""
     corpus = data.corpus_of_files(paths)
     for note in corpus.notes:
         print(f"note: {note}")
@@ -1118,10 +1131,12 @@ def evaluate_run(cfg, typed, own):
     """Test a run on its corpus, on another of equal classes, or on any trials."""
     path = own["run"]
     run = load_run(path, device=cfg.device)
-    changes = {name: getattr(cfg, name) for name in typed - {"device"}}  # load_run knows it
+    changes = {name: getattr(cfg, name) for name in typed - {"device"}}  # load_run has set it
+    # few_shot: it leaves out training clips, of which only the classes matter here.
     tested = on_this_machine(replace(run.settings, few_shot=0, **changes))
     check(tested, typed)
-    corpus = open_corpus(tested, train="data" not in typed)
+    another = "data" in typed  # another corpus than that of the run: it only tests
+    corpus = open_corpus(tested, train=not another)
     any_speakers = run.saved["trials"] and corpus.trials  # embeddings need no equal classes
     if not any_speakers and corpus.classes != run.classes:
         raise ValueError(f"{path} knows {len(run.classes)} classes, --data {tested.data} has "
@@ -1130,7 +1145,7 @@ def evaluate_run(cfg, typed, own):
         raise ValueError(f"--figure, --as-norm: --data {tested.data} has no trials, but classes")
     strangers = None
     if own["as_norm"]:  # of the corpus that trained the model, also if another one tests it
-        trained = open_corpus(run.settings) if "data" in typed else corpus
+        trained = open_corpus(run.settings) if another else corpus
         strangers = cohort(run.settings, trained, run.model)
     table = {}
     for seconds in own["durations"]:
@@ -1168,7 +1183,8 @@ def predict_files(cfg, typed, own):
             header = ["file", "class", "chance", "class2", "chance2", "class3", "chance3"]
             csv.writer(file).writerows([header, *rows])
     if cfg.figure and rows:
-        batch = data.load_batch(corpus, np.arange(1), run.settings.frames)
+        first = np.array([0])  # of the first file
+        batch = data.load_batch(corpus, first, run.settings.frames)
         x = data.features(batch.to(run.settings.device), run.model.encoder)  # (1, T, F)
         with data.figure(cfg.figure, 2) as axes:
             ast_adapters.draw_attention(axes, run.model.encoder, x, corpus.ids[0])
@@ -1280,14 +1296,16 @@ def profile(cfg, typed, own):
     spent = dict.fromkeys(PHASES, 0.0)  # ms in a step
     for event in profiler.key_averages():
         if event.key in spent:
-            # With a GPU each phase is there twice, as its time and the CPU's: the larger counts.
+            # With a GPU each phase is there twice, with the GPU's time and the CPU's: the larger
+            # counts.
             taken = max(event.cpu_time_total, event.device_time_total) / 1000 / steps  # us -> ms
             spent[event.key] = max(spent[event.key], taken)
     step = sum(spent.values())
-    # The floor: a step's products, if all were as fast as the n³ products of two matrices.
+    # The least that a step could take: all its products at the speed of one large matrix product,
+    # which has n³ of them.
     n = 2048
     matrix = torch.randn(n, n, device=cfg.device, dtype=torch.bfloat16 if cfg.bf16 else None)
-    times = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=7)  # seconds
+    times = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=7)  # s
     with FlopCounterMode(display=False) as counter:
         memory = training_memory(model, clips, cfg.frames, cfg.bf16)
     products = counter.get_total_flops() / 2  # it counts a product and its addition as two
@@ -1374,9 +1392,10 @@ def add_field(parser, f):
     elif f.type is tuple:
         rules = dict(type=f.metadata["item"], nargs="+")
     words = {"None": "the recipe's", "": "none", "True": "yes", "False": "no"}
-    shown = f.metadata.get("shown", words.get(str(f.default), f.default))
+    shown = words.get(str(f.default), f.default)  # what --help prints as the default
     if f.name in METHOD_OPTIONS:
         shown = "the method's"
+    shown = f.metadata.get("shown", shown)
     parser.add_argument("--" + f.name.replace("_", "-"), **rules, default=argparse.SUPPRESS,
                         help=f"{f.metadata['help']} (default: {shown})")
 
@@ -1432,7 +1451,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name that the code page lacks is printed escaped
+        # A letter that this terminal cannot show is printed as \\xfc, and is no error.
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if argv in (["-h"], ["--help"]):
         print(__doc__.partition("\n\nSections")[0], "\n\ncommands, each with --help:")
