@@ -158,7 +158,7 @@ class AST(nn.Module):
 
     def reset_parameters(self):
         """Normal numbers of std 0.02, biases zero, as in the Vision Transformer. Positions have std
-        0.3: with 0.02 a short training hardly learns an order in time. `patch` starts as in torch."""
+        0.3: with 0.02 a short training hardly learns an order in time. `patch` is torch's own."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
