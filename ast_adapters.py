@@ -118,14 +118,15 @@ class AST(nn.Module):
     stride     distance between patches; None: the size's own; 10 in the paper
     pool       "mean" over all tokens (P1) or "cls", the mean of CLS and DIST (AST)
     pos_embed  "crop": the position embedding, cut to a shorter clip, stretched for a longer one;
-               "zero": no positions at all, as P1's code trained (an experiment)
+               "zero": zeros, which only `full` moves: P1's code trained so (an experiment)
     eps        of the LayerNorms
     normalise  (mean, std) of its training log-mels: data.py feeds (x - mean) / (2 std), as
                the AST's authors do
     picture    True for weights of DINOv2, a picture model: positions are stretched, not cropped
     """
 
-    # True: less memory. Each block runs twice a step, so a BatchNorm updates its means twice.
+    # True: less memory: the backward pass computes the inner values of each block again, instead of
+    # keeping them. As a block then runs twice a step, a BatchNorm updates its means twice.
     checkpointing = False
 
     def __init__(self, size="base", mels=128, grid=None, stride=None, pool="mean",
@@ -324,7 +325,7 @@ class SoftMoA(nn.Module):
 
 class Placed(nn.Module):
     """A sub-layer f with an adapter a at one of P1's places: the formulas of D7. Without `residual`
-    a sum's first term is left out, so training does not start at the frozen model."""
+    they are f(a(u)) and a(f(u)), so training does not start at the frozen model."""
 
     def __init__(self, layer, adapter, form, at, residual):
         super().__init__()
@@ -463,7 +464,7 @@ class Prompted(nn.Module):
         bound = (6 / (PATCH * PATCH + width)) ** 0.5  # as in VPT: Xavier's rule for patch -> D
         nn.init.uniform_(self.prompts, -bound, bound)
 
-    def forward(self, x):  # (B, N, D) -> (B, N + p, D)
+    def forward(self, x):  # (B, N, D) -> (B, N + p, D); with `replace` N stays
         prompts = self.prompts.expand(len(x), -1, -1)
         rest = x[:, 2 + self.drop :]  # behind CLS, DIST and what is dropped
         return self.block(torch.cat([x[:, :2], prompts, rest], dim=1))
@@ -593,7 +594,7 @@ RENAME = [  # (regular expression for a part of their key, ours), applied one af
     (r"layernorm_after", "norm2"),
     (r"^layernorm\.", "norm."),
     (r"attention\.attention\.([qkv])(uery|ey|alue)", r"attn.\1"),  # \1: the letter q, k or v
-    (r"attention\.([qkv])_proj", r"attn.\1"),
+    (r"attention\.([qkv])_proj", r"attn.\1"),  # newer files of Hugging Face
     (r"attention\.output\.dense|attention\.o_proj|attn\.proj", "attn.o"),
     (r"intermediate\.dense", "mlp.fc1"),
     (r"output\.dense", "mlp.fc2"),
@@ -678,17 +679,17 @@ def from_dinov2(state):
 
 def infer_grid(ast, state, picture):
     """Return stride and grid (f, t). A file tells only f * t. The grid is that of `ast` if it fits,
-    else that of the first stride whose f divides the number; of picture models a square."""
+    else that of the first stride whose rows f divide f * t; of picture models a square."""
     patches = state["pos_embed"].shape[1] - 2
     colours = state["patch.weight"].shape[1]
-    if colours == 1:  # no model of pictures, which has three
+    if colours == 1:  # a picture has three
         if math.prod(ast.grid) == patches:
             return ast.stride, ast.grid
         for stride in (ast.stride, 10, 12, 14, 16):  # its own, then the published ones
             rows = (ast.mels - PATCH) // stride + 1
             if patches % rows == 0:
                 return stride, (rows, patches // rows)
-    side = math.isqrt(patches)
+    side = math.isqrt(patches)  # of a picture, or of our own file that came from one
     if side * side != patches:
         raise ValueError(f"{patches} positions are no grid of patches")
     stride = PATCH if picture else ast.stride  # DINOv2's patches do not overlap
@@ -738,8 +739,8 @@ def harmless():
     """Return types that a file may hold beside weights: none of them runs code when it is read."""
     # The function by which pickle makes a number of NumPy; NumPy 1 and 2 name it differently.
     number, _ = np.float64(0).__reduce__()
-    kinds = [type(np.dtype(name)) for name in ("bool", "int64", "float32", "float64")]
-    numpy_1 = (number, "numpy.core.multiarray.scalar")
+    kinds = [type(np.dtype(name)) for name in ("bool", "int64", "float32", "float64")]  # classes
+    numpy_1 = (number, "numpy.core.multiarray.scalar")  # (what it is, its name in the file)
     numpy_2 = (number, "numpy._core.multiarray.scalar")
     return [argparse.Namespace, np.dtype, numpy_1, numpy_2, *kinds]
 
@@ -769,14 +770,14 @@ def fingerprint(ast):
     digest = hashlib.sha256(json.dumps(ast.settings).encode())
     for name, value in sorted(ast.state_dict().items()):
         digest.update(name.encode())
-        if not value.is_meta:  # main() counts on "meta": shapes without values
+        if not value.is_meta:  # on "meta", where main() counts, tensors have no values
             digest.update(value.float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
 
 def adapter_state(ast):
     """Return method, options, backbone's fingerprint and what was trained, with BatchNorm's
-    buffers: kilobytes of plain values and tensors, for torch.load(weights_only=True)."""
+    buffers: plain values and tensors, for torch.load(weights_only=True)."""
     if not ast.adaptation:
         raise ValueError("this AST is plain: adapt it first, or save its state_dict")
     names = {name for name, p in ast.named_parameters() if p.requires_grad}

@@ -440,14 +440,14 @@ class Corpus:
 def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0, skip_bad=False,
                 valid=True, trials="o", train=True):
     """Return the corpus `name` of CORPORA, packed, with splits and trials. The arguments are flags
-    of train.py; without `train` only the test is of use, so the trials may name every speaker."""
+    of train.py; with train=False only the test is used, so no speaker need be left to train."""
     source = CORPORA[name]
     root = Path(root or "ROOT")
     file, count = source.lists.get(trials, ("trials.txt", 0))
     found = Findings()
 
     # List: the clips that lie there, or that the corpus' own tables name.
-    paths, names, splits = list_clips(name, root, file, found)
+    paths, labels, splits = list_clips(name, root, file, found)
     found.stop(skip_bad, f"{name}: {len(found.bad)} rows are not clear")
     ids = [printable(path) for path in paths]
     found.note("names hold a new line or no UTF-8, here escaped", sorted(set(ids) - set(paths)))
@@ -462,25 +462,25 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     # Trials: pairs of clips, of one speaker or of two. A corpus without any is one of classes.
     pairs = {}
     if source.tree and (root / file).is_file():
-        pairs["test"] = read_trials(root / file, ids, names, length, count, skip_bad, found)
+        pairs["test"] = read_trials(root / file, ids, labels, length, count, skip_bad, found)
     if source.trials:
         for split in ("valid", "test"):
-            pairs[split] = make_trials(np.flatnonzero(splits == split), names, rng_of(split))
+            pairs[split] = make_trials(np.flatnonzero(splits == split), labels, rng_of(split))
 
-    # Splits: as the corpus says, else drawn by the seed.
-    drawn = set(names[splits == "any"].tolist())
-    make_splits(splits, names, pairs, seed, fold or 1, valid, train)
-    check_splits(name, splits, names, pairs, train)
+    # Splits: as the corpus says, else drawn by the seed ("any"). They are changed in place.
+    drawn = set(labels[splits == "any"].tolist())
+    make_splits(splits, labels, pairs, seed, fold or 1, valid, train)
+    check_splits(name, splits, labels, pairs, train)
     if not pairs:
-        check_classes(name, splits, names, drawn, train, skip_bad, found)
+        check_classes(name, splits, labels, drawn, train, skip_bad, found)
 
     # Number: classes are those that train.
-    classes = np.unique(names[splits == "train"]).tolist()
+    classes = np.unique(labels[splits == "train"]).tolist()
     if few_shot:
-        choose_few(splits, names, classes, few_shot, seed)
+        choose_few(splits, labels, classes, few_shot, seed)
     number = {label: k for k, label in enumerate(classes)}
-    labels = np.array([number.get(label, -1) for label in names])
-    return Corpus(name, ids, labels, splits, classes, np.cumsum(length) - length, length, store,
+    numbers = np.array([number.get(label, -1) for label in labels])
+    return Corpus(name, ids, numbers, splits, classes, np.cumsum(length) - length, length, store,
                   pairs, found.notes, found.bad)
 
 
@@ -688,7 +688,7 @@ def corpus_in_memory(names, read, found):
 # 4. Trials and splits: who trains, validates and tests; drawn by a seed where the corpus is silent
 
 
-def read_trials(path, ids, names, length, count, skip_bad, found):
+def read_trials(path, ids, labels, length, count, skip_bad, found):
     """Return the trials of a file, lines `label id_a id_b`, label 1 for the same speaker, as
     (label, index, index). Names count without their ending, in VoxCeleb's lists, of `count`
     trials, from the third last part on: there a clip may lie at any depth."""
@@ -714,18 +714,18 @@ def read_trials(path, ids, names, length, count, skip_bad, found):
                            "error rates are not comparable with the full list's")
     if count not in (0, len(rows)):
         found.notes.append(f"expected {count:,} trials in {path.name}, found {len(rows):,}")
-    note_odd_trials(good, ids, names, found)
+    note_odd_trials(good, ids, labels, found)
     return good
 
 
-def note_odd_trials(trials, ids, names, found):
+def note_odd_trials(trials, ids, labels, found):
     """Note trials that test nothing, and those that say other speakers than the folders do."""
     if not trials:
         return
-    label, a, b = np.array(trials).T  # (trials,) each
-    same = names[a] == names[b]
+    truth, a, b = np.array(trials).T  # (trials,) each
+    same = labels[a] == labels[b]
     for what, odd in (("are of a clip with itself", a == b),
-                      ("contradict the folders", same != label)):
+                      ("contradict the folders", same != truth)):
         found.note(f"test trials {what}", [f"{ids[a[i]]} {ids[b[i]]}" for i in odd.nonzero()[0]])
 
 
@@ -740,11 +740,11 @@ def split_trial(line, known, path):
                      f"{line!r}")
 
 
-def make_trials(clips, names, rng):
+def make_trials(clips, labels, rng):
     """Draw up to 2,000 target and as many non-target trials among clips, given by their index."""
     if len(clips) > 3000:  # a tenth of VoxCeleb2 would make six thousand million pairs
         clips = clips[rng.permutation(len(clips))[:3000]]
-    _, speaker = np.unique(names[clips], return_inverse=True)  # (clips,)
+    _, speaker = np.unique(labels[clips], return_inverse=True)  # (clips,)
     i, j = np.tril_indices(len(clips), -1)  # (pairs,) each: every pair once
     same = speaker[i] == speaker[j]
     groups = np.flatnonzero(same), np.flatnonzero(~same)
@@ -753,34 +753,34 @@ def make_trials(clips, names, rng):
     return np.stack([same[drawn], clips[i[drawn]], clips[j[drawn]]], 1).tolist()
 
 
-def make_splits(splits, names, trials, seed, fold, valid, train):
+def make_splits(splits, labels, trials, seed, fold, valid, train):
     """Turn folds, "any" and "train*" into "train", "valid" and "test", in place. Without `valid`
     its clips train."""
     rng = np.random.default_rng(seed)
     if trials:
-        split_by_speaker(splits, names, trials, rng, draw=train and valid)
+        split_by_speaker(splits, labels, trials, rng, draw=train and valid)
     else:
-        split_by_class(splits, names, rng, fold)
+        split_by_class(splits, labels, rng, fold)
     if not valid:
         splits[splits == "valid"] = "train"
         trials.pop("valid", None)
 
 
-def split_by_speaker(splits, names, trials, rng, draw):
+def split_by_speaker(splits, labels, trials, rng, draw):
     """Of clips marked "any": speakers in the trials test, with all their clips; others train. With
     `draw` a tenth of the training speakers validates, unless the corpus brings others."""
-    tested = {names[i] for _, *pair in trials.get("test", ()) for i in pair}
+    tested = {labels[i] for _, *pair in trials.get("test", ()) for i in pair}
     free = splits == "any"
-    splits[free] = ["test" if name in tested else "train" for name in names[free]]
+    splits[free] = ["test" if name in tested else "train" for name in labels[free]]
     splits[splits == "train*"] = "train"
     if draw and "valid" not in trials:
-        speakers = np.unique(names[splits == "train"])
+        speakers = np.unique(labels[splits == "train"])
         held = rng.permutation(speakers)[: max(2, len(speakers) // 10)]
-        splits[(splits == "train") & np.isin(names, held)] = "valid"
-        trials["valid"] = make_trials(np.flatnonzero(splits == "valid"), names, rng)
+        splits[(splits == "train") & np.isin(labels, held)] = "valid"
+        trials["valid"] = make_trials(np.flatnonzero(splits == "valid"), labels, rng)
 
 
-def split_by_class(splits, names, rng, fold):
+def split_by_class(splits, labels, rng, fold):
     """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation. Draw
     class by class a tenth of "train*" to validate, and of "any" also a fifth to test."""
     folds = sorted({int(split) for split in splits if split.isdigit()})
@@ -791,9 +791,9 @@ def split_by_class(splits, names, rng, fold):
         elif after == fold:
             role = "valid"
         splits[splits == str(k)] = role
-    for name in np.unique(names):
+    for name in np.unique(labels):
         for kind in ("any", "train*"):
-            clips = rng.permutation(np.flatnonzero((names == name) & (splits == kind)))
+            clips = rng.permutation(np.flatnonzero((labels == name) & (splits == kind)))
             splits[clips] = "train"
             if len(clips) > 2:
                 valid = max(1, len(clips) // 10)
@@ -802,22 +802,22 @@ def split_by_class(splits, names, rng, fold):
                 splits[clips[valid : valid + test]] = "test"
 
 
-def choose_few(splits, names, classes, few_shot, seed):
+def choose_few(splits, labels, classes, few_shot, seed):
     """Leave `few_shot` clips of each class in training; what was drawn before has no part in it."""
     rng = np.random.default_rng(seed)
     for name in classes:
-        clips = np.flatnonzero((names == name) & (splits == "train"))
+        clips = np.flatnonzero((labels == name) & (splits == "train"))
         splits[rng.permutation(clips)[few_shot:]] = "unused"
 
 
-def check_splits(name, splits, names, trials, train):
+def check_splits(name, splits, labels, trials, train):
     """Raise a sentence for trials and splits that cannot train, or test."""
     for split, rows in trials.items():
         if len({label for label, _, _ in rows}) < 2:
             raise ValueError(f"{name}: trials to {split} are all of one kind, or none; they need "
                              "two speakers and two recordings of one. Validation is drawn from "
                              "the training speakers, --no-valid does without")
-    if trials and train and len(set(names[splits == "train"])) < 2:
+    if trials and train and len(set(labels[splits == "train"])) < 2:
         raise ValueError(f"{name}: fewer than two speakers train; --no-valid leaves more to train. "
                          "(VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2.)")
     counts = Counter(splits)
@@ -828,11 +828,11 @@ def check_splits(name, splits, names, trials, train):
                          "beside folders train and valid there is a test")
 
 
-def check_classes(name, splits, names, drawn, train, skip_bad, found):
+def check_classes(name, splits, labels, drawn, train, skip_bad, found):
     """Name classes that train and are never tested, or the other way, and leave the latter out;
     raise if they shall train without `skip_bad`. A few clips of a class `drawn` all train."""
-    trained = set(names[splits == "train"].tolist())
-    tested = set(names[splits == "test"].tolist())
+    trained = set(labels[splits == "train"].tolist())
+    tested = set(labels[splits == "test"].tolist())
     if len(trained) == 1:
         raise ValueError(f"{name}: only one class trains, {trained.pop()!r}. Is ROOT a folder too "
                          "high or too deep?")
@@ -846,7 +846,7 @@ def check_classes(name, splits, names, drawn, train, skip_bad, found):
     faults = Findings(sorted(faults))
     faults.stop(skip_bad or not train, f"{name}: {len(faults.bad)} classes train or test alone")
     found.bad += faults.bad
-    splits[(splits == "test") & ~np.isin(names, list(trained))] = "unused"
+    splits[(splits == "test") & ~np.isin(labels, list(trained))] = "unused"
 
 
 # --------------------------------------------------------------------------------------------------

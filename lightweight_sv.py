@@ -47,19 +47,20 @@ class TransformationModule(nn.Module):
     """Update every subset with what the subsets have in common. p_s is the mean of subset x_s over
     all positions (pooling):
 
-        a = softmax(W [p_1; ...; p_S])    m = sum over s of a_s p_s    y_s = x_s + gamma_s norm(m)
+        a = softmax(W [p_1; ...; p_S] + b)   m = sum over s of a_s p_s   y_s = x_s + gamma_s norm(m)
 
-    A linear layer is the 1x1 convolution of these means. gamma is zero at the start, so the module
-    begins as the identity: gamma has a gradient at the first step, W from the second step on."""
+    norm is BatchNorm. W is a 1x1 convolution of the means, so a Linear. gamma is zero at the start:
+    the module begins as the identity, and W, whose gradient is a multiple of gamma, learns from the
+    second step on."""
 
     def __init__(self, channels, subsets):
         super().__init__()
         self.subsets = subsets
-        self.gate = nn.Linear(channels, subsets)  # W
+        self.gate = nn.Linear(channels, subsets)  # W and b
         self.norm = nn.BatchNorm1d(channels // subsets, affine=False)
         self.gamma = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x):
+    def forward(self, x):  # (B, D, H, T)
         pooled = x.mean(dim=(2, 3))  # p_1 ... p_S side by side: (B, D)
         weights = self.gate(pooled).softmax(dim=1)  # a: (B, S), sum 1
         parts = pooled.unflatten(1, (self.subsets, -1))  # (B, S, D/S)
@@ -155,8 +156,8 @@ def mean_and_std(x, weights=None):
 
 
 class AttentivePooling(nn.Module):
-    """Attentive statistics pooling: each channel weighs the frames x_t in its own way, by scores
-    that compare them with the mean and deviation of the whole utterance (the context c):
+    """Attentive statistics pooling: the mean and deviation over time, where each channel weighs the
+    frames x_t by scores of its own. c is the context: mean and deviation of the whole utterance.
 
         scores_t = V tanh(W [x_t; c] + b)       W [x_t; c] = W1 x_t + W2 c
 
@@ -169,7 +170,7 @@ class AttentivePooling(nn.Module):
         # V has no bias: the same number added to all frames cancels in the softmax over them
         self.scores = conv(bottleneck, channels, bias=False)
 
-    def forward(self, x):
+    def forward(self, x):  # (B, D, 1, T)
         context = self.context(mean_and_std(x))[:, :, None, None]  # (B, 128, 1, 1)
         scores = self.scores(torch.tanh(self.frames(x) + context))  # (B, D, 1, T)
         return mean_and_std(x, scores.softmax(dim=-1))  # (B, 2*D)

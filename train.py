@@ -172,7 +172,7 @@ class Config:
         """Frames to cut for training. A crop that is played 1.1 times as fast gets shorter."""
         if not self.speed_perturb:
             return self.frames
-        # Counted in samples: the last frame is longer than the hop from one frame to the next.
+        # 1.1 * frames would be a few samples short: the last frame is a window, longer than a hop.
         return math.ceil(1.1 * data.samples_of(self.frames) / data.HOP)
 
     @property
@@ -211,7 +211,9 @@ def check(cfg, typed):
         if "model" in rules and rules["model"] != cfg.kind:
             broken = f"{cfg.model} does not read it: it is for {rules['model']} models"
         elif "least" in rules and not (rules["least"] <= value <= most):  # true for nan too
-            broken = f"expected at least {rules['least']} and at most {rules.get('most', 'any')}"
+            broken = f"expected at least {rules['least']}"
+            if "most" in rules:
+                broken += f" and at most {most}"
         elif needs and not any(getattr(cfg, other) for other in needs):
             broken = "does nothing without --" + " or --".join(needs)
         elif "corpus" in rules and not getattr(data.CORPORA[cfg.data], rules["corpus"]):
@@ -226,7 +228,8 @@ def check_training(cfg, typed):
     if not cfg.speaker:
         size = cfg.model.removeprefix("ast-")
         starts = [*ast_adapters.DOWNLOADS, ("", "nano")]  # (--init, size of the AST that it has)
-        sizes = [own for init, own in starts if init == cfg.init]  # none for a FILE: any may fit
+        # Empty for a FILE and for `none`: any size may fit.
+        sizes = [own for init, own in starts if init == cfg.init]
         if sizes and size not in sizes:
             raise ValueError(
                 f"--model {cfg.model} needs --init FILE (none: random weights); to start from "
@@ -238,8 +241,8 @@ def check_training(cfg, typed):
 
 
 def check_batch(cfg, clips):
-    """Refuse a step of so many clips if each process has one, and the model has a BatchNorm over
-    embeddings: that needs two values of a channel. On several GPUs it sees the clips of all."""
+    """Refuse a step of `clips` clips if each process gets only one of them, and the model has a
+    BatchNorm over embeddings, which needs two. On several GPUs it sees the clips of all."""
     gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
     synchronised = gpu and WORLD > 1
     if cfg.speaker and clips // WORLD == 1 and not synchronised:
@@ -276,7 +279,7 @@ RECIPES = {
     ("speechcommands", "*", "*"): dict(frames=100, epochs=75, batch_size=128),
     ("fluentspeech", "*", "*"): dict(frames=400, epochs=75),
     ("fsdd", "*", "*"): dict(frames=64, epochs=40, spec_f=16, spec_t=8, shift=6, gain=10.0),
-    ("fsdd", "*", "speaker"): dict(gain=0.0),  # no use: features without means have no loudness
+    ("fsdd", "*", "speaker"): dict(gain=0.0),  # no use: their features have no loudness
     ("voxceleb", "*", "*"): dict(frames=200),
     ("sounds", "*", "*"): dict(frames=100, epochs=9),
     ("sounds-source", "*", "*"): dict(frames=100, epochs=7),
@@ -332,7 +335,7 @@ def fit(cfg, corpus, model, augment_waves, out):
             # 1. The next clips of the packed corpus. (`profile` reads the names of these ranges.)
             with record_function("data"):
                 batch = next(batches)
-            # 2. The learning rate rises and falls; the margin of a speaker head rises.
+            # 2. The learning rate rises and falls; the margin, for heads of speakers alone, rises.
             step = epoch * per_epoch + i
             lr = learning_rate(cfg, step, steps)
             for group in optimiser.param_groups:
@@ -352,7 +355,7 @@ def fit(cfg, corpus, model, augment_waves, out):
                 loss.backward()
             with record_function("optimiser"):
                 optimiser.step()
-            check_loss(losses, corpus)  # the last step's: to read this one's waits for the GPU
+            check_loss(losses, corpus)  # of the step before: this one's loss is not ready on a GPU
             losses.append((loss.detach(), batch.clips))
         # 5. Validate, keep the best weights, log, save.
         end_epoch(cfg, corpus, model, optimiser, out, state, losses, lr, start)
@@ -447,6 +450,7 @@ def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=N
     are heard."""
     if split in corpus.trials:
         return evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers)
+    # In a corpus with trials the speakers that test are no classes: they never trained.
     if len(corpus.pick(split)) and not corpus.trials:
         return evaluate_classes(cfg, corpus, model, split, frames or cfg.frames)
     return {}
@@ -530,7 +534,7 @@ def embeddings(cfg, corpus, model, clips, frames=None):
     for part in batches[RANK::WORLD]:
         batch = data.load_batch(windows, part, int(lengths[part[0]]), repeat=cfg.speaker)
         total.index_add_(0, owner[part], infer(cfg, model, layer=model.encoder, batch=batch))
-    return F.normalize(sum_over_ranks(total), dim=1)
+    return F.normalize(sum_over_ranks(total), dim=1)  # a sum has the direction of the mean
 
 
 def cohort(cfg, corpus, model):
@@ -644,7 +648,7 @@ def pretrained_file(cfg):
     if cfg.init:
         return cfg.init
     # Our nano AST: made by a training like any other, and kept in the cache.
-    file = Path(cfg.cache) / f"ast-nano-v{data.VERSION}-16.pt"  # 16: the stride
+    file = Path(cfg.cache) / f"ast-nano-v{data.VERSION}-16.pt"  # 16: stride of its patches
     if not on_first_rank(file.exists):
         print("making the nano AST: training on the source classes of `sounds`, once")
         # A folder of its own, and one move: two programs may make the file at the same time.
@@ -701,7 +705,7 @@ def saved_encoder(cfg, saved, path, backbone):
     """Return the encoder of a best.pt or, with its backbone, of an adapter.pt."""
     if "adapter" not in saved:
         encoder = make_encoder(cfg, saved["settings"])
-        # make_encoder started from random weights; this names the backbone of the training.
+        # `adapt` noted the fingerprint of random weights; here is that of the real backbone.
         encoder.adaptation = saved["adaptation"]
         encoder.load_state_dict(saved["encoder"])
         return encoder
@@ -792,8 +796,9 @@ def run_folder(cfg, name, table=None):
             if key not in PLACES and json.dumps(theirs[key]) != json.dumps(value):
                 changes.append(f"{key} {theirs[key]!r} -> {value!r}")
         if changes or not cfg.resume:
-            raise ValueError(f"--out {out} holds a run already: --resume goes on with it, in the "
-                             f"same configuration ({', '.join(changes) or 'nothing differs'})")
+            raise ValueError(f"--out {out} holds a run already: give another name; or, for a "
+                             "training, --resume goes on with it, in the same configuration "
+                             f"({', '.join(changes) or 'nothing differs'})")
     out.mkdir(parents=True, exist_ok=True)
     save(out / "config.json", json.dumps(asdict(cfg) | dict(table=table), indent=1))
     return out
@@ -823,7 +828,7 @@ def run(cfg, position=""):
             raise KeyboardInterrupt(out) from None  # `main` says how to go on in this folder
         results = test_once(cfg, corpus, out) | dict(
             trainable=trainable, parameters=total, share=100 * trainable / total,
-            seconds=round(seconds, 2), epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold or 1),
+            seconds=round(seconds, 2), epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold),
             memory_mb=memory, peak_mb=peak_memory(cfg.device))
         save(out / "results.json", json.dumps(results, indent=1))
     if cfg.figure:
@@ -833,12 +838,14 @@ def run(cfg, position=""):
 
 def measure_step(cfg, corpus, model):
     """Return the MB of a training step, and the seconds that all steps will take."""
-    clips = min(cfg.batch_size, len(corpus.pick("train")))
+    clips = min(cfg.batch_size, len(corpus.pick("train"))) // WORLD  # of this process
     twin = copy.deepcopy(model)  # a step moves BatchNorm's means
     for _ in range(2):  # the first is slower than those that follow: the second counts
         start = time.perf_counter()
         memory = training_memory(twin, clips, cfg.frames, cfg.bf16)
-        seconds = (time.perf_counter() - start) / WORLD
+        if cfg.device != "cpu":
+            torch.accelerator.synchronize()  # a GPU is not ready when the call returns
+        seconds = time.perf_counter() - start
     return memory, seconds * cfg.epochs * steps_an_epoch(cfg, corpus)
 
 
@@ -876,8 +883,10 @@ def prepare(cfg):
 
 def open_corpus(cfg, train=True):
     """Return the corpus of --data. With train=False only its test clips will be used."""
+    if cfg.fold == "all":
+        raise ValueError("--fold all is for a table of trainings: here expected one number")
     return data.open_corpus(cfg.data, cfg.root, cache=cfg.cache, seed=cfg.seed,
-                            fold=int(cfg.fold or 1), few_shot=cfg.few_shot, skip_bad=cfg.skip_bad,
+                            fold=int(cfg.fold), few_shot=cfg.few_shot, skip_bad=cfg.skip_bad,
                             valid=cfg.valid, trials=cfg.trials, train=train)
 
 
@@ -1037,18 +1046,26 @@ def markdown(table):
     return "".join("| " + " | ".join(row) + " |\n" for row in zip(*padded))
 
 
+def number_in(label):
+    """Return the number in a row's label, such as "rank=4"; None if it has none."""
+    try:
+        return float(label.partition("=")[2])
+    except ValueError:
+        return None
+
+
 def draw_table(table, path, title):
     """Draw the score of each row over the number in its label ("rank=4"), if all labels have one,
     else over its trainable parameters."""
-    swept = all(re.fullmatch(r"[a-z-]+=([\d.]+|inf)", label) for label in table)
     first = [results[0] for results in table.values()]
     key = "eer" if "eer" in first[0] else "accuracy"
     labels = list(table)
-    x = [result.get("trainable") for result in first]
-    name = "trainable parameters, without the head"
-    if swept:
-        x = [float(label.partition("=")[2]) for label in labels]
-        name = labels[0].partition("=")[0]
+    x = [number_in(label) for label in labels]
+    name = labels[0].partition("=")[0]
+    swept = None not in x
+    if not swept:
+        x = [result.get("trainable") for result in first]
+        name = "trainable parameters, without the head"
     scores = [[result[key] for result in results] for results in table.values()]
     y = [np.mean(values) for values in scores]
     # Of one run there is no deviation: 0. Of more, n - 1 as in the table.
@@ -1062,6 +1079,7 @@ def draw_table(table, path, title):
             axes.axhline(y[labels.index("full")], color="grey", linestyle="--", label="full")
         if "chance" in first[0]:
             axes.axhline(first[0]["chance"], color="grey", linestyle=":", label="chance")
+        if "full" in table or "chance" in first[0]:
             axes.legend()
         if not swept:
             # Names stand in a column beside the frame, ordered by score: so no two names meet.
@@ -1132,8 +1150,7 @@ def evaluate_run(cfg, typed, own):
     path = own["run"]
     run = load_run(path, device=cfg.device)
     changes = {name: getattr(cfg, name) for name in typed - {"device"}}  # load_run has set it
-    # few_shot: it leaves out training clips, of which only the classes matter here.
-    tested = on_this_machine(replace(run.settings, few_shot=0, **changes))
+    tested = on_this_machine(replace(run.settings, **changes))
     check(tested, typed)
     another = "data" in typed  # another corpus than that of the run: it only tests
     corpus = open_corpus(tested, train=not another)
@@ -1284,14 +1301,16 @@ def profile(cfg, typed, own):
     """Print where the time of a training step goes; with --figure trace.json, all for a browser."""
     check_training(cfg, typed)
     cfg, corpus, augment_waves, model = prepare(replace(cfg, steps=10, epochs=1))
-    kinds = {"CPU", cfg.device.upper()}  # {"CPU"}, or with a GPU {"CPU", "CUDA"}
-    activities = [getattr(torch.profiler.ProfilerActivity, kind) for kind in kinds]
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if cfg.device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(activities=activities, acc_events=True)
+    # Two folders: in the first one `fit` would find that it has trained already.
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         fit(cfg, corpus, model, augment_waves, Path(first))  # warms up
         with profiler:
             fit(cfg, corpus, model, augment_waves, Path(second))
-    clips = min(cfg.batch_size, len(corpus.pick("train")))  # in a step
+    clips = min(cfg.batch_size, len(corpus.pick("train"))) // WORLD  # in a step of this process
     steps = steps_an_epoch(cfg, corpus)
     spent = dict.fromkeys(PHASES, 0.0)  # ms in a step
     for event in profiler.key_averages():
@@ -1305,7 +1324,8 @@ def profile(cfg, typed, own):
     # which has n³ of them.
     n = 2048
     matrix = torch.randn(n, n, device=cfg.device, dtype=torch.bfloat16 if cfg.bf16 else None)
-    times = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=7)  # s
+    product = lambda: (matrix @ matrix)[0, 0].item()  # .item() waits for the GPU
+    times = timeit.repeat(product, number=1, repeat=7)  # seconds
     with FlopCounterMode(display=False) as counter:
         memory = training_memory(model, clips, cfg.frames, cfg.bf16)
     products = counter.get_total_flops() / 2  # it counts a product and its addition as two
