@@ -105,8 +105,8 @@ class Config:
     epochs: int = flag(None, "passes over the training clips", least=1, group="Training")
     steps: int = flag(None, "end every epoch after so many batches", least=1, shown="all clips")
     batch_size: int = flag(None, "clips a step, over all processes", least=1)
-    lr: float = flag(None, "highest learning rate", least=0, most=10)
-    head_lr: float = flag(None, "the head's own highest rate", least=0, most=10, shown="--lr")
+    lr: float = flag(None, "highest learning rate", least=1e-9, most=10)
+    head_lr: float = flag(None, "the head's own highest rate", least=1e-9, most=10, shown="--lr")
     warmup: float = flag(None, "share of the steps in which the rate rises", least=0, most=0.9)
     weight_decay: float = flag(None, "how AdamW shrinks matrices and kernels", least=0)
     frames: int = flag(None, "length of a training segment, in frames of 10 ms", least=16)
@@ -172,8 +172,8 @@ class Config:
         """Frames to cut for training. A crop that is played 1.1 times as fast gets shorter."""
         if not self.speed_perturb:
             return self.frames
-        # 1.1 * frames would be a few samples short: the last frame is a window, longer than a hop.
-        return math.ceil(1.1 * data.samples_of(self.frames) / data.HOP)
+        samples = 1.1 * data.samples_of(self.frames)
+        return math.ceil(samples / data.HOP)  # a hop a frame: enough, as the last frame is longer
 
     @property
     def kind(self):
@@ -242,13 +242,11 @@ def check_training(cfg, typed):
 
 def check_batch(cfg, clips):
     """Refuse a step of `clips` clips if each process gets only one of them, and the model has a
-    BatchNorm over embeddings, which needs two. On several GPUs it sees the clips of all."""
-    gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    synchronised = gpu and WORLD > 1
-    if cfg.speaker and clips // WORLD == 1 and not synchronised:
+    BatchNorm over embeddings, which needs two."""
+    if cfg.speaker and clips // WORLD == 1:
         if any(isinstance(layer, nn.BatchNorm1d) for layer in make_encoder(cfg).modules()):
-            raise ValueError(f"--batch-size {cfg.batch_size}: one clip a process cannot train "
-                             f"{cfg.model}, whose BatchNorm needs two or more")
+            raise ValueError(f"--batch-size: a process has one clip of the {clips} in a step, but "
+                             f"the BatchNorm of {cfg.model} needs two or more")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -446,11 +444,11 @@ def check_loss(losses, corpus):
 
 def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=None):
     """Return the results of one split, {} if it is empty. The best epoch has the highest "score".
-    Clips of classes are cut into windows of `frames`; of utterances of trials, the first `frames`
-    are heard."""
+    For classes each clip is cut into windows of `frames`; for trials only the first `frames` of
+    each utterance are heard."""
     if split in corpus.trials:
         return evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers)
-    # In a corpus with trials the speakers that test are no classes: they never trained.
+    # If there are trials for the test alone, nothing validates: its speakers are no classes.
     if len(corpus.pick(split)) and not corpus.trials:
         return evaluate_classes(cfg, corpus, model, split, frames or cfg.frames)
     return {}
@@ -574,10 +572,12 @@ def training_memory(model, clips, frames, bf16):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # the tensor and its graph would keep each other in memory
 
+    # autograd calls `note` on each tensor that it keeps, and the other function on its way back.
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     model.train()
     with hooks, torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-        model(x, x.new_zeros(clips, dtype=torch.long)).sum().backward()
+        logits = model(x, x.new_zeros(clips, dtype=torch.long))
+    logits.sum().backward()  # for measure_step, which times it, and profile, which counts it
     activations = sum(size for address, size in kept.items() if address not in weights)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return round((activations + 3 * trained) / 2**20, 2)
@@ -705,7 +705,7 @@ def saved_encoder(cfg, saved, path, backbone):
     """Return the encoder of a best.pt or, with its backbone, of an adapter.pt."""
     if "adapter" not in saved:
         encoder = make_encoder(cfg, saved["settings"])
-        # `adapt` noted the fingerprint of random weights; here is that of the real backbone.
+        # make_encoder noted the fingerprint of its random weights; this is the real backbone's.
         encoder.adaptation = saved["adaptation"]
         encoder.load_state_dict(saved["encoder"])
         return encoder
@@ -786,6 +786,7 @@ def run_folder(cfg, name, table=None):
             out = Path(f"out/{name}-{taken}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: expected a folder, or a new name")
+    # Only the first process looks: the others might find the file that it writes below.
     if not RANK and (out / "config.json").exists():
         saved = read_back(out / "config.json")
         theirs = asdict(with_recipe(as_config(saved))) | dict(table=saved.get("table"))
@@ -899,7 +900,8 @@ def check_corpus(cfg, corpus):
     new_margin = cfg.margin != FIELDS["margin"].default
     for_speakers = cfg.speed_perturb or new_margin or cfg.margin_rise
     if for_speakers and not corpus.trials:
-        raise ValueError(f"--speed-perturb and --margin: --data {cfg.data} has no trials")
+        raise ValueError("--speed-perturb, --margin and --margin-rise are for speakers: --data "
+                         f"{cfg.data} has no trials")
     clips = min(cfg.batch_size, len(lengths))
     if clips % WORLD:  # a clip in a smaller part would weigh more than the others
         raise ValueError(f"{clips} clips a step do not divide among {WORLD} processes")
@@ -908,6 +910,7 @@ def check_corpus(cfg, corpus):
 
 def test_once(cfg, corpus, out):
     """Test the best weights; write adapter.pt or scores.txt; return what was measured."""
+    on_first_rank(lambda: None)  # all wait here until the first process has written best.pt
     best = load_run(out, device=cfg.device)
     model = best.model
     results = evaluate(cfg, corpus, model, "test", threshold=best.threshold)
@@ -975,11 +978,12 @@ def table_rows(cfg, typed, values):
     rows = {}
     for text in texts.split(","):
         _, swept, _ = parse(["train", switches.get(text, f"--{name}={text}")])
-        row = replace(cfg, **swept)
+        rows[text if name == "method" else f"{name}={text}"] = replace(cfg, **swept)
+    options = {option for row in rows.values() for option in METHODS[row.method][1]}
+    for row in rows.values():
         # A typed option that this row's method lacks is meant for other rows of the table.
-        of_others = set(METHOD_OPTIONS) - set(METHODS[row.method][1])
+        of_others = options - set(METHODS[row.method][1])
         check_training(row, (typed - of_others) | swept.keys())
-        rows[text if name == "method" else f"{name}={text}"] = row
     return rows
 
 
@@ -1038,7 +1042,7 @@ def markdown(table):
             cells.append(mean_and_deviation(values, digits))
         if any(cells):
             columns.append([title, *cells])
-    padded = []  # the same columns, all cells of one equally wide, with the rule below the title
+    padded = []  # the same columns, each padded to one width, with a rule below its title
     for title, *cells in columns:
         width = max(len(cell) for cell in [title, *cells])
         column = [title, "-" * (width - 1) + ":", *cells]
@@ -1231,7 +1235,7 @@ def embed_files(cfg, typed, own):
     corpus = open_files(own["files"])
     if corpus.ids:
         unit = embed_all(run, corpus)
-        out = run_folder(cfg, "embeddings")
+        out = run_folder(replace(run.settings, out=cfg.out), "embeddings")
         save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
         on_first_rank(lambda: np.save(out / "embeddings.npy", unit.numpy()))
         print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
@@ -1274,7 +1278,7 @@ def parallel_model(cfg, model):
     """Return what the loop calls: the model, compiled if asked, with gradients that are the mean
     over all processes. It trains the weights of `model`, which evaluation and files use."""
     if WORLD > 1 and cfg.device == "cuda":  # on CPUs each process has its own BatchNorm
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # it changes the layers inside `model`
     forward = torch.compile(model) if cfg.compile else model
     return nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
 
@@ -1453,7 +1457,7 @@ def parse(argv):
 
 
 def nearest(word, known):
-    """Return ": did you mean ...?" if something known is near."""
+    """Return " (did you mean ...?)" if something known is near."""
     near = difflib.get_close_matches(word, known, 3, 0.7)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
@@ -1505,7 +1509,7 @@ def main(argv=None):
         where = f" in process {RANK}" if RANK else ""
         sys.exit(f"error{where}: {error}")
     except KeyboardInterrupt as stop:  # its argument: the folder of a run that had begun
-        if stop.args and Path(stop.args[0]).exists():
+        if stop.args and Path(stop.args[0]).exists():  # the nano AST's is a temporary one
             sys.exit(f"stopped; the same command with --resume --out {stop} goes on")
         sys.exit("stopped")
     if complaint:
