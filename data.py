@@ -627,8 +627,7 @@ def corpus_of_waves(waves):
     read = lambda name: prepare(*check_wave(*waves[name]))
     corpus = corpus_in_memory(list(waves), read, Findings())
     if corpus.bad:
-        name, reason = corpus.bad[0]
-        raise ValueError(f"{name}: {reason}")
+        raise ValueError(corpus.bad[0])
     return corpus
 
 
@@ -651,7 +650,7 @@ def check_wave(wave, rate):
 
 def corpus_of_files(paths):
     """Return the readable ones of audio files, and of those below folders, as a corpus in memory,
-    without classes. `bad` holds a pair (file, reason) for each of the others."""
+    without classes. `bad` holds a sentence on each of the others."""
     files = []
     found = Findings()
     for path in map(Path, paths):
@@ -673,7 +672,7 @@ def corpus_in_memory(names, read, found):
         try:
             wave, noticed = read(name)
         except ValueError as error:
-            found.bad.append((printable(name), str(error)))
+            found.bad.append(f"not read: {printable(name)}: {error}")
             continue
         for remark in noticed:
             found.note(f"clip holds {remark}", [name])

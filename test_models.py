@@ -367,12 +367,6 @@ def test_folders_named_train_and_test_are_splits(tmp_path, valid):
     assert rows == expected and "extra/a/1.wav" in notes[0], notes
 
 
-def test_folders_of_training_and_validation_alone_are_no_classes(tmp_path):
-    save_clips(tmp_path, *(f"{split}/{c}/1.wav" for split in ("train", "val") for c in "ab"))
-    with pytest.raises(ValueError, match="'train': 2, 'valid': 2.*there is a test"):
-        data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache")
-
-
 def test_a_link_to_a_clip_and_classes_that_differ_by_capitals_are_named(tmp_path):
     save_clips(tmp_path, *(f"{kind}/{i}.wav" for kind in ("Dog", "dog ", "cat") for i in "345"))
     (tmp_path / "cat/6.wav").symlink_to(tmp_path / "cat/5.wav")
@@ -386,9 +380,12 @@ def test_a_name_of_two_lines_is_printed_in_one():
     assert data.printable("a\nb\u00fc.wav") == "a\\nb\u00fc.wav"
 
 
-def test_one_class_alone_is_refused(tmp_path):
-    save_clips(tmp_path, *(f"corpus/{kind}/{i}.wav" for kind in ("dog", "cat") for i in "345"))
-    with pytest.raises(ValueError, match="'corpus'. Is ROOT a folder too high or too deep"):
+@pytest.mark.parametrize("folders, sentence", [
+    (["train/a", "train/b", "val/a", "val/b"], "'train': 6, 'valid': 6.*there is a test"),
+    (["corpus/a", "corpus/b"], "'corpus'. Is ROOT a folder too high or too deep")])
+def test_folders_without_a_test_or_a_second_class_are_refused(tmp_path, folders, sentence):
+    save_clips(tmp_path, *(f"{folder}/{i}.wav" for folder in folders for i in "345"))
+    with pytest.raises(ValueError, match=sentence):
         data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache")
 
 
@@ -595,8 +592,6 @@ def test_voxcelebs_test_speakers_never_train_and_clips_that_only_a_list_knows_ar
         assert (len(training), len(held), len(strangers)) == (10 - tested, 2, tested)
         assert len(training | held | strangers) == 12 and corpus.trials["valid"]
     assert corpus.notes == ["expected 550,894 trials in list_test_hard2.txt, found 4"]
-    published = {trials: count for trials, (_, count) in data.CORPORA["voxceleb"].lists.items()}
-    assert published == {"o": 37611, "e": 579818, "h": 550894}
     (root / "vox1/wav" / name(3, 1)).unlink()
     with pytest.raises(ValueError, match="hard2.txt names 1 clips.*id10003/video/00001.wav"):
         open_it(trials="h")
@@ -780,17 +775,13 @@ def test_noise_has_the_ratio_that_is_asked_for(tmp_path):
         assert data.augment_waves(one, 1, 60, noise="generated", share=1.0).x.isfinite().all()
 
 
-@pytest.mark.parametrize("silent", ["noise", "clip", "room"])
-def test_a_silent_clip_noise_or_room_leaves_the_clip_as_it_is(silent):
-    x = 1000 * torch.randn(2, data.samples_of(60))
-    sound = np.zeros(16000) if silent != "clip" else np.random.default_rng(0).integers(-9, 9, 16000)
-    sounds = corpus_of([sound], [0], ["train"])
-    if silent == "clip":
-        x = 0 * x
+@pytest.mark.parametrize("clip, sound, kind", [(1, 0, "noise"), (0, 1, "noise"), (1, 0, "rooms")])
+def test_a_silent_clip_noise_or_room_leaves_the_clip_as_it_is(clip, sound, kind):
+    x = clip * 1000 * torch.randn(2, data.samples_of(60))
+    sounds = {kind: corpus_of([sound * 9 * noise(16000)[:, 0]], [0], ["train"])}
     lengths = torch.full((2,), x.shape[1])
     batch = data.Batch(x, lengths, lengths, lengths.numpy())
-    option = dict(rooms=sounds) if silent == "room" else dict(noise=sounds)
-    assert torch.equal(data.augment_waves(batch, 1, 60, share=1.0, **option).x, x)
+    assert torch.equal(data.augment_waves(batch, 1, 60, share=1.0, **sounds).x, x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1344,16 +1335,12 @@ def slim(name, **options):
     return sv.MODELS[name](mels=40, embed_dim=24, **SLIM[name], **options)
 
 
-def size(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 @pytest.mark.parametrize("name, width, millions, giga", [
     ("resnet34", 32, 6.634, 4.528), ("ecapa-tdnn", 512, 6.191, 1.037),
     ("ecapa-tdnn", 1024, 14.657, 2.649)])
 def test_hosts_have_the_published_counts(name, width, millions, giga):
     encoder = sv.MODELS[name](width=width)
-    assert size(encoder) / 1e6 == pytest.approx(millions, rel=0.002), "other parameters"
+    assert count(encoder)[1] / 1e6 == pytest.approx(millions, rel=0.002), "other parameters"
     macs = sv.count_macs(encoder, frames=200)
     assert macs / 1e9 == pytest.approx(giga, rel=0.002), "other multiply-accumulates"
 
@@ -1362,7 +1349,7 @@ def test_hosts_have_the_published_counts(name, width, millions, giga):
     ("resnet34", 2.7, 1.25), ("ecapa-tdnn", 3.0, 0.45)])
 def test_light_hosts_keep_their_budget(name, millions, giga):
     encoder = sv.MODELS[name](subsets=4)
-    assert size(encoder) / 1e6 <= millions, "too many parameters"
+    assert count(encoder)[1] / 1e6 <= millions, "too many parameters"
     assert sv.count_macs(encoder, frames=200) / 1e9 <= giga, "too many multiply-accumulates"
 
 
@@ -1397,7 +1384,7 @@ def test_groups_are_blocks_that_do_not_hear_of_each_other(block, d_in, d_out, op
     assert torch.equal(second, second_changed), "group 2 hears of group 1"
     assert not torch.allclose(first, first_changed), "group 1 does not hear of itself"
     one = block(d_in // 2, d_out // 2, **options)
-    assert size(narrow) == 2 * size(one), "two groups are not two narrow blocks"
+    assert count(narrow)[1] == 2 * count(one)[1], "two groups are not two narrow blocks"
 
 
 @pytest.mark.parametrize("block, d_in, d_out, options, shape", BLOCKS)
@@ -1592,12 +1579,11 @@ def stop_after(patch, saves):
     return saved
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_trained_for_a_step(small, tmp_path, method):
-    flags = as_flags(small[1] | dict(method=method, out=tmp_path / "run"))
-    printed = told(*flags, *ONE_STEP)
-    assert "tested once" in printed, printed
-    assert read_json(tmp_path / "run/results.json")["trainable"] > 0, "nothing was trained"
+def test_compare_trains_every_method_for_a_row_of_its_table(small, tmp_path):
+    flags = as_flags(small[1] | dict(out=tmp_path / "table"), "method")
+    printed = told("compare", *flags, *ONE_STEP)
+    assert printed.count("tested once") == len(METHODS), printed
+    assert list(read_json(tmp_path / "table/compare.json")) == list(METHODS)
 
 
 @pytest.mark.parametrize("subsets", [1, 2])
@@ -1606,8 +1592,7 @@ def test_every_host_is_trained_for_a_step(verified, tmp_path, host, subsets):
     settings = verified[1] | dict(model=host, width=16, subsets=subsets, out=tmp_path / "run")
     printed = told(*as_flags(settings, "init", "method", "speed_perturb", "noise", "reverb"),
                    *ONE_STEP)
-    assert "tested once" in printed, printed
-    assert 0 <= read_json(tmp_path / "run/results.json")["eer"] <= 100
+    assert "the weights of epoch 1: eer" in printed, printed
 
 
 def test_an_option_without_a_field_of_config_is_named(monkeypatch):
@@ -1893,7 +1878,7 @@ OF_ANOTHER_COMMAND = [
     ("--init audioset", "add --model ast-base"), ("--subsets 4", "does not read it"),
     ("--model ecapa-tdnn --rank 3", "does not read it"), ("--rank 99", "at most 64"),
     ("sweep rank=2,many", "invalid int"), ("sweep batch-size=8,0", "0: expected at least 1"),
-    ("sweep rank", "expected FIELD=v1,v2"), ("compare --model amcrn", "no methods"),
+    ("sweep rank", "expected FIELD=v1,v2"), ("compare --model amcrn", "not read it"),
     ("evaluate x --durations inf", "above 0, or full"), ("--lr -1", "expected at least 1e-09"),
     ("--lr nan", "expected"), ("--margin 3", "expected at least 0 and at most 1.5"),
     ("--snr 3", "nothing without --noise"), ("--fold 1", "sounds has no folds"),
@@ -1943,14 +1928,6 @@ def test_a_table_of_folds_and_seeds_goes_on_where_it_stopped(small, tmp_path, mo
     assert [(result["fold"], result["seed"]) for result in results] == runs
     right = [result["accuracy"] for result in results]
     assert f"{np.mean(right):.2f} ± {np.std(right, ddof=1):.2f}" in printed, printed
-
-
-def test_compare_has_a_row_for_each_method(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "METHODS", {name: METHODS[name] for name in ("linear", "bitfit")})
-    flags = as_flags(small[1] | dict(out=tmp_path / "table"), "method")
-    printed = told("compare", *flags, *ONE_STEP)
-    assert list(read_json(tmp_path / "table/compare.json")) == ["linear", "bitfit"]
-    assert "2 of 2: bitfit" in printed, "no word of how far it is"
 
 
 @pytest.fixture(scope="module")
@@ -2179,21 +2156,11 @@ def test_a_cohort_holds_the_mean_embedding_of_each_training_speaker(verified):
 # places are numbers) and backward passes cannot run so and are left out.
 
 
-def pretend_gpu(module):
-    """Replace all parameters and buffers by tensors on the pretended GPU."""
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-    return module
-
-
 @contextlib.contextmanager
 def pretended_gpu():
     data.mel_triangles.cache_clear()
     try:
-        with FakeTensorMode(), torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             yield
     finally:
         data.mel_triangles.cache_clear()  # it holds pretended triangles
@@ -2209,7 +2176,7 @@ def on_pretended_gpu(model):
     """Return logits that a model on the pretended GPU makes of waves."""
     with pretended_gpu():
         batch = pretended_batch()
-        x = data.features(batch, pretend_gpu(model).encoder)
+        x = data.features(batch, model.to_empty(device="cuda").encoder)
         return model(x, batch.labels)
 
 
@@ -2268,7 +2235,7 @@ ONE_SPACE = [" ".join(line.split()) for line in LINES if "--help" not in line]
 TYPED = sorted({re.sub(r"\bN\b", "1", line) for line in ONE_SPACE})  # N is a number
 NOT_HERE = ("--root", "RUN", "CHECKPOINT", "profile", "compare", "sweep", "--seeds", "evaluate",
             "predict", "verify", "embed", "--help", "ast-base", "--figure", "glu")
-OFFLINE = [line for line in TYPED if line and not any(word in line for word in NOT_HERE)]
+OFFLINE = [line for line in TYPED if line and not set(NOT_HERE) & set(line.split())]
 
 
 @pytest.mark.parametrize("arguments", TYPED)

@@ -1042,20 +1042,11 @@ def markdown(table):
             cells.append(mean_and_deviation(values, digits))
         if any(cells):
             columns.append([title, *cells])
-    padded = []  # the same columns, each padded to one width, with a rule below its title
-    for title, *cells in columns:
-        width = max(len(cell) for cell in [title, *cells])
-        column = [title, "-" * (width - 1) + ":", *cells]
-        padded.append([cell.rjust(width) for cell in column])
-    return "".join("| " + " | ".join(row) + " |\n" for row in zip(*padded))
-
-
-def number_in(label):
-    """Return the number in a row's label, such as "rank=4"; None if it has none."""
-    try:
-        return float(label.partition("=")[2])
-    except ValueError:
-        return None
+    for column in columns:  # all its cells get one width, and a rule below the title
+        width = max(map(len, column))
+        column.insert(1, "-" * (width - 1) + ":")
+        column[:] = [cell.rjust(width) for cell in column]
+    return "".join("| " + " | ".join(row) + " |\n" for row in zip(*columns))
 
 
 def draw_table(table, path, title):
@@ -1064,10 +1055,12 @@ def draw_table(table, path, title):
     first = [results[0] for results in table.values()]
     key = "eer" if "eer" in first[0] else "accuracy"
     labels = list(table)
-    x = [number_in(label) for label in labels]
     name = labels[0].partition("=")[0]
-    swept = None not in x
-    if not swept:
+    swept = True
+    try:
+        x = [float(label.partition("=")[2]) for label in labels]
+    except ValueError:  # a label without a number
+        swept = False
         x = [result.get("trainable") for result in first]
         name = "trainable parameters, without the head"
     scores = [[result[key] for result in results] for results in table.values()]
@@ -1104,7 +1097,7 @@ def corpus_of(sound, rate):
     else:
         corpus = data.corpus_of_waves({"the array": (np.asarray(sound), rate)})
     if corpus.bad:
-        raise ValueError("\n".join(bad_files(corpus)))
+        raise ValueError("\n".join(corpus.bad))
     return corpus
 
 
@@ -1142,11 +1135,6 @@ def open_files(paths):
     for note in corpus.notes:
         print(f"note: {note}")
     return corpus
-
-
-def bad_files(corpus):
-    """Return a line for each file that could not be read."""
-    return [f"not read: {file}: {reason}" for file, reason in corpus.bad]
 
 
 def evaluate_run(cfg, typed, own):
@@ -1209,7 +1197,7 @@ def predict_files(cfg, typed, own):
         x = data.features(batch.to(run.settings.device), run.model.encoder)  # (1, T, F)
         with data.figure(cfg.figure, 2) as axes:
             ast_adapters.draw_attention(axes, run.model.encoder, x, corpus.ids[0])
-    return "\n".join(bad_files(corpus))
+    return "\n".join(corpus.bad)
 
 
 def verify_files(cfg, typed, own):
@@ -1218,7 +1206,7 @@ def verify_files(cfg, typed, own):
     corpus = open_files(own["files"])
     if corpus.bad or len(corpus.ids) < 2:
         expected = "verify: expected two readable files or more, the last of them to be judged"
-        raise ValueError("\n".join([expected, *bad_files(corpus)]))
+        raise ValueError("\n".join([expected, *corpus.bad]))
     unit = embed_all(run, corpus)  # (files, E)
     speaker = F.normalize(unit[:-1].mean(0), dim=0)  # (E,): of all files but the last
     score = float(speaker @ unit[-1])
@@ -1239,7 +1227,7 @@ def embed_files(cfg, typed, own):
         save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
         on_first_rank(lambda: np.save(out / "embeddings.npy", unit.numpy()))
         print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
-    return "\n".join(bad_files(corpus))
+    return "\n".join(corpus.bad)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1367,8 +1355,6 @@ def train(cfg, typed, own):
 
 def compare(cfg, typed, own):
     """Train every method on the same data, for one table."""
-    if cfg.speaker:
-        raise ValueError(f"compare: {cfg.model} has no methods, being no AST; try sweep")
     study(cfg, f"compare-{cfg.data}", table_rows(cfg, typed, "method=" + ",".join(METHODS)))
 
 
