@@ -29,7 +29,6 @@ import os
 import posixpath
 import re
 import shutil
-import string
 import struct
 import subprocess
 import sys
@@ -73,11 +72,7 @@ PLACEHOLDERS = range(2_000_000_000, 2**32)  # sizes, in bytes, of who writes a s
 
 
 class NotPlain(ValueError):
-    """A file that is no plain WAV. `samples`: how many it announces in each channel, 0 if none."""
-
-    def __init__(self, reason, samples=0):
-        super().__init__(reason)
-        self.samples = samples
+    """A file that is no plain WAV."""
 
 
 def read_wav(path):
@@ -91,11 +86,12 @@ def read_wav(path):
         code, channels, rate, _, block, bits = struct.unpack("<HHIIHH", forms[0][:16])
         if code == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the real code opens a GUID
             code = int.from_bytes(forms[0][24:26], "little")
+        if code in (2, 0x11):  # ADPCM, of which torchcodec 0.17 loses most without a word
+            return convert(path)
         width = block // max(1, channels)  # bytes; 24 bits may lie on top of 4, as 20 do of 3
         fits = block == channels * width > 0 and (bits > 8) == (width > 1) and bits <= 8 * width
         if (code, width) not in SAMPLES or not fits:
-            raise NotPlain(f"format {code}, {bits} bits, {channels} channels in {block} bytes",
-                           announced(chunks, size, code, block))
+            raise NotPlain(f"format {code}, {bits} bits, {channels} channels in {block} bytes")
         there = os.fstat(file.fileno()).st_size - file.tell()
         if there < size:
             raise ValueError(f"truncated: {size} bytes of sound announced, {there} there")
@@ -137,19 +133,6 @@ def read_chunks(file):
     return chunks, size
 
 
-def announced(chunks, size, code, block):
-    """Samples in each channel of a compressed WAV by its own header, 0 if it does not say."""
-    chunks = dict(chunks)
-    fact = int.from_bytes(chunks.get(b"fact", b"")[:4], "little")
-    each = int.from_bytes(chunks[b"fmt "][18:20], "little")  # samples in a block of ADPCM
-    if code in (2, 0x11) and block:
-        count = size // block * each
-        if 0 < fact <= count:
-            count = fact  # the last block may be filled up
-        return count
-    return 0 if fact in PLACEHOLDERS else fact
-
-
 def load_audio(path):
     """Return any recording as float32 (channels, n), in [-1, 1] as a rule, and its samples a
     second. Raise ValueError with the reason, without the file's name."""
@@ -157,7 +140,6 @@ def load_audio(path):
         return read_wav(path)
     except NotPlain as other:
         reason = str(other)
-        samples = other.samples
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error  # No such file or directory
     try:
@@ -170,20 +152,19 @@ def load_audio(path):
                              "(pip install torchcodec)") from error
         said = " ".join(str(error).split())
         raise ValueError(f"no plain WAV ({reason}), damaged or no sound: {said:.200}") from error
-    if wave.shape[1] < 0.9 * samples:  # torchcodec 0.17 loses most of ADPCM without a word
-        return convert(path, f"only {wave.shape[1]} of {samples} samples were decoded; convert it")
     return wave.numpy(), int(rate)
 
 
-def convert(path, reason):
-    """Return a recording as FFmpeg's own program reads it: (channels, n), samples a second."""
+def convert(path):
+    """Return an ADPCM WAV as FFmpeg's own program reads it: (channels, n), samples a second."""
     command = ["ffmpeg", "-v", "error", "-i", f"file:{path}", "-c:a", "pcm_s16le"]
     with tempfile.TemporaryDirectory() as folder:
         try:
             subprocess.run([*command, f"{folder}/copy.wav"], check=True, capture_output=True)
             return read_wav(f"{folder}/copy.wav")
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ValueError(f"{reason}: ffmpeg -i FILE -c:a pcm_s16le NEW.wav") from error
+            raise ValueError("ADPCM that FFmpeg did not read; convert it: ffmpeg -i FILE -c:a "
+                             "pcm_s16le NEW.wav") from error
 
 
 def inspect_wave(wave):
@@ -261,8 +242,8 @@ def to_int16(wave):
 # Endings in the order in which they are taken, if a recording is there in several.
 AUDIO = ("wav wave flac aif aiff aifc au snd caf w64 ogg oga opus mp3 mp2 m4a m4b mp4 aac wma webm "
          "amr 3gp ac3 mka wv").split()
-PAPERS = ("txt csv tsv json xml md html pdf png jpg svg py sh lab textgrid zip gz readme license "
-          "licence makefile").split()
+PAPERS = ("txt csv tsv json xml md html pdf png jpg svg py sh lab textgrid zip gz ini db log "
+          "jsonl npy pt packed readme license licence makefile").split()
 
 
 @dataclass
@@ -308,24 +289,21 @@ def locate(root, clip):
 
 
 def walk(root):
-    """Yield (folder, its files) for each folder below `root` once, links to folders last; what is
-    hidden is not there, and a folder that cannot be listed raises."""
+    """Yield (folder, its files) for each folder below `root` once, links after their neighbours;
+    what is hidden is not there, and a folder that cannot be listed raises."""
     def refuse(error):
         raise error
 
-    later = [str(root)]
     seen = set()
-    while later:
-        for folder, folders, files in os.walk(later.pop(0), onerror=refuse):
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                folders.clear()  # a link led here before, or leads to a folder above
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
-            paths = [os.path.join(folder, name) for name in folders]
-            later += filter(os.path.islink, paths)  # os.walk does not follow them itself
-            yield folder, [name for name in files if name[0] != "."]
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()  # a link led here before, or leads to a folder above
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        folders.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))
+        yield folder, [name for name in files if name[0] != "."]
 
 
 def find_audio(root, found):
@@ -380,7 +358,7 @@ def read_table(path, found, *forms):
     csv.field_size_limit(2**31 - 1)  # a quote that is never closed
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=gap)
     header = [cell.strip() for cell in next(lines, [])]
-    used = [name for form in forms for _, name, _, _ in string.Formatter().parse(form) if name]
+    used = re.findall(r"{(\w+)}", " ".join(forms))  # the columns that the forms name
     unclear = [name for name in used if header.count(name) != 1]
     if unclear:
         raise ValueError(f"{path}: expected one column {unclear[0]!r}; its columns are "
@@ -477,7 +455,7 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     # Number: classes are those that train.
     classes = np.unique(labels[splits == "train"]).tolist()
     if few_shot:
-        choose_few(splits, labels, classes, few_shot, seed)
+        choose_few(splits, labels, classes, few_shot, seed, found)
     number = {label: k for k, label in enumerate(classes)}
     numbers = np.array([number.get(label, -1) for label in labels])
     return Corpus(name, ids, numbers, splits, classes, np.cumsum(length) - length, length, store,
@@ -521,18 +499,13 @@ def pack(name, root, clips, read, cache, skip_bad, found):
     (length of each clip, memory map of samples). Without `skip_bad`, bad clips are read again,
     then raise. `read`: clip -> wave, of a built-in corpus."""
     digest = hashlib.sha256(b"index 3")
-    files = {}  # (disk, number on it) -> its first clip
-    linked = []
     for clip in clips:  # a million: one by one, not as one text
         stamp = VERSION
         if not read:
             with contextlib.suppress(OSError):  # missing: reading it will say so
                 status = os.stat(locate(root, clip))
                 stamp = status.st_size, status.st_mtime_ns
-                if files.setdefault((status.st_dev, status.st_ino), clip) is not clip:
-                    linked.append(clip)
         digest.update(f"{clip} {stamp}\n".encode("utf-8", "surrogateescape"))
-    found.note("clips are links to the file of another", linked)
     owner = "own"
     if not read:
         owner = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:6]
@@ -542,6 +515,9 @@ def pack(name, root, clips, read, cache, skip_bad, found):
         return (read(clip), []) if read else read_clip(locate(root, clip))
 
     index = read_index(path) if path.exists() else None
+    if index and "pip install torchcodec" in str(index["bad"]):
+        if importlib.util.find_spec("torchcodec"):
+            index = None  # it has been installed since
     if not index or (index["bad"] and not skip_bad):
         write_pack(path, clips, read_one)
         index = read_index(path)
@@ -550,7 +526,7 @@ def pack(name, root, clips, read, cache, skip_bad, found):
         Findings(bad).stop(skip_bad and len(bad) < len(clips),
                            f"{len(bad)} of {len(clips)} clips of {name} cannot be used")
         found.bad += bad
-        found.notes.append(f"{len(bad)} unusable clips are left out")
+        found.notes.append(f"{len(bad)} unusable clips are left out, such as {bad[0]}")
     for remark, noticed in index["remarks"].items():
         found.note(f"clips hold {remark}", noticed)
     samples = np.memmap(path, np.uint8, "r")[: index["samples"] * 2].view("<i2")
@@ -575,8 +551,8 @@ def write_pack(path, clips, read):
                     wave, noticed = read(clip)
                     for remark in noticed:
                         remarks.setdefault(remark, []).append(clip)
-                except (ValueError, OSError) as error:
-                    bad[clip] = str(error)
+                except (ValueError, OSError, MemoryError) as error:
+                    bad[clip] = str(error) or "too large for this machine's memory"
                 sound = to_int16(wave).tobytes()
                 if heard.setdefault(hashlib.sha256(sound).digest(), clip) is not clip and sound:
                     remarks.setdefault("the sound of another clip", []).append(clip)
@@ -622,13 +598,9 @@ def loose_corpus(name, ids, length, store, found):
 
 
 def corpus_of_waves(waves):
-    """Return {name: (wave, samples a second)} as a corpus in memory, without classes. A wave is an
-    array (samples,) or (channels, samples), int16 or floats in [-1, 1]."""
-    read = lambda name: prepare(*check_wave(*waves[name]))
-    corpus = corpus_in_memory(list(waves), read, Findings())
-    if corpus.bad:
-        raise ValueError(corpus.bad[0])
-    return corpus
+    """Return {name: (wave, samples a second)} as `corpus_of_files` does. A wave is an array
+    (samples,) or (channels, samples), int16 or floats in [-1, 1]."""
+    return corpus_in_memory(waves, lambda name: prepare(*check_wave(*waves[name])), Findings())
 
 
 def check_wave(wave, rate):
@@ -713,19 +685,11 @@ def read_trials(path, ids, labels, length, count, skip_bad, found):
                            "error rates are not comparable with the full list's")
     if count not in (0, len(rows)):
         found.notes.append(f"expected {count:,} trials in {path.name}, found {len(rows):,}")
-    note_odd_trials(good, ids, labels, found)
+    odd = [f"{ids[a]} {ids[b]}" for _, a, b in good if a == b]
+    found.note("test trials are of a clip with itself", odd)
+    odd = [f"{ids[a]} {ids[b]}" for same, a, b in good if same != (labels[a] == labels[b])]
+    found.note("test trials contradict the folders", odd)
     return good
-
-
-def note_odd_trials(trials, ids, labels, found):
-    """Note trials that test nothing, and those that say other speakers than the folders do."""
-    if not trials:
-        return
-    truth, a, b = np.array(trials).T  # (trials,) each
-    same = labels[a] == labels[b]
-    for what, odd in (("are of a clip with itself", a == b),
-                      ("contradict the folders", same != truth)):
-        found.note(f"test trials {what}", [f"{ids[a[i]]} {ids[b[i]]}" for i in odd.nonzero()[0]])
 
 
 def split_trial(line, known, path):
@@ -766,12 +730,11 @@ def make_splits(splits, labels, trials, seed, fold, valid, train):
 
 
 def split_by_speaker(splits, labels, trials, rng, draw):
-    """Of clips marked "any": speakers in the trials test, with all their clips; others train. With
+    """Speakers in the test's trials test, with all their clips; others train. With
     `draw` a tenth of the training speakers validates, unless the corpus brings others."""
     tested = {labels[i] for _, *pair in trials.get("test", ()) for i in pair}
-    free = splits == "any"
-    splits[free] = ["test" if name in tested else "train" for name in labels[free]]
-    splits[splits == "train*"] = "train"
+    splits[(splits != "bad") & np.isin(labels, list(tested))] = "test"
+    splits[np.isin(splits, ["any", "train*"])] = "train"
     if draw and "valid" not in trials:
         speakers = np.unique(labels[splits == "train"])
         held = rng.permutation(speakers)[: max(2, len(speakers) // 10)]
@@ -801,9 +764,12 @@ def split_by_class(splits, labels, rng, fold):
                 splits[clips[valid : valid + test]] = "test"
 
 
-def choose_few(splits, labels, classes, few_shot, seed):
+def choose_few(splits, labels, classes, few_shot, seed, found):
     """Leave `few_shot` clips of each class in training; what was drawn before has no part in it."""
     rng = np.random.default_rng(seed)
+    counts = Counter(labels[splits == "train"].tolist())
+    found.note(f"classes have fewer than {few_shot} clips to train",
+               [name for name in classes if counts[name] < few_shot])
     for name in classes:
         clips = np.flatnonzero((labels == name) & (splits == "train"))
         splits[rng.permutation(clips)[few_shot:]] = "unused"
@@ -832,6 +798,7 @@ def check_classes(name, splits, labels, drawn, train, skip_bad, found):
     raise if they shall train without `skip_bad`. A few clips of a class `drawn` all train."""
     trained = set(labels[splits == "train"].tolist())
     tested = set(labels[splits == "test"].tolist())
+    judged = tested | set(labels[splits == "valid"].tolist())
     if len(trained) == 1:
         raise ValueError(f"{name}: only one class trains, {trained.pop()!r}. Is ROOT a folder too "
                          "high or too deep?")
@@ -841,11 +808,11 @@ def check_classes(name, splits, labels, drawn, train, skip_bad, found):
         raise ValueError(f"{name}: no class is in both training and test")
     found.note("classes have too few clips to be tested", sorted((trained - tested) & drawn))
     faults = [f"class {label!r} trains and is never tested" for label in trained - tested - drawn]
-    faults += [f"class {label!r} is tested and never trains" for label in tested - trained]
+    faults += [f"class {label!r} is tested and never trains" for label in judged - trained]
     faults = Findings(sorted(faults))
     faults.stop(skip_bad or not train, f"{name}: {len(faults.bad)} classes train or test alone")
     found.bad += faults.bad
-    splits[(splits == "test") & ~np.isin(labels, list(trained))] = "unused"
+    splits[np.isin(splits, ["valid", "test"]) & ~np.isin(labels, list(trained))] = "unused"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1301,8 +1268,9 @@ class Source:
     read: object = None  # clip -> wave, for built-in corpora
 
 
-SPLIT_FOLDERS = dict(train="train", training="train", test="test", testing="test", val="valid",
-                     valid="valid", validation="valid", dev="valid")
+SPLIT_FOLDERS = dict(train="train", training="train", test="test", testing="test", eval="test",
+                     evaluation="test", val="valid", valid="valid", validation="valid", dev="valid",
+                     development="valid")
 
 
 def folder_rows(root, found=None):
@@ -1311,11 +1279,14 @@ def folder_rows(root, found=None):
     found = found or Findings()
     clips = find_audio(root, found)
     tops = {clip.partition("/")[0] for clip in clips if "/" in clip}
-    words = {top: re.split("[-_ ]|set|data", top.lower())[0] for top in tops}  # train_set: train
+    words = {top: re.split(r"[-_ \d]|set|data", top.lower())[0] for top in tops}  # train_set: train
     role = {top: SPLIT_FOLDERS[word] for top, word in words.items() if word in SPLIT_FOLDERS}
     if "train" not in role.values() or len(set(role.values())) == 1:
         why = "recordings directly in ROOT are left out"
         clips = leave_out(clips, lambda clip: "/" in clip, why, found)
+        folders = {part.lower() for clip in clips for part in clip.split("/")[:-1]}
+        found.note("folders have the name of a split and are not taken for one",
+                   sorted(folders & SPLIT_FOLDERS.keys()))
         return [(clip, clip.partition("/")[0], "any") for clip in clips]
     if "valid" not in role.values():
         role = {top: split.replace("train", "train*") for top, split in role.items()}
@@ -1525,11 +1496,16 @@ def check(corpus):
         clips = corpus.pick(split)
         seconds = corpus.length[clips] / RATE
         counts = Counter(corpus.labels[clips].tolist()).values()
-        print(f"  {split:7s} {len(clips):7,} clips, {min(counts)} to {max(counts)} a class, "
+        each = f"{min(counts)} to {max(counts)} a class, "
+        if min(corpus.labels[clips]) < 0:
+            each = ""  # who does not train has no number
+        print(f"  {split:7s} {len(clips):7,} clips, {each}"
               f"{seconds.min():.2f} to {seconds.max():.2f} s, {seconds.sum() / 3600:.2f} h")
     for split, pairs in corpus.trials.items():
         print(f"  {split} trials: {len(pairs):,}, {sum(t[0] for t in pairs):,} of one speaker")
     faults = [*corpus.notes, *corpus.bad]
+    if len(corpus.classes) < 2:
+        faults.append("fewer than two classes or speakers train")
     for fault in faults or ["none"]:
         print(f"  fault: {fault}")
     return bool(faults)
