@@ -498,14 +498,19 @@ def pack(name, root, clips, read, cache, skip_bad, found):
     """Decode clips once, into a file named by a hash of their names, sizes and times; return
     (length of each clip, memory map of samples). Without `skip_bad`, bad clips are read again,
     then raise. `read`: clip -> wave, of a built-in corpus."""
-    digest = hashlib.sha256(b"index 3")
+    digest = hashlib.sha256(b"index 2")
+    files = {}  # (disk, number on it) -> its first clip
+    linked = []
     for clip in clips:  # a million: one by one, not as one text
         stamp = VERSION
         if not read:
             with contextlib.suppress(OSError):  # missing: reading it will say so
                 status = os.stat(locate(root, clip))
                 stamp = status.st_size, status.st_mtime_ns
+                if files.setdefault((status.st_dev, status.st_ino), clip) is not clip:
+                    linked.append(clip)
         digest.update(f"{clip} {stamp}\n".encode("utf-8", "surrogateescape"))
+    found.note("clips are links to the file of another", linked)
     owner = "own"
     if not read:
         owner = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:6]
@@ -540,7 +545,6 @@ def write_pack(path, clips, read):
     lengths = []
     bad = {}  # clip -> reason
     remarks = {}  # remark -> clips
-    heard = {}  # hash of a sound -> its first clip
     part = path.with_suffix(f".{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -553,11 +557,8 @@ def write_pack(path, clips, read):
                         remarks.setdefault(remark, []).append(clip)
                 except (ValueError, OSError, MemoryError) as error:
                     bad[clip] = str(error) or "too large for this machine's memory"
-                sound = to_int16(wave).tobytes()
-                if heard.setdefault(hashlib.sha256(sound).digest(), clip) is not clip and sound:
-                    remarks.setdefault("the sound of another clip", []).append(clip)
                 lengths.append(len(wave))
-                file.write(sound)  # a full disk is no clip's fault: it stops
+                file.write(to_int16(wave).tobytes())  # a full disk is no clip's fault: it stops
             index = dict(lengths=lengths, bad=bad, remarks=remarks, samples=sum(lengths))
             text = json.dumps(index).encode()
             file.write(text + len(text).to_bytes(8, "little"))

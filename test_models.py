@@ -422,7 +422,7 @@ def test_a_link_to_a_clip_and_classes_that_differ_by_capitals_are_named(tmp_path
     (tmp_path / "cat/6.wav").symlink_to(tmp_path / "cat/5.wav")
     notes = data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache").notes
     assert notes == ["2 classes differ by capitals or spaces alone: Dog, dog ",
-                     "1 clips hold the sound of another clip: cat/6.wav"]
+                     "1 clips are links to the file of another: cat/6.wav"]
 
 
 def test_a_name_of_two_lines_is_printed_in_one():
@@ -507,13 +507,6 @@ def test_trials_of_a_clip_with_itself_or_against_the_folders_are_noted(tmp_path)
     corpus = data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache")
     assert corpus.notes == ["1 test trials are of a clip with itself: class0/0.wav class0/0.wav",
                             "1 test trials contradict the folders: class0/0.wav class1/1.wav"]
-
-
-def test_a_recording_copied_under_another_name_is_noted(tmp_path):
-    folder_corpus(tmp_path, 2, 3)
-    shutil.copy(tmp_path / "class0/0.wav", tmp_path / "class1/copy.wav")
-    corpus = data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache")
-    assert corpus.notes == ["1 clips hold the sound of another clip: class1/copy.wav"]
 
 
 def test_a_missing_table_or_column_is_answered_with_what_is_there(tmp_path):
