@@ -148,8 +148,8 @@ def load_audio(path):
         try:
             importlib.import_module("torchcodec")
         except (ImportError, OSError, RuntimeError):
-            raise ValueError(f"no plain WAV ({reason}); all else needs FFmpeg and torchcodec "
-                             "(pip install torchcodec)") from error
+            raise ValueError(f"no plain WAV ({reason}); if it is sound, it needs FFmpeg and "
+                             "torchcodec (pip install torchcodec)") from error
         said = " ".join(str(error).split())
         raise ValueError(f"no plain WAV ({reason}), damaged or no sound: {said:.200}") from error
     return wave.numpy(), int(rate)
@@ -477,8 +477,8 @@ def list_clips(name, root, file, found):
         tree = source.tree
         if source.address:
             tree += f"\n--download brings {source.address} into ROOT."
-        raise ValueError(f"--data {name} needs --root, a folder with what follows ({error}).\n"
-                         f"{tree}") from error
+        raise ValueError(f"no corpus {name} in {root} ({error}). Name its folder (--root), which "
+                         f"holds\n{tree}") from error
     first = {}
     for row in rows:
         before = first.setdefault(same_name(row[0]), row)
@@ -789,9 +789,9 @@ def check_splits(name, splits, labels, trials, train):
     counts = Counter(splits)
     needed = {"train", "test"} if train else {"test"}
     if not needed <= counts.keys() <= {"train", "valid", "test", "bad", "unused"}:
-        raise ValueError(f"{name} has clips {dict(counts)}: some must train, some test, the others "
-                         "be valid or what `Source` names. A class is split from three clips on; "
-                         "beside folders train and valid there is a test")
+        raise ValueError(f"{name}: clips {dict(counts)}; expected some to train and some to test. "
+                         "A class is split from three clips on; beside folders train and valid "
+                         "there is a test. (A corpus may say only what `Source` lists.)")
 
 
 def check_classes(name, splits, labels, drawn, train, skip_bad, found):

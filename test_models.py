@@ -1911,7 +1911,7 @@ OF_ANOTHER_COMMAND = [
     ("trian", "did you mean train"), ("evalute RUN", "did you mean evaluate"),
     ("--metod lora", "did you mean --method"), ("train --epoch 3", "did you mean --epochs"),
     ("predict RUN a.wav --cvs x", "did you mean --csv"), ("--lrr 1", "did you mean --lr"),
-    ("--data nope", "--data: invalid choice: 'nope'"), ("--data folder", "needs --root"),
+    ("--data nope", "--data: invalid choice: 'nope'"), ("--data folder", "Name its folder (--root)"),
     (f"{TONES} --noise nope", "nope"), ("--data esc50 --root empty", "empty/meta/esc50.csv'"),
     ("--data voxceleb --root empty", "Ask for the audio by the form at https:"),
     (f"{TONES} --init code.pt", "is never run"), ("evaluate code.pt", "is never run"),
@@ -2013,7 +2013,7 @@ def test_without_matplotlib_a_figure_is_refused_before_any_work(words, here, mon
     ("evaluate {classifier} --figure=a.png", "has no trials"),
     ("evaluate {verified} {elsewhere} --as-norm", " eer (?!.*miss)"),  # no threshold of cosines
     ("evaluate {homeless} {elsewhere}", " eer "),
-    ("evaluate {homeless} {elsewhere} --as-norm", "needs --root"),
+    ("evaluate {homeless} {elsewhere} --as-norm", "Name its folder"),
     ("predict {verified} {sound} --figure=a.png", "holds no AST"),
     ("predict {classifier} gone.wav", "not read: gone.wav: No such file"),
     ("embed {classifier} gone.wav", "not read: gone.wav: No such file"),

@@ -600,7 +600,8 @@ def make_encoder(cfg, settings=None, start=None):
     encoder = AST(**settings)
     if start:
         encoder, sentence = ast_adapters.load_pretrained(encoder, start)
-        print(sentence)
+        if cfg.init:  # of our nano AST there is nothing to tell
+            print(sentence)
     adapt(encoder, cfg.method, **options)
     encoder.checkpointing = cfg.checkpointing
     return encoder
@@ -820,7 +821,8 @@ def run(cfg, position=""):
         plan = [f"\n{position or cfg.name}, about {expected:.0f} s",
                 f"{cfg.name} on {cfg.data}: {len(corpus.classes)} classes, clips {clips}",
                 f"trains {trainable:,} of {total:,} parameters and the head",
-                f"seed {cfg.seed}, {cfg.device} x {WORLD}, torch {torch.__version__}",
+                f"seed {cfg.seed}, {cfg.device}, processes: {WORLD}, threads: "
+                f"{torch.get_num_threads()}, torch {torch.__version__}",
                 f"all settings: {out / 'config.json'}"]
         print("\n  ".join(plan + corpus.notes))
         try:
@@ -1203,10 +1205,12 @@ def predict_files(cfg, typed, own):
 def verify_files(cfg, typed, own):
     """Is the last of these files the speaker of the others?"""
     run = load_run(own["run"], device=cfg.device)
+    if not run.saved["trials"]:
+        raise ValueError(f"verify: {own['run']} learned classes, not speakers; try predict")
     corpus = open_files(own["files"])
     if corpus.bad or len(corpus.ids) < 2:
         expected = "verify: expected two readable files or more, the last of them to be judged"
-        raise ValueError("\n".join([expected, *corpus.bad]))
+        raise ValueError("\n".join([*corpus.bad, expected]))
     unit = embed_all(run, corpus)  # (files, E)
     speaker = F.normalize(unit[:-1].mean(0), dim=0)  # (E,): of all files but the last
     score = float(speaker @ unit[-1])
