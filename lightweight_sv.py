@@ -23,7 +23,7 @@ Does not: read audio or make features (data.py), train (train.py), load weights,
 
 import copy
 import sys
-import time
+import timeit
 from functools import partial
 from math import cos, gcd, pi, sin
 from pathlib import Path
@@ -61,7 +61,7 @@ class TransformationModule(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):  # (B, D, H, T)
-        pooled = x.mean(dim=(2, 3))  # p_1 ... p_S side by side: (B, D)
+        pooled = x.mean(dim=(2, 3), dtype=torch.float32)  # p_1 ... p_S side by side: (B, D)
         weights = self.gate(pooled).softmax(dim=1)  # a: (B, S), sum 1
         parts = pooled.unflatten(1, (self.subsets, -1))  # (B, S, D/S)
         mean = (weights[:, :, None] * parts).sum(dim=1)  # m: (B, D/S)
@@ -147,7 +147,7 @@ def mean_and_std(x, weights=None):
         mean = x.mean(dim=-1)  # (B, D, H)
         square = (x * x).mean(dim=-1)
     else:
-        weighted = weights.float() * x
+        weighted = weights * x
         mean = weighted.sum(dim=-1)
         square = (weighted * x).sum(dim=-1)
     variance = square - mean * mean
@@ -173,7 +173,8 @@ class AttentivePooling(nn.Module):
     def forward(self, x):  # (B, D, 1, T)
         context = self.context(mean_and_std(x))[:, :, None, None]  # (B, 128, 1, 1)
         scores = self.scores(torch.tanh(self.frames(x) + context))  # (B, D, 1, T)
-        return mean_and_std(x, scores.softmax(dim=-1))  # (B, 2*D)
+        # In float32 also under autocast, which on a CPU would round weights that sum to one.
+        return mean_and_std(x, scores.softmax(dim=-1, dtype=torch.float32))  # (B, 2*D)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,16 +318,17 @@ class ECAPA_TDNN(nn.Module):
         super().__init__()
         if width % 8:
             raise ValueError(f"ECAPA-TDNN cuts its width into 8 scales: {width} is no multiple")
-        check_subsets(subsets, mels=mels, scale=width // 8)
+        aggregate = min(1536, 3 * width)
+        check_subsets(subsets, mels=mels, scale=width // 8, aggregate=aggregate)
         self.mels, self.embed_dim = mels, embed_dim
         self.subsets = subsets
         light = partial(lighten, subsets=subsets, share=share, fusion=fusion)
+        # Features have no means (`normalise`), so the module in front of the stem adds nothing.
         self.stem = light(ConvReluNorm, mels, width, kernel=5)
         self.blocks = nn.ModuleList()
         for dilation in (2, 3, 4):
             sizes = dict(dilation=dilation, bottleneck=128 // subsets)
             self.blocks.append(light(SERes2Block, width, width, **sizes))
-        aggregate = min(1536, 3 * width)
         self.aggregate = light(ConvReluNorm, 3 * width, aggregate, norm=False)
         self.pool = AttentivePooling(aggregate)
         self.norm = nn.BatchNorm1d(2 * aggregate)
@@ -398,6 +400,7 @@ class AMCRN(nn.Module):
         check_subsets(subsets, mels=mels, width=width)
         self.mels, self.embed_dim = mels, embed_dim
         light = partial(lighten, subsets=subsets, share=share, fusion=fusion)
+        # Features have no means (`normalise`), so the module in front of this block adds nothing.
         self.multiscale = light(MultiScaleBlock, mels, 4 * width)
         self.recurrent = light(RecurrentBlock, 4 * width, 4 * width)
         self.pool = AttentivePooling(4 * width)
@@ -534,17 +537,13 @@ def error_rates(scores, labels, threshold=None):
     return results
 
 
-def unit_vectors(embeddings):
-    """Embeddings as float64 numpy, each divided by its length."""
-    return F.normalize(torch.as_tensor(embeddings, dtype=torch.float64)).numpy()
-
-
 def adaptive_s_norm(scores, pairs, embeddings, cohort, top_n=300):
     """Return the mean of (score - mean) / std over both sides of each trial: mean and std of the
     side's `top_n` highest cosines with the cohort. `pairs` (trials, 2) are indices of `embeddings`.
     `cohort`: embeddings of strangers' utterances, or a mean for each stranger."""
-    embeddings = unit_vectors(embeddings)
-    cohort = unit_vectors(cohort)
+    unit = lambda x: F.normalize(torch.as_tensor(x, dtype=torch.float64)).numpy()
+    embeddings = unit(embeddings)
+    cohort = unit(cohort)
     top_n = min(top_n, len(cohort))
     if top_n < 2:
         raise ValueError(f"s-norm needs a deviation: at least 2 of the cohort, got {top_n}")
@@ -594,10 +593,9 @@ def draw_det(axes, scores, labels):
 def layer_macs(layer, x, y):
     """Multiply-accumulates of one call of a layer that maps x to y; biases are not counted."""
     if isinstance(layer, nn.LSTM):
-        # four gates, each a matrix for the input and one for the last hidden state
-        gates = 4 * layer.hidden_size * (layer.input_size + layer.hidden_size)
-        steps = x.numel() // x.shape[-1]
-        return steps * gates * (1 + layer.bidirectional)
+        # each step takes every matrix once: for the input, and for the last hidden state
+        matrices = sum(w.numel() for w in layer.parameters() if w.ndim == 2)
+        return x.numel() // x.shape[-1] * matrices
     if isinstance(layer, AttentivePooling):
         # published counts take W2 c for every frame; the layer itself counts for one
         return (x.shape[-1] - 1) * layer.context.weight.numel()
@@ -611,19 +609,13 @@ def count_macs(encoder, frames):
     As in the published counts, a layer counts for all its frames, and sums that are not layers
     (means, gates, the attention product of a transformer, LoRA's products) do not count.
     """
-    encoder = copy.deepcopy(encoder).eval()
+    encoder = copy.deepcopy(encoder).cpu().eval()
     macs = []
-
-    def add_layer(layer, x, y):
-        if isinstance(layer, nn.LSTM):
-            y, _ = y  # the second is its last state
-        macs.append(layer_macs(layer, x[0], y))
-
+    add_layer = lambda layer, x, y: macs.append(layer_macs(layer, x[0], y))
     for layer in encoder.modules():
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.LSTM, AttentivePooling)):
             layer.register_forward_hook(add_layer)
-    device = next(encoder.parameters()).device
-    encoder(torch.zeros(1, frames, encoder.mels, device=device))
+    encoder(torch.zeros(1, frames, encoder.mels))
     return sum(macs)
 
 
@@ -635,13 +627,9 @@ def latency_ms(encoder, frames, repeats=15):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     encoder(x)  # the first call sets things up
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        encoder(x)
-        taken.append(1000 * (time.perf_counter() - start))
+    taken = timeit.repeat(lambda: encoder(x), number=1, repeat=repeats)  # seconds
     torch.set_num_threads(threads)
-    return float(np.median(taken))
+    return 1000 * float(np.median(taken))
 
 
 def complexity(encoder, frames=200):

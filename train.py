@@ -173,7 +173,7 @@ class Config:
         if not self.speed_perturb:
             return self.frames
         samples = 1.1 * data.samples_of(self.frames)
-        return math.ceil(samples / data.HOP)  # a hop a frame: enough, as the last frame is longer
+        return math.ceil(samples / data.HOP)  # n frames have at least n hops of samples
 
     @property
     def kind(self):
@@ -338,7 +338,7 @@ def fit(cfg, corpus, model, augment_waves, out):
             lr = learning_rate(cfg, step, steps)
             for group in optimiser.param_groups:
                 group["lr"] = lr * group["factor"]  # 1, or for the head --head-lr / --lr
-            model.head.margin = head_margin(cfg, step, steps)
+            model.head.margin = head_margin(cfg, step, steps)  # a LinearHead does not read it
             # 3. Waves become features, on the device that trains; both are augmented.
             with record_function("augmentation"):
                 batch = augment_waves(batch.to(cfg.device))  # speed, gain, noise, rooms
@@ -448,7 +448,7 @@ def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=N
     each utterance are heard."""
     if split in corpus.trials:
         return evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers)
-    # If there are trials for the test alone, nothing validates: its speakers are no classes.
+    # With trials for the test alone nothing validates: other speakers are no classes of the head.
     if len(corpus.pick(split)) and not corpus.trials:
         return evaluate_classes(cfg, corpus, model, split, frames or cfg.frames)
     return {}
@@ -464,7 +464,7 @@ def evaluate_classes(cfg, corpus, model, split, frames):
     right = np.where(chances.argmax(1).numpy() == labels, 100.0, 0.0)
     results = dict(accuracy=right.mean(), score=right.mean())
     ordered = np.array([">" in corpus.classes[label] for label in labels])
-    if ordered.any():
+    if ordered.any() and not ordered.all():
         results |= dict(content=right[~ordered].mean(), order=right[ordered].mean())
     return {name: float(value) for name, value in results.items()}
 
@@ -505,7 +505,7 @@ def class_probabilities(cfg, corpus, model, clips, frames):
     for batch in data.batches(windows, np.arange(len(owner)), 128, frames, train=False,
                               repeat=cfg.speaker, shard=(RANK, WORLD)):
         logits = infer(cfg, model, layer=model, batch=batch)  # (B, C)
-        total.index_add_(0, owner[batch.clips], logits.softmax(1))  # batch.clips: its windows
+        total.index_add_(0, owner[batch.clips], logits.softmax(1))  # batch.clips: w
     return sum_over_ranks(total) / owner.bincount()[:, None]  # (clips, 1): windows of each
 
 
@@ -572,7 +572,7 @@ def training_memory(model, clips, frames, bf16):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # the tensor and its graph would keep each other in memory
 
-    # autograd calls `note` on each tensor that it keeps, and the other function on its way back.
+    # autograd keeps what `note` returns, and puts it through the other function on its way back.
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     model.train()
     with hooks, torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
@@ -706,7 +706,7 @@ def saved_encoder(cfg, saved, path, backbone):
     """Return the encoder of a best.pt or, with its backbone, of an adapter.pt."""
     if "adapter" not in saved:
         encoder = make_encoder(cfg, saved["settings"])
-        # make_encoder noted the fingerprint of its random weights; this is the real backbone's.
+        # `adapt` noted the fingerprint of random weights; this is that of the real backbone.
         encoder.adaptation = saved["adaptation"]
         encoder.load_state_dict(saved["encoder"])
         return encoder
@@ -807,7 +807,7 @@ def run_folder(cfg, name, table=None):
 
 
 def run(cfg, position=""):
-    """Train, select, test once; return the results, which results.json holds too. `position` says
+    """Train and test, unless that is done; return the results of results.json. `position` says
     where in a table it stands, as "2 of 3: conformer"."""
     cfg, corpus, augment_waves, model = prepare(cfg)
     out = run_folder(cfg, f"{cfg.data}-{cfg.name}")
@@ -815,27 +815,33 @@ def run(cfg, position=""):
         print(f"{out} is finished already")
         results = read_back(out / "results.json")
     else:
-        memory, expected = measure_step(cfg, corpus, model)
-        trainable, total = ast_adapters.count(model.encoder)
-        clips = {split: len(corpus.pick(split)) for split in ("train", "valid", "test")}
-        plan = [f"\n{position or cfg.name}, about {expected:.0f} s",
-                f"{cfg.name} on {cfg.data}: {len(corpus.classes)} classes, clips {clips}",
-                f"trains {trainable:,} of {total:,} parameters and the head",
-                f"seed {cfg.seed}, {cfg.device}, processes: {WORLD}, threads: "
-                f"{torch.get_num_threads()}, torch {torch.__version__}",
-                f"all settings: {out / 'config.json'}"]
-        print("\n  ".join(plan + corpus.notes))
         try:
-            seconds = fit(cfg, corpus, model, augment_waves, out)
+            results = train_and_test(cfg, corpus, augment_waves, model, out, position)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(out) from None  # `main` says how to go on in this folder
-        results = test_once(cfg, corpus, out) | dict(
-            trainable=trainable, parameters=total, share=100 * trainable / total,
-            seconds=round(seconds, 2), epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold),
-            memory_mb=memory, peak_mb=peak_memory(cfg.device))
-        save(out / "results.json", json.dumps(results, indent=1))
     if cfg.figure:
         draw_log(out, cfg.figure)
+    return results
+
+
+def train_and_test(cfg, corpus, augment_waves, model, out, position):
+    """Print what will be trained; train, test once, and return the results."""
+    memory, expected = measure_step(cfg, corpus, model)
+    trainable, total = ast_adapters.count(model.encoder)
+    clips = {split: len(corpus.pick(split)) for split in ("train", "valid", "test")}
+    plan = [f"\n{position or cfg.name}, about {expected:.0f} s",
+            f"{cfg.name} on {cfg.data}: {len(corpus.classes)} classes, clips {clips}",
+            f"trains {trainable:,} of {total:,} parameters and the head",
+            f"seed {cfg.seed}, {cfg.device}, processes: {WORLD}, threads: "
+            f"{torch.get_num_threads()}, torch {torch.__version__}",
+            f"all settings: {out / 'config.json'}"]
+    print("\n  ".join(plan + corpus.notes))
+    seconds = fit(cfg, corpus, model, augment_waves, out)
+    results = test_once(cfg, corpus, out) | dict(
+        trainable=trainable, parameters=total, share=100 * trainable / total,
+        seconds=round(seconds, 2), epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold),
+        memory_mb=memory, peak_mb=peak_memory(cfg.device))
+    save(out / "results.json", json.dumps(results, indent=1))
     return results
 
 
@@ -867,7 +873,8 @@ def peak_memory(device):
 def prepare(cfg):
     """Return what `fit` takes: settings with their recipe, corpus, augmentation, model."""
     cfg = on_this_machine(with_recipe(cfg))
-    # The first process packs what is new. The others wait, then find it packed.
+    # The first process packs what is new. The others wait at this barrier until it comes to the one
+    # below; then they find it packed.
     if RANK:
         dist.barrier()
     corpus = open_corpus(cfg)
@@ -976,6 +983,8 @@ def table_rows(cfg, typed, values):
     if not equals:
         raise ValueError(f"sweep {values}: expected FIELD=v1,v2,..., such as rank=1,4,16")
     name = field_name.replace("_", "-")
+    if name in ("seeds", "out", "resume"):
+        raise ValueError(f"sweep {name}: it is for the whole table, so type --{name}")
     switches = {"true": f"--{name}", "false": f"--no-{name}"}  # how a bool is typed
     rows = {}
     for text in texts.split(","):
@@ -985,7 +994,7 @@ def table_rows(cfg, typed, values):
     for row in rows.values():
         # A typed option that this row's method lacks is meant for other rows of the table.
         of_others = options - set(METHODS[row.method][1])
-        check_training(row, (typed - of_others) | swept.keys())
+        check_training(row, (typed - of_others) | {field_name.replace("-", "_")})
     return rows
 
 
@@ -993,7 +1002,8 @@ def study(cfg, title, rows):
     """Do one run, or fill a table: each row in all folds and with all seeds."""
     folds = [cfg.fold]
     if cfg.fold == "all":
-        folds = [str(n + 1) for n in range(data.CORPORA[cfg.data].folds)]
+        corpus = next(iter(rows.values())).data
+        folds = [str(n + 1) for n in range(data.CORPORA[corpus].folds)]
     plan = list(itertools.product(rows, folds, range(cfg.seeds)))
     if len(plan) == 1:
         [row] = rows.values()
@@ -1089,7 +1099,8 @@ def draw_table(table, path, title):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Using a run: from a script of one's own, or by commands
+# 8. Using a run: from a script of one's own, or by commands. A command gets a Config, the names of
+# the fields that were typed, and {name: value} of its own arguments. It may return a complaint.
 
 
 def corpus_of(sound, rate):
@@ -1227,7 +1238,7 @@ def embed_files(cfg, typed, own):
     corpus = open_files(own["files"])
     if corpus.ids:
         unit = embed_all(run, corpus)
-        out = run_folder(replace(run.settings, out=cfg.out), "embeddings")
+        out = run_folder(replace(run.settings, out=cfg.out, resume=False), "embeddings")
         save(out / "names.txt", "".join(f"{file}\n" for file in corpus.ids))
         on_first_rank(lambda: np.save(out / "embeddings.npy", unit.numpy()))
         print(f"{out}: embeddings.npy {tuple(unit.shape)}, of unit length; names.txt")
@@ -1465,7 +1476,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
-        # A letter that this terminal cannot show is printed as \\xfc, and is no error.
+        # A letter that this terminal cannot show is printed as a number, and is no error.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if argv in (["-h"], ["--help"]):
@@ -1499,7 +1510,7 @@ def main(argv=None):
         where = f" in process {RANK}" if RANK else ""
         sys.exit(f"error{where}: {error}")
     except KeyboardInterrupt as stop:  # its argument: the folder of a run that had begun
-        if stop.args and Path(stop.args[0]).exists():  # the nano AST's is a temporary one
+        if stop.args and Path(stop.args[0]).exists():  # that of the nano AST is temporary
             sys.exit(f"stopped; the same command with --resume --out {stop} goes on")
         sys.exit("stopped")
     if complaint:
