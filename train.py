@@ -106,7 +106,8 @@ class Config:
     steps: int = flag(None, "end every epoch after so many batches", least=1, shown="all clips")
     batch_size: int = flag(None, "clips a step, over all processes", least=1)
     lr: float = flag(None, "highest learning rate", least=1e-9, most=10)
-    head_lr: float = flag(None, "the head's own highest rate", least=1e-9, most=10, shown="--lr")
+    head_lr: float = flag(None, "the head's own highest rate", least=1e-9, most=10,
+                          shown="the recipe's, or --lr")
     warmup: float = flag(None, "share of the steps in which the rate rises", least=0, most=0.9)
     weight_decay: float = flag(None, "how AdamW shrinks matrices and kernels", least=0)
     frames: int = flag(None, "length of a training segment, in frames of 10 ms", least=16)
@@ -147,8 +148,9 @@ class Config:
                         group="Speaker models: how light, and how hard the training task")
     share: bool = flag(False, "one set of weights for all subsets", model="speaker")
     fusion: str = flag("module", "between subsets", choices=lightweight_sv.FUSIONS, model="speaker")
-    width: int = flag(None, "channels", least=1, model="speaker")
-    embed_dim: int = flag(None, "size of the embedding", least=1, model="speaker")
+    width: int = flag(None, "channels", least=1, model="speaker", shown="the model's")
+    embed_dim: int = flag(None, "size of the embedding", least=1, model="speaker",
+                          shown="the model's")
     margin: float = flag(0.2, "AAM-softmax: angular margin in radians", least=0, most=1.5)
     margin_rise: float = flag(0.0, "share of the steps in which it rises from 0", least=0, most=1)
 
@@ -173,7 +175,7 @@ class Config:
         if not self.speed_perturb:
             return self.frames
         samples = 1.1 * data.samples_of(self.frames)
-        return math.ceil(samples / data.HOP)  # n frames have at least n hops of samples
+        return math.ceil(samples / data.HOP)  # n frames hold n hops of samples and more: enough
 
     @property
     def kind(self):
@@ -405,7 +407,7 @@ def head_margin(cfg, step, steps):
     return cfg.margin * min(1, (step + 1) / max(1, rising))
 
 
-# Vectors that are stored with more axes: the tokens of an AST, the magnitudes of DoRA.
+# Vectors that are stored with more axes: CLS and DIST of an AST, the magnitudes of DoRA.
 VECTORS = ("cls_token", "dist_token", "m")
 
 
@@ -448,10 +450,9 @@ def evaluate(cfg, corpus, model, split, frames=None, threshold=None, strangers=N
     each utterance are heard."""
     if split in corpus.trials:
         return evaluate_trials(cfg, corpus, model, split, frames, threshold, strangers)
-    # With trials for the test alone nothing validates: other speakers are no classes of the head.
     if len(corpus.pick(split)) and not corpus.trials:
         return evaluate_classes(cfg, corpus, model, split, frames or cfg.frames)
-    return {}
+    return {}  # also for speakers without trials in this split: they are no classes of the head
 
 
 def evaluate_classes(cfg, corpus, model, split, frames):
@@ -570,14 +571,14 @@ def training_memory(model, clips, frames, bf16):
 
     def note(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # the tensor and its graph would keep each other in memory
+        return tensor.detach()  # kept with its graph, which keeps it, it would never be freed
 
     # autograd keeps what `note` returns, and puts it through the other function on its way back.
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     model.train()
     with hooks, torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         logits = model(x, x.new_zeros(clips, dtype=torch.long))
-    logits.sum().backward()  # for measure_step, which times it, and profile, which counts it
+    logits.sum().backward()  # adds no MB: measure_step times it, profile counts its products
     activations = sum(size for address, size in kept.items() if address not in weights)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return round((activations + 3 * trained) / 2**20, 2)
@@ -780,7 +781,7 @@ def run_folder(cfg, name, table=None):
     """Make the folder of a run and return it: --out, or out/ and the first free name. `table`: the
     labels of its rows, if it is for a table of runs. A run that is there is never overwritten."""
     out = Path(cfg.out or f"out/{name}")
-    if not (cfg.out or cfg.resume):
+    if not (cfg.out or cfg.resume):  # --resume without --out goes on in out/NAME
         taken = 1
         while on_first_rank(out.exists):
             taken += 1
@@ -992,7 +993,8 @@ def table_rows(cfg, typed, values):
         rows[text if name == "method" else f"{name}={text}"] = replace(cfg, **swept)
     options = {option for row in rows.values() for option in METHODS[row.method][1]}
     for row in rows.values():
-        # A typed option that this row's method lacks is meant for other rows of the table.
+        # A typed option that this row's method lacks is meant for other rows of the table, and is
+        # not refused here. The swept field must fit every row.
         of_others = options - set(METHODS[row.method][1])
         check_training(row, (typed - of_others) | {field_name.replace("-", "_")})
     return rows
