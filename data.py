@@ -69,10 +69,15 @@ FFT = 512  # the next power of two
 SAMPLES = {(1, 1): ("u1", 2**7), (1, 2): ("<i2", 2**15), (1, 3): ("<i4", 2**31),
            (1, 4): ("<i4", 2**31), (3, 4): ("<f4", 1), (3, 8): ("<f8", 1)}
 PLACEHOLDERS = range(2_000_000_000, 2**32)  # sizes, in bytes, of who writes a stream
+NO_DECODER = "pip install torchcodec"  # in the sentence on a clip that waits for it
 
 
 class NotPlain(ValueError):
-    """A file that is no plain WAV."""
+    """A file that is no plain WAV. `samples`: how many it announces in each channel, 0 if none."""
+
+    def __init__(self, reason, samples=0):
+        super().__init__(reason)
+        self.samples = samples
 
 
 def read_wav(path):
@@ -86,12 +91,11 @@ def read_wav(path):
         code, channels, rate, _, block, bits = struct.unpack("<HHIIHH", forms[0][:16])
         if code == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the real code opens a GUID
             code = int.from_bytes(forms[0][24:26], "little")
-        if code in (2, 0x11):  # ADPCM, of which torchcodec 0.17 loses most without a word
-            return convert(path)
         width = block // max(1, channels)  # bytes; 24 bits may lie on top of 4, as 20 do of 3
         fits = block == channels * width > 0 and (bits > 8) == (width > 1) and bits <= 8 * width
         if (code, width) not in SAMPLES or not fits:
-            raise NotPlain(f"format {code}, {bits} bits, {channels} channels in {block} bytes")
+            raise NotPlain(f"format {code}, {bits} bits, {channels} channels in {block} bytes",
+                           announced(chunks, size, code, block))
         there = os.fstat(file.fileno()).st_size - file.tell()
         if there < size:
             raise ValueError(f"truncated: {size} bytes of sound announced, {there} there")
@@ -133,6 +137,19 @@ def read_chunks(file):
     return chunks, size
 
 
+def announced(chunks, size, code, block):
+    """Samples in each channel of a compressed WAV by its own header, 0 if it does not say."""
+    chunks = dict(chunks)
+    fact = int.from_bytes(chunks.get(b"fact", b"")[:4], "little")
+    each = int.from_bytes(chunks[b"fmt "][18:20], "little")  # samples in a block of ADPCM
+    if code in (2, 0x11) and block:
+        count = size // block * each
+        if 0 < fact <= count:
+            count = fact  # the last block may be filled up
+        return count
+    return 0 if fact in PLACEHOLDERS else fact
+
+
 def load_audio(path):
     """Return any recording as float32 (channels, n), in [-1, 1] as a rule, and its samples a
     second. Raise ValueError with the reason, without the file's name."""
@@ -140,6 +157,7 @@ def load_audio(path):
         return read_wav(path)
     except NotPlain as other:
         reason = str(other)
+        samples = other.samples
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error  # No such file or directory
     try:
@@ -149,22 +167,23 @@ def load_audio(path):
             importlib.import_module("torchcodec")
         except (ImportError, OSError, RuntimeError):
             raise ValueError(f"no plain WAV ({reason}); if it is sound, it needs FFmpeg and "
-                             "torchcodec (pip install torchcodec)") from error
+                             f"torchcodec ({NO_DECODER})") from error
         said = " ".join(str(error).split())
         raise ValueError(f"no plain WAV ({reason}), damaged or no sound: {said:.200}") from error
+    if wave.shape[1] < 0.9 * samples:  # torchcodec 0.17 loses most of ADPCM without a word
+        return convert(path, f"only {wave.shape[1]} of {samples} samples were decoded; convert it")
     return wave.numpy(), int(rate)
 
 
-def convert(path):
-    """Return an ADPCM WAV as FFmpeg's own program reads it: (channels, n), samples a second."""
+def convert(path, reason):
+    """Return a recording as FFmpeg's own program reads it: (channels, n), samples a second."""
     command = ["ffmpeg", "-v", "error", "-i", f"file:{path}", "-c:a", "pcm_s16le"]
     with tempfile.TemporaryDirectory() as folder:
         try:
             subprocess.run([*command, f"{folder}/copy.wav"], check=True, capture_output=True)
             return read_wav(f"{folder}/copy.wav")
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ValueError("ADPCM that FFmpeg did not read; convert it: ffmpeg -i FILE -c:a "
-                             "pcm_s16le NEW.wav") from error
+            raise ValueError(f"{reason}: ffmpeg -i FILE -c:a pcm_s16le NEW.wav") from error
 
 
 def inspect_wave(wave):
@@ -289,21 +308,24 @@ def locate(root, clip):
 
 
 def walk(root):
-    """Yield (folder, its files) for each folder below `root` once, links after their neighbours;
-    what is hidden is not there, and a folder that cannot be listed raises."""
+    """Yield (folder, its files) for each folder below `root` once, links to folders last; what is
+    hidden is not there, and a folder that cannot be listed raises."""
     def refuse(error):
         raise error
 
+    later = [str(root)]
     seen = set()
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()  # a link led here before, or leads to a folder above
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
-        folders.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))
-        yield folder, [name for name in files if name[0] != "."]
+    while later:
+        for folder, folders, files in os.walk(later.pop(0), onerror=refuse):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()  # a link led here before, or leads to a folder above
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+            paths = [os.path.join(folder, name) for name in folders]
+            later += filter(os.path.islink, paths)  # os.walk does not follow them itself
+            yield folder, [name for name in files if name[0] != "."]
 
 
 def find_audio(root, found):
@@ -456,8 +478,8 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     classes = np.unique(labels[splits == "train"]).tolist()
     if few_shot:
         choose_few(splits, labels, classes, few_shot, seed, found)
-    number = {label: k for k, label in enumerate(classes)}
-    numbers = np.array([number.get(label, -1) for label in labels])
+    index = {label: k for k, label in enumerate(classes)}
+    numbers = np.array([index.get(label, -1) for label in labels])
     return Corpus(name, ids, numbers, splits, classes, np.cumsum(length) - length, length, store,
                   pairs, found.notes, found.bad)
 
@@ -520,7 +542,7 @@ def pack(name, root, clips, read, cache, skip_bad, found):
         return (read(clip), []) if read else read_clip(locate(root, clip))
 
     index = read_index(path) if path.exists() else None
-    if index and "pip install torchcodec" in str(index["bad"]):
+    if index and NO_DECODER in str(index["bad"]):
         if importlib.util.find_spec("torchcodec"):
             index = None  # it has been installed since
     if not index or (index["bad"] and not skip_bad):

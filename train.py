@@ -243,12 +243,14 @@ def check_training(cfg, typed):
 
 
 def check_batch(cfg, clips):
-    """Refuse a step of `clips` clips if each process gets only one of them, and the model has a
-    BatchNorm over embeddings, which needs two."""
-    if cfg.speaker and clips // WORLD == 1:
+    """Refuse one clip a process if the model has a BatchNorm over embeddings: it needs two values
+    of a channel. On several GPUs BatchNorm is synchronised, and sees the clips of all."""
+    gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    synchronised = gpu and WORLD > 1
+    if cfg.speaker and clips // WORLD == 1 and not synchronised:
         if any(isinstance(layer, nn.BatchNorm1d) for layer in make_encoder(cfg).modules()):
-            raise ValueError(f"--batch-size: a process has one clip of the {clips} in a step, but "
-                             f"the BatchNorm of {cfg.model} needs two or more")
+            raise ValueError(f"--batch-size {cfg.batch_size}: one clip a process cannot train "
+                             f"{cfg.model}, whose BatchNorm needs two or more")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,7 +341,7 @@ def fit(cfg, corpus, model, augment_waves, out):
             step = epoch * per_epoch + i
             lr = learning_rate(cfg, step, steps)
             for group in optimiser.param_groups:
-                group["lr"] = lr * group["factor"]  # 1, or for the head --head-lr / --lr
+                group["lr"] = lr * group["times"]  # 1, or for the head --head-lr / --lr
             model.head.margin = head_margin(cfg, step, steps)  # a LinearHead does not read it
             # 3. Waves become features, on the device that trains; both are augmented.
             with record_function("augmentation"):
@@ -392,6 +394,11 @@ def steps_an_epoch(cfg, corpus):
     return min(steps, cfg.steps or steps)
 
 
+def clips_a_step(cfg, corpus):
+    """Return the clips of a step, over all processes: a small corpus is one batch."""
+    return min(cfg.batch_size, len(corpus.pick("train")))
+
+
 def learning_rate(cfg, step, steps):
     """Rise in a line over the first `warmup` of the steps, then fall to zero in half a cosine."""
     warm = int(cfg.warmup * steps)
@@ -426,7 +433,7 @@ def make_optimiser(cfg, model):
         if p.ndim > 1 and name.rpartition(".")[2] not in VECTORS:
             decay = cfg.weight_decay
         groups.setdefault((factor, decay), []).append(p)
-    settings = [dict(params=params, factor=factor, weight_decay=decay)
+    settings = [dict(params=params, times=factor, weight_decay=decay)
                 for (factor, decay), params in groups.items()]
     return torch.optim.AdamW(settings, cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
@@ -848,7 +855,9 @@ def train_and_test(cfg, corpus, augment_waves, model, out, position):
 
 def measure_step(cfg, corpus, model):
     """Return the MB of a training step, and the seconds that all steps will take."""
-    clips = min(cfg.batch_size, len(corpus.pick("train"))) // WORLD  # of this process
+    clips = clips_a_step(cfg, corpus)
+    # Of this process; at least two if there are, since BatchNorm is not yet synchronised.
+    clips = max(min(2, clips), clips // WORLD)
     twin = copy.deepcopy(model)  # a step moves BatchNorm's means
     for _ in range(2):  # the first is slower than those that follow: the second counts
         start = time.perf_counter()
@@ -912,7 +921,7 @@ def check_corpus(cfg, corpus):
     if for_speakers and not corpus.trials:
         raise ValueError("--speed-perturb, --margin and --margin-rise are for speakers: --data "
                          f"{cfg.data} has no trials")
-    clips = min(cfg.batch_size, len(lengths))
+    clips = clips_a_step(cfg, corpus)
     if clips % WORLD:  # a clip in a smaller part would weigh more than the others
         raise ValueError(f"{clips} clips a step do not divide among {WORLD} processes")
     check_batch(cfg, clips)
@@ -1004,8 +1013,8 @@ def study(cfg, title, rows):
     """Do one run, or fill a table: each row in all folds and with all seeds."""
     folds = [cfg.fold]
     if cfg.fold == "all":
-        corpus = next(iter(rows.values())).data
-        folds = [str(n + 1) for n in range(data.CORPORA[corpus].folds)]
+        first, *_ = rows.values()
+        folds = [str(n + 1) for n in range(data.CORPORA[first.data].folds)]
     plan = list(itertools.product(rows, folds, range(cfg.seeds)))
     if len(plan) == 1:
         [row] = rows.values()
@@ -1319,7 +1328,7 @@ def profile(cfg, typed, own):
         fit(cfg, corpus, model, augment_waves, Path(first))  # warms up
         with profiler:
             fit(cfg, corpus, model, augment_waves, Path(second))
-    clips = min(cfg.batch_size, len(corpus.pick("train"))) // WORLD  # in a step of this process
+    clips = clips_a_step(cfg, corpus) // WORLD  # of this process
     steps = steps_an_epoch(cfg, corpus)
     spent = dict.fromkeys(PHASES, 0.0)  # ms in a step
     for event in profiler.key_averages():
@@ -1372,6 +1381,8 @@ def train(cfg, typed, own):
 
 def compare(cfg, typed, own):
     """Train every method on the same data, for one table."""
+    if cfg.speaker:
+        raise ValueError(f"compare: {cfg.model} has no methods, being no AST; try sweep")
     study(cfg, f"compare-{cfg.data}", table_rows(cfg, typed, "method=" + ",".join(METHODS)))
 
 
