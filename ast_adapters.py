@@ -47,11 +47,11 @@ from torch.utils.checkpoint import checkpoint
 # --------------------------------------------------------------------------------------------------
 # 1. The AST: a Vision Transformer over 16 x 16 patches of a log-mel spectrogram
 
-SIZES = {  # width D, depth, heads H, stride, grid (f, t) of the position embedding
-    "nano": (64, 4, 2, 16, (8, 6)),  # for laptops and tests: clips of about a second
-    "tiny": (192, 12, 3, 10, (12, 101)),  # the others: AudioSet clips of 1024 frames
-    "small": (384, 12, 6, 10, (12, 101)),
-    "base": (768, 12, 12, 10, (12, 101)),
+SIZES = {  # width D, depth, heads H, mel bins F, stride, grid (f, t) of the position embedding
+    "nano": (64, 4, 2, 64, 16, (4, 6)),  # for laptops and tests: clips of about a second
+    "tiny": (192, 12, 3, 128, 10, (12, 101)),  # the others: AudioSet clips of 1024 frames
+    "small": (384, 12, 6, 128, 10, (12, 101)),
+    "base": (768, 12, 12, 128, 10, (12, 101)),
 }
 PATCH = 16  # frames and mel bins
 AUDIOSET_MEAN_STD = (-4.2677393, 4.5689974)  # of AudioSet's log-mels
@@ -113,7 +113,7 @@ class Block(nn.Module):
 class AST(nn.Module):
     """Audio Spectrogram Transformer as an encoder: log-mel (B, T, F) -> embedding (B, E = D).
 
-    mels       F, the mel bins it expects (128 in every published checkpoint)
+    mels       F, the mel bins it expects; None: the size's own; 128 in every published checkpoint
     grid       (f, t) of the position embedding; None: the size's own
     stride     distance between patches; None: the size's own; 10 in the paper
     pool       "mean" over all tokens (P1) or "cls", the mean of CLS and DIST (AST)
@@ -129,22 +129,22 @@ class AST(nn.Module):
     # keeping them. As a block then runs twice a step, a BatchNorm updates its means twice.
     checkpointing = False
 
-    def __init__(self, size="base", mels=128, grid=None, stride=None, pool="mean",
+    def __init__(self, size="base", mels=None, grid=None, stride=None, pool="mean",
                  pos_embed="crop", eps=1e-6, normalise=AUDIOSET_MEAN_STD, picture=False):
         super().__init__()
         check_known("AST size", size, SIZES)
         check_known("pool", pool, ("mean", "cls"))
         check_known("pos_embed", pos_embed, ("crop", "zero"))
-        width, depth, heads, own_stride, own_grid = SIZES[size]
+        width, depth, heads, own_mels, own_stride, own_grid = SIZES[size]
         self.embed_dim = width
-        self.mels = mels
+        self.mels = mels or own_mels
         self.stride = stride or own_stride
-        self.rows = (mels - PATCH) // self.stride + 1  # f: rows in the grid of patches
+        self.rows = (self.mels - PATCH) // self.stride + 1  # f: rows in the grid of patches
         self.grid = tuple(grid or own_grid)
         self.pool = pool
         self.normalise = tuple(normalise)  # data.py reads it
         self.picture = picture
-        self.settings = dict(size=size, mels=mels, stride=self.stride, pool=pool,
+        self.settings = dict(size=size, mels=self.mels, stride=self.stride, pool=pool,
                              grid=list(self.grid), pos_embed=pos_embed, eps=eps,
                              normalise=list(normalise), picture=picture)  # to build it again
         self.adaptation = None  # set by `adapt`: method, options, fingerprint of the backbone
@@ -530,8 +530,9 @@ def adapt(ast, method, **options):
 def check_options(size, method, options):
     """Raise ValueError for an unknown method, and for options that do not fit it or this size."""
     check_known("method", method, METHODS)
-    width, _, _, _, grid = SIZES[size]
-    limits = dict(rank=width, kernel=2 + math.prod(grid))  # at most D, and N of the size's grid
+    width, _, _, _, _, grid = SIZES[size]
+    tokens = 2 + math.prod(grid)  # N of the size's grid
+    limits = dict(rank=width, kernel=2 * tokens - 1)  # a wider kernel never uses its outer taps
     for name, value in options.items():
         check_known(f"option of {method!r}", name, METHODS[method][1])
         if name in CHOICES:

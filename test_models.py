@@ -257,10 +257,10 @@ def test_fbank_equals_kaldis(mels, bf16):
 def test_features_have_asts_golden_values_and_those_of_an_utterance_no_mean():
     wave = np.random.default_rng(0).integers(-999, 999, 5000)
     corpus = corpus_of([np.zeros(8000), wave], [0, 0], ["train"] * 2)
-    x = data.features(data.load_batch(corpus, np.array([0]), 100), AST("nano"))  # (1, 100, 128)
+    x = data.features(data.load_batch(corpus, np.array([0]), 100), AST("nano"))  # (1, 100, 64)
     sound = data.frames_of(8000)
-    assert_close(x[0, :sound], torch.full((sound, 128), -1.27759), atol=1e-4, rtol=0)
-    assert_close(x[0, sound:], torch.full((100 - sound, 128), 0.46703), atol=1e-4, rtol=0)
+    assert_close(x[0, :sound], torch.full((sound, 64), -1.27759), atol=1e-4, rtol=0)
+    assert_close(x[0, sound:], torch.full((100 - sound, 64), 0.46703), atol=1e-4, rtol=0)
     batch = data.load_batch(corpus, np.array([1]), 50, repeat=True)
     mean = data.features(batch, slim("amcrn")).mean(1)
     assert_close(mean, torch.zeros(1, 40), atol=1e-5, rtol=0)
@@ -722,7 +722,7 @@ def test_a_download_comes_whole_or_leaves_nothing(tmp_path, monkeypatch, kind, t
 def test_twins_among_the_sounds_differ_by_order_alone(cache):
     corpus = data.open_corpus("sounds", cache=cache)
     batch = data.load_batch(corpus, np.arange(len(corpus.ids)), 98)
-    x = data.features(batch, AST("nano")).amax(1)  # (clips, 128) without order
+    x = data.features(batch, AST("nano")).amax(1)  # (clips, 64) without order
     x = x - x.mean(1, keepdim=True)
     train, test = (torch.tensor(corpus.splits == split) for split in ("train", "test"))
     centres = torch.stack([x[train & (batch.labels == k)].mean(0) for k in range(12)])
@@ -889,12 +889,12 @@ def original_layout(ast):
     (10, (18, 18), 3), (10, (14, 14), 3), (10, (14, 14), 1)])  # pictures; colours added
 @torch.no_grad()
 def test_the_original_layout_loads_with_its_stride_and_grid(tmp_path, stride, grid, colours):
-    theirs = AST("nano", stride=stride, grid=grid)
+    theirs = AST("nano", mels=128, stride=stride, grid=grid)
     state = original_layout(theirs)
     grey = theirs.patch.weight / colours
     state["module.v.patch_embed.proj.weight"] = grey.repeat(1, colours, 1, 1)
     torch.save(state, tmp_path / "a.pth")
-    given = AST("nano", stride=10, grid=(12, 101), eps=1e-12)
+    given = AST("nano", mels=128, stride=10, grid=(12, 101), eps=1e-12)
     before = copy.deepcopy(given.state_dict())
     ours, said = load_pretrained(given, tmp_path / "a.pth")
     assert (ours.stride, ours.grid) == (stride, grid), said
@@ -951,7 +951,7 @@ def picture(tmp_path_factory):
     state = {key: 0.2 * torch.randn(shape) for key, shape in shapes.items()}
     file = tmp_path_factory.mktemp("picture") / "vit.pth"
     torch.save(state, file)
-    return state, *load_pretrained(AST("nano", stride=10, grid=(12, 101)), file)
+    return state, *load_pretrained(AST("nano", mels=128, stride=10, grid=(12, 101)), file)
 
 
 def picture_block(state, n, x):
@@ -1054,7 +1054,7 @@ def nano_without(key):
     (lambda: nano_without("cls_token"), "is not an AST-nano: .*cls_token"),
     (lambda: nano_without("norm.bias"), "is not an AST-nano: .*norm.bias"),
     (lambda: original_layout(AST("tiny")), "is not an AST-nano: .*size mismatch"),
-    (lambda: AST("nano", grid=(1, 5)).state_dict(), "5 positions are no grid"),
+    (lambda: AST("nano", grid=(1, 7)).state_dict(), "7 positions are no grid"),
     (lambda: {"blocks.0.ls1.gamma": torch.ones(3)}, "it has no blocks.0.attn.o.weight"),
     (lambda: torch.zeros(1), "holds no weights")])
 def test_other_weights_are_refused_with_a_sentence(tmp_path, content, sentence):
@@ -1129,7 +1129,7 @@ def case(request):
     torch.manual_seed(0)
     plain = AST("nano").eval()
     fresh = adapt(copy.deepcopy(plain), method, **options).eval()
-    x = torch.randn(3, 100, 128)
+    x = torch.randn(3, 100, 64)
     ast = copy.deepcopy(fresh).train()
     steps(ast, x)
     return argparse.Namespace(method=method, plain=plain, fresh=fresh, ast=ast.eval(), x=x,
@@ -1214,7 +1214,7 @@ def test_what_blocks_share_is_counted_once_stored_once_and_read(monkeypatch):
 def small_ast(method, options, monkeypatch):
     """An adapted AST that compiles quickly."""
     blocks = 2 if method == "prompt-deep" else 1  # this one has two kinds
-    monkeypatch.setitem(ast_adapters.SIZES, "nano", (16, blocks, 2, 16, (8, 6)))
+    monkeypatch.setitem(ast_adapters.SIZES, "nano", (16, blocks, 2, 64, 16, (4, 6)))
     return adapt(AST("nano"), method, **options).eval()
 
 
@@ -1223,7 +1223,7 @@ def small_ast(method, options, monkeypatch):
 def test_a_method_takes_any_length_and_bfloat16(method, options, monkeypatch):
     ast = small_ast(method, options, monkeypatch)
     for frames in (16, 57, 250):
-        x = torch.randn(2, frames, 128)
+        x = torch.randn(2, frames, 64)
         with torch.autocast("cpu", torch.bfloat16):
             y = ast(x).float()
         assert_close(y, ast(x), atol=0.1, rtol=0)
@@ -1235,7 +1235,7 @@ def test_a_method_takes_torch_compile(method, monkeypatch):
     ast = small_ast(method, {}, monkeypatch)
     torch._dynamo.reset()
     compiled = torch.compile(ast, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 57, 128)
+    x = torch.randn(2, 57, 64)
     with torch.autocast("cpu", torch.bfloat16, enabled=method == "prefix"):
         assert_close(compiled(x), ast(x))
 
@@ -1244,7 +1244,7 @@ def test_a_method_takes_torch_compile(method, monkeypatch):
 @pytest.mark.parametrize("method", ["full", "lora", "adapter", "conformer"])
 def test_without_positions_only_the_conformer_adapter_sees_order(method, pos_embed):
     """P1's published code trains with zero positions (README, B1): what could it tell apart?"""
-    x = torch.randn(2, 96, 128)
+    x = torch.randn(2, 96, 64)
     swapped = torch.cat([x[:, 48:], x[:, :48]], dim=1)  # with stride 16: the same patches, permuted
     ast = adapt(AST("nano", pos_embed=pos_embed), method)
     steps(ast, x)
@@ -1332,7 +1332,7 @@ def test_the_mixtures_by_hand():
     ("lora", dict(rnk=3), "unknown option of 'lora' 'rnk': choose from rank, alpha, targets"),
     ("lora", dict(targets="qx"), "name some of q, k, v, o"),
     ("adapter", dict(rank=0), "at least 1"), ("adapter", dict(rank=2.5), "a whole number"),
-    ("adapter", dict(rank=65), "at most 64"), ("conformer", dict(kernel=51), "at most 50"),
+    ("adapter", dict(rank=65), "at most 64"), ("conformer", dict(kernel=52), "at most 51"),
     ("adapter", dict(where="top"), "from ffn, mhsa, both"), ("prefix", dict(tokens=7), "7 is odd"),
     ("adapter", dict(at="before"), "sequential")])
 def test_bad_options_are_answered_with_a_sentence(method, options, sentence):
@@ -1340,9 +1340,9 @@ def test_bad_options_are_answered_with_a_sentence(method, options, sentence):
         adapt(AST("nano"), method, **options)
 
 
-@pytest.mark.parametrize("shape", [(2, 100, 64), (2, 15, 128), (100, 128)])
+@pytest.mark.parametrize("shape", [(2, 100, 128), (2, 15, 64), (100, 64)])
 def test_other_input_is_answered_with_a_sentence(shape):
-    sentence = f"at least 16 frames, 128 mel bins), got {shape}"
+    sentence = f"at least 16 frames, 64 mel bins), got {shape}"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         AST("nano")(torch.randn(shape))
 
@@ -1355,7 +1355,7 @@ def test_the_drawn_attention_is_that_of_the_pooled_tokens(pool, queries):
     inner = ast.blocks[-1].attn
     read = []
     inner.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-    drawn = ast_adapters.pooled_attention(ast, torch.randn(1, 60, 128))  # (1, 8, 3)
+    drawn = ast_adapters.pooled_attention(ast, torch.randn(1, 60, 64))  # (1, 4, 3)
     _, weights = torchs_attention(inner)(read[0], read[0], read[0])  # (1, N, N), of all heads
     expected = weights[:, queries].mean(dim=1)  # (1, N)
     assert_close(drawn.flatten(1), expected[:, 2 + 3 :])
@@ -1690,7 +1690,7 @@ def stopped(small, tmp_path_factory):
 
 @pytest.mark.parametrize("fault, changes, sentence", [
     ("none", {}, "holds a run already"),
-    ("none", dict(resume=True, lr=0.5), "configuration (lr 0.01 -> 0.5)"),
+    ("none", dict(resume=True, lr=0.5), "configuration (lr 0.02 -> 0.5)"),
     ("clip", dict(resume=True), "begun on other clips"),
     ("disk", dict(resume=True), "No space left")])
 def test_a_refusal_spoils_no_checkpoint(small, stopped, tmp_path, fault, changes, sentence):

@@ -266,11 +266,11 @@ RECIPES = {
     ("*", "full", "ast"): dict(lr=5e-5),
     ("*", "linear", "ast"): dict(lr=1e-3),
     ("*", "prompt-shallow prompt-deep prefix", "ast"): dict(lr=1e-2),
-    # The nano AST is four hundred times smaller than AST-base. It has 50 tokens, for which P1's 300
+    # The nano AST is four hundred times smaller than AST-base. It has 26 tokens, for which P1's 300
     # prompts are too many. Rates and epochs were chosen on validation clips of `sounds`.
-    ("*", "*", "ast-nano"): dict(lr=1e-2, warmup=0.1, batch_size=16, frames=100),
-    ("*", "full", "ast-nano"): dict(lr=1.5e-3),
-    ("*", "prompt-shallow", "ast-nano"): dict(tokens=32),
+    ("*", "*", "ast-nano"): dict(lr=2e-2, warmup=0.1, frames=100),
+    ("*", "full", "ast-nano"): dict(lr=2e-3),
+    ("*", "prompt-shallow", "ast-nano"): dict(tokens=16),
     ("*", "prompt-deep prefix", "ast-nano"): dict(tokens=8),
     # Speaker models: ours.
     ("*", "*", "speaker"): dict(epochs=10, batch_size=64, frames=200, lr=2e-3, warmup=0.3,
@@ -657,13 +657,13 @@ def pretrained_file(cfg):
     if cfg.init:
         return cfg.init
     # Our nano AST: made by a training like any other, and kept in the cache.
-    file = Path(cfg.cache) / f"ast-nano-v{data.VERSION}-16.pt"  # 16: stride of its patches
+    file = Path(cfg.cache) / f"ast-nano-v{data.VERSION}-64.pt"  # 64: its mel bins
     if not on_first_rank(file.exists):
         print("making the nano AST: training on the source classes of `sounds`, once")
         # A folder of its own, and one move: two programs may make the file at the same time.
         with tempfile.TemporaryDirectory(dir=cfg.cache) as made:
             folder = on_first_rank(lambda: made)  # all processes use that of the first
-            batch = math.ceil(16 / WORLD) * WORLD  # 16 clips, or the next multiple of WORLD
+            batch = math.ceil(32 / WORLD) * WORLD  # 32 clips, or the next multiple of WORLD
             # In float32, so that it is nearly the same on all processors.
             run(Config(data="sounds-source", method="full", init="none", cache=cfg.cache,
                        out=folder, device=cfg.device, batch_size=batch, bf16=False))
