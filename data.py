@@ -453,7 +453,7 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     found.note("names hold a new line or no UTF-8, here escaped", sorted(set(ids) - set(paths)))
 
     # Pack: decode each clip once.
-    length, store = pack(name, root, paths, source.read, cache, skip_bad, found)
+    length, store, copies = pack(name, root, paths, source.read, cache, skip_bad, found)
     splits[length == 0] = "bad"
     good = np.count_nonzero(length)
     if source.clips not in (0, good):
@@ -473,6 +473,10 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     check_splits(name, splits, labels, pairs, train)
     if not pairs:
         check_classes(name, splits, labels, drawn, train, skip_bad, found)
+
+    role = dict(zip(paths, zip(labels, splits)))
+    found.note("clips are copies of a clip in another split or class",
+               [f"{a} (of {b})" for a, b in copies.items() if role[a] != role[b]])
 
     # Number: classes are those that train.
     classes = np.unique(labels[splits == "train"]).tolist()
@@ -518,21 +522,16 @@ def list_clips(name, root, file, found):
 
 def pack(name, root, clips, read, cache, skip_bad, found):
     """Decode clips once, into a file named by a hash of their names, sizes and times; return
-    (length of each clip, memory map of samples). Without `skip_bad`, bad clips are read again,
-    then raise. `read`: clip -> wave, of a built-in corpus."""
-    digest = hashlib.sha256(b"index 2")
-    files = {}  # (disk, number on it) -> its first clip
-    linked = []
+    (length of each clip, memory map of samples, {copy: the clip it is of}). Without `skip_bad`, bad
+    clips are read again, then raise. `read`: clip -> wave, of a built-in corpus."""
+    digest = hashlib.sha256(b"index 3")
     for clip in clips:  # a million: one by one, not as one text
         stamp = VERSION
         if not read:
             with contextlib.suppress(OSError):  # missing: reading it will say so
                 status = os.stat(locate(root, clip))
                 stamp = status.st_size, status.st_mtime_ns
-                if files.setdefault((status.st_dev, status.st_ino), clip) is not clip:
-                    linked.append(clip)
         digest.update(f"{clip} {stamp}\n".encode("utf-8", "surrogateescape"))
-    found.note("clips are links to the file of another", linked)
     owner = "own"
     if not read:
         owner = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:6]
@@ -557,7 +556,7 @@ def pack(name, root, clips, read, cache, skip_bad, found):
     for remark, noticed in index["remarks"].items():
         found.note(f"clips hold {remark}", noticed)
     samples = np.memmap(path, np.uint8, "r")[: index["samples"] * 2].view("<i2")
-    return np.array(index["lengths"], np.int64), samples
+    return np.array(index["lengths"], np.int64), samples, index["copies"]
 
 
 def write_pack(path, clips, read):
@@ -567,6 +566,8 @@ def write_pack(path, clips, read):
     lengths = []
     bad = {}  # clip -> reason
     remarks = {}  # remark -> clips
+    first = {}  # hash of samples -> the first clip that holds them
+    copies = {}  # clip -> that first one
     part = path.with_suffix(f".{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -580,8 +581,13 @@ def write_pack(path, clips, read):
                 except (ValueError, OSError, MemoryError) as error:
                     bad[clip] = str(error) or "too large for this machine's memory"
                 lengths.append(len(wave))
-                file.write(to_int16(wave).tobytes())  # a full disk is no clip's fault: it stops
-            index = dict(lengths=lengths, bad=bad, remarks=remarks, samples=sum(lengths))
+                samples = to_int16(wave).tobytes()
+                original = first.setdefault(hashlib.sha256(samples).digest(), clip)
+                if original is not clip and wave.any():  # silence is named by itself
+                    copies[clip] = original
+                file.write(samples)  # a full disk is no clip's fault: it stops
+            index = dict(lengths=lengths, bad=bad, remarks=remarks, copies=copies,
+                         samples=sum(lengths))
             text = json.dumps(index).encode()
             file.write(text + len(text).to_bytes(8, "little"))
         os.replace(part, path)
@@ -609,7 +615,7 @@ def open_sounds(folder, cache="cache", skip_bad=False):
     clips = find_audio(folder, found)
     if not clips:
         raise ValueError("; ".join([f"no recordings below {folder}", *found.notes]))
-    length, store = pack("extra", Path(folder), clips, None, cache, skip_bad, found)
+    length, store, _ = pack("extra", Path(folder), clips, None, cache, skip_bad, found)
     return loose_corpus("extra", clips, length, store, found)
 
 

@@ -416,12 +416,24 @@ def test_a_clip_larger_than_memory_and_one_that_lacked_its_decoder(tmp_path, mon
     assert not open_it().bad, "what could be decoded now stays left out"
 
 
-def test_a_link_to_a_clip_and_classes_that_differ_by_capitals_are_named(tmp_path):
+def test_a_copy_in_another_class_and_classes_that_differ_by_capitals_are_named(tmp_path):
     save_clips(tmp_path, *(f"{kind}/{i}.wav" for kind in ("Dog", "dog ", "cat") for i in "345"))
-    (tmp_path / "cat/6.wav").symlink_to(tmp_path / "cat/5.wav")
+    (tmp_path / "cat/6.wav").symlink_to(tmp_path / "Dog/5.wav")
     notes = data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache").notes
     assert notes == ["2 classes differ by capitals or spaces alone: Dog, dog ",
-                     "1 clips are links to the file of another: cat/6.wav"]
+                     "1 clips are copies of a clip in another split or class: cat/6.wav (of "
+                     "Dog/5.wav)"]
+
+
+def test_a_copy_of_a_training_clip_in_the_test_is_named(tmp_path):
+    save_clips(tmp_path, "train/a/1.wav", "train/a/2.wav", "train/b/1.wav", "test/b/2.wav",
+               "valid/a/4.wav", "valid/b/3.wav")
+    shutil.copy(tmp_path / "train/a/1.wav", tmp_path / "train/a/3.wav")  # no leak
+    (tmp_path / "test/a").mkdir()
+    shutil.copy(tmp_path / "train/a/2.wav", tmp_path / "test/a/9.wav")
+    notes = data.open_corpus("folder", tmp_path, cache=tmp_path / ".cache").notes
+    assert notes == ["1 clips are copies of a clip in another split or class: train/a/2.wav (of "
+                     "test/a/9.wav)"]
 
 
 def test_a_name_of_two_lines_is_printed_in_one():
