@@ -853,12 +853,12 @@ def draw_attention(axes, ast, x, title):
 
 def main():
     with torch.device("meta"):  # shapes without memory: counting needs no weights
-        _, total = count(AST("base"))
+        _, plain = count(AST("base"))
         shape = tuple(AST("base")(torch.empty(2, 500, 128)).shape)
-        print(f"AST-base: {total:,} parameters; (B, T, F) = (2, 500, 128) -> {shape}\n")
+        print(f"AST-base: {plain:,} parameters; (B, T, F) = (2, 500, 128) -> {shape}\n")
         print(f"{'method':15s} {'trainable':>11s} {'share':>7s}   options (defaults)")
         for method, (_, options) in METHODS.items():
-            trainable, _ = count(adapt(AST("base"), method))
+            trainable, total = count(adapt(AST("base"), method))
             shown = " ".join(f"{k}={v}" for k, v in options.items() if k not in ("at", "residual"))
             print(f"{method:15s} {trainable:11,} {trainable / total:7.2%}   {shown}")
     print("\nTrainable: without the head (769 a class), with the last LayerNorm (1,536).")

@@ -474,9 +474,10 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     if not pairs:
         check_classes(name, splits, labels, drawn, train, skip_bad, found)
 
-    role = dict(zip(paths, zip(labels, splits)))
-    found.note("clips are copies of a clip in another split or class",
-               [f"{a} (of {b})" for a, b in copies.items() if role[a] != role[b]])
+    if copies:
+        role = dict(zip(paths, zip(labels, splits)))
+        found.note("clips are copies of a clip in another split or class",
+                   [f"{a} (of {b})" for a, b in copies.items() if role[a] != role[b]])
 
     # Number: classes are those that train.
     classes = np.unique(labels[splits == "train"]).tolist()

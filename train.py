@@ -1095,6 +1095,9 @@ def draw_table(table, path, title):
         axes.set(ylabel=COLUMNS[key][0], title=title, xlabel=name)
         if 0 < 8 * min(x) < max(x):  # positive and far apart
             axes.set_xscale("log")
+        if swept:
+            axes.set_xticks(x, [f"{value:g}" for value in x])
+            axes.minorticks_off()
         if "full" in table:
             axes.axhline(y[labels.index("full")], color="grey", linestyle="--", label="full")
         if "chance" in first[0]:
