@@ -1255,7 +1255,7 @@ def test_a_method_takes_torch_compile(method, monkeypatch):
 @pytest.mark.parametrize("pos_embed", ["crop", "zero"])
 @pytest.mark.parametrize("method", ["full", "lora", "adapter", "conformer"])
 def test_without_positions_only_the_conformer_adapter_sees_order(method, pos_embed):
-    """P1's published code trains with zero positions (README, B1): what could it tell apart?"""
+    """P1's published code trains with zero positions (D1): what could it tell apart?"""
     x = torch.randn(2, 96, 64)
     swapped = torch.cat([x[:, 48:], x[:, :48]], dim=1)  # with stride 16: the same patches, permuted
     ast = adapt(AST("nano", pos_embed=pos_embed), method)
@@ -1350,6 +1350,13 @@ def test_the_mixtures_by_hand():
 def test_bad_options_are_answered_with_a_sentence(method, options, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         adapt(AST("nano"), method, **options)
+
+
+def test_an_option_of_a_new_method_may_be_a_fraction(monkeypatch):
+    def insert(ast, scale):
+        ast.scale = scale
+    monkeypatch.setitem(METHODS, "scaled", (insert, dict(scale=0.5)))
+    assert adapt(AST("nano"), "scaled", scale=0.1).scale == 0.1
 
 
 @pytest.mark.parametrize("shape", [(2, 100, 128), (2, 15, 64), (100, 64)])
@@ -2311,7 +2318,7 @@ OFFLINE = [line for line in TYPED if line and not set(NOT_HERE) & set(line.split
 
 @pytest.mark.parametrize("arguments", TYPED)
 def test_a_command_of_the_readme_is_understood(arguments, monkeypatch):
-    monkeypatch.setattr(train, "study", lambda *_: None)  # what trains
+    monkeypatch.setattr(train, "study", lambda *_: {})  # what trains
     monkeypatch.setitem(METHODS, "glu", METHODS["adapter"])  # the workshop's own
     command, typed, own = train.parse(shlex.split(arguments))
     if command == "profile":
@@ -2354,7 +2361,7 @@ def test_the_quick_start_prints_what_the_readme_shows(nano_cache, here, monkeypa
     """Shortened: its words, and those columns of its table that this does not change."""
     monkeypatch.setattr(data, "COUNTS", dict(train=2, valid=1, test=1))
     printed = told("--epochs", "1", "--steps", "2", "--cache", nano_cache)
-    for words in ("1 of 3: linear, about", "What you see", "Try next: python train.py"):
+    for words in ("1 of 3: linear, about", "hears the order: ", "Try next: python train.py"):
         assert words in printed, (words, printed)
     table = (here / "out/quick-start/compare.md").read_text(encoding="utf-8")
     found = {column[0]: column for column in cells(table)}

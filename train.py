@@ -1010,7 +1010,7 @@ def table_rows(cfg, typed, values):
 
 
 def study(cfg, title, rows):
-    """Do one run, or fill a table: each row in all folds and with all seeds."""
+    """Do one run, or fill a table and return it: each row in all folds and with all seeds."""
     folds = [cfg.fold]
     if cfg.fold == "all":
         first, *_ = rows.values()
@@ -1043,6 +1043,7 @@ def study(cfg, title, rows):
     print(f"\n{markdown(table)}\n{MEMORY}\n{folder}")
     if cfg.figure:
         draw_table(table, cfg.figure, f"{cfg.model} on {cfg.data}")
+    return table
 
 
 def mean_and_deviation(values, digits):
@@ -1363,11 +1364,12 @@ def profile(cfg, typed, own):
 # 10. Commands: `train` is meant where none is typed
 
 SHOWN = """
-What you see: `order` counts sounds that differ only in the order of their two parts. There guessing
-gives 50 % (one of two), and of all twelve classes 8.3 %. The frozen model with a new last layer
-(linear) hears what a sound is made of; an adapter with a convolution (conformer) also hears the
-order, with far fewer trained parameters than training all (full).
-Try next: python train.py sweep rank=1,4,16 --method lora"""
+What you see: `order` counts sounds that differ only in the order of their two parts. Who does not
+hear the order guesses between two of them, and is right in 50 % of them at most.
+  above 50 %, hears the order: {hears}
+  not above: {deaf}
+`linear` trains only a last layer, `conformer` an adapter with a convolution in time, `full` all.
+Try next: python train.py sweep rank=1,4,16 --method lora --lr 0.01"""
 TASK = {"data", "model", "method", "init", *METHOD_OPTIONS}
 
 
@@ -1376,8 +1378,11 @@ def train(cfg, typed, own):
     check_training(cfg, typed)
     # `python train.py --epochs 2` is the quick start too: it names no command and no task.
     if own["bare"] and not typed & TASK:
-        study(cfg, "quick-start", table_rows(cfg, typed, "method=linear,conformer,full"))
-        print(SHOWN)
+        table = study(cfg, "quick-start", table_rows(cfg, typed, "method=linear,conformer,full"))
+        order = {name: np.mean([r["order"] for r in results]) for name, results in table.items()}
+        hears = [name for name in order if order[name] > 50]
+        deaf = [name for name in order if order[name] <= 50]
+        print(SHOWN.format(hears=", ".join(hears) or "none", deaf=", ".join(deaf) or "none"))
     else:
         study(cfg, f"{cfg.data}-{cfg.name}", {cfg.name: cfg})
 
