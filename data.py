@@ -450,7 +450,6 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     paths, labels, splits = list_clips(name, root, file, found)
     found.stop(skip_bad, f"{name}: {len(found.bad)} rows are not clear")
     ids = [printable(path) for path in paths]
-    found.note("names hold a new line or no UTF-8, here escaped", sorted(set(ids) - set(paths)))
 
     # Pack: decode each clip once.
     length, store, copies = pack(name, root, paths, source.read, cache, skip_bad, found)
@@ -473,11 +472,7 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     check_splits(name, splits, labels, pairs, train)
     if not pairs:
         check_classes(name, splits, labels, drawn, train, skip_bad, found)
-
-    if copies:
-        role = dict(zip(paths, zip(labels, splits)))
-        found.note("clips are copies of a clip in another split or class",
-                   [f"{a} (of {b})" for a, b in copies.items() if role[a] != role[b]])
+    note_copies(copies, paths, labels, splits, found)
 
     # Number: classes are those that train.
     classes = np.unique(labels[splits == "train"]).tolist()
@@ -518,6 +513,8 @@ def list_clips(name, root, file, found):
     spelled = Counter(label.strip().casefold() for label in kinds)
     found.note("classes differ by capitals or spaces alone",
                [label for label in kinds if spelled[label.strip().casefold()] > 1])
+    found.note("names hold a new line or no UTF-8, here escaped",
+               [clip for clip in clips if printable(clip) != clip])
     return list(clips), np.array(labels), np.array(splits, object)
 
 
@@ -821,6 +818,14 @@ def check_splits(name, splits, labels, trials, train):
         raise ValueError(f"{name}: clips {dict(counts)}; expected some to train and some to test. "
                          "A class is split from three clips on; beside folders train and valid "
                          "there is a test. (A corpus may say only what `Source` lists.)")
+
+
+def note_copies(copies, paths, labels, splits, found):
+    """Note the clips that have the samples of a clip in another split or class."""
+    if copies:
+        role = dict(zip(paths, zip(labels, splits)))
+        found.note("clips are copies of a clip in another split or class",
+                   [f"{a} (of {b})" for a, b in copies.items() if role[a] != role[b]])
 
 
 def check_classes(name, splits, labels, drawn, train, skip_bad, found):
