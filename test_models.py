@@ -2371,6 +2371,13 @@ def test_the_quick_start_prints_what_the_readme_shows(nano_cache, here, monkeypa
         assert found[title] in said, found[title]
 
 
+def test_the_last_words_of_the_quick_start_follow_its_numbers():
+    table = {name: [dict(order=order - 2), dict(order=order + 2)]
+             for name, order in dict(linear=46, conformer=94, full=51).items()}
+    words = train.closing_words(table)
+    assert "hears the order: conformer, full\n" in words and "not above: linear\n" in words
+
+
 def test_the_workshops_shapes_are_those_of_its_answers(nano_cache, here, monkeypatch):
     monkeypatch.setattr(data, "COUNTS", dict(train=2, valid=1, test=1))
     (here / "cache").symlink_to(nano_cache, target_is_directory=True)

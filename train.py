@@ -1373,16 +1373,23 @@ Try next: python train.py sweep rank=1,4,16 --method lora --lr 0.01"""
 TASK = {"data", "model", "method", "init", *METHOD_OPTIONS}
 
 
+def closing_words(table):
+    """Return what the table of the quick start shows, and what to try next."""
+    hears = []
+    deaf = []
+    for name, results in table.items():
+        order = np.mean([result["order"] for result in results])
+        (hears if order > 50 else deaf).append(name)
+    return SHOWN.format(hears=", ".join(hears) or "none", deaf=", ".join(deaf) or "none")
+
+
 def train(cfg, typed, own):
     """Train a model; with nothing typed, do the quick start."""
     check_training(cfg, typed)
     # `python train.py --epochs 2` is the quick start too: it names no command and no task.
     if own["bare"] and not typed & TASK:
         table = study(cfg, "quick-start", table_rows(cfg, typed, "method=linear,conformer,full"))
-        order = {name: np.mean([r["order"] for r in results]) for name, results in table.items()}
-        hears = [name for name in order if order[name] > 50]
-        deaf = [name for name in order if order[name] <= 50]
-        print(SHOWN.format(hears=", ".join(hears) or "none", deaf=", ".join(deaf) or "none"))
+        print(closing_words(table))
     else:
         study(cfg, f"{cfg.data}-{cfg.name}", {cfg.name: cfg})
 
