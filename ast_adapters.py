@@ -541,7 +541,7 @@ def check_options(size, method, options):
             twice = len(set(value)) < len(value)
             if not value or twice or not set(value) <= set("qkvo"):  # <=: is a subset of
                 raise ValueError(f"targets {value!r}: name some of q, k, v, o once, such as 'qv'")
-        elif isinstance(METHODS[method][1][name], int):  # rank, kernel, tokens, experts, slots
+        elif type(METHODS[method][1][name]) is int:  # rank, kernel, tokens, experts, slots
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} {value}: expected a whole number, at least 1")
             if name in limits and value > limits[name]:

@@ -472,12 +472,12 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     check_splits(name, splits, labels, pairs, train)
     if not pairs:
         check_classes(name, splits, labels, drawn, train, skip_bad, found)
-    note_copies(copies, paths, labels, splits, found)
 
     # Number: classes are those that train.
     classes = np.unique(labels[splits == "train"]).tolist()
     if few_shot:
         choose_few(splits, labels, classes, few_shot, seed, found)
+    note_copies(copies, paths, labels, splits, found)
     index = {label: k for k, label in enumerate(classes)}
     numbers = np.array([index.get(label, -1) for label in labels])
     return Corpus(name, ids, numbers, splits, classes, np.cumsum(length) - length, length, store,
@@ -572,6 +572,7 @@ def write_pack(path, clips, read):
         with open(part, "wb") as file:
             for clip in tqdm(clips, f"packing {name}", leave=False, disable=None):
                 wave = np.zeros(0)
+                noticed = []
                 try:
                     wave, noticed = read(clip)
                     for remark in noticed:
@@ -581,7 +582,8 @@ def write_pack(path, clips, read):
                 lengths.append(len(wave))
                 samples = to_int16(wave).tobytes()
                 original = first.setdefault(hashlib.sha256(samples).digest(), clip)
-                if original is not clip and wave.any():  # silence is named by itself
+                silent = "digital silence" in noticed  # named as such
+                if original is not clip and len(wave) and not silent:
                     copies[clip] = original
                 file.write(samples)  # a full disk is no clip's fault: it stops
             index = dict(lengths=lengths, bad=bad, remarks=remarks, copies=copies,
@@ -597,7 +599,7 @@ def write_pack(path, clips, read):
 
 
 def read_index(path):
-    """Return what stands at the end of a packed file: lengths, bad clips, remarks."""
+    """Return what stands at the end of a packed file: lengths, bad clips, remarks, copies."""
     with open(path, "rb") as file:
         file.seek(-8, os.SEEK_END)
         size = int.from_bytes(file.read(8), "little")
@@ -822,10 +824,13 @@ def check_splits(name, splits, labels, trials, train):
 
 def note_copies(copies, paths, labels, splits, found):
     """Note the clips that have the samples of a clip in another split or class."""
-    if copies:
-        role = dict(zip(paths, zip(labels, splits)))
-        found.note("clips are copies of a clip in another split or class",
-                   [f"{a} (of {b})" for a, b in copies.items() if role[a] != role[b]])
+    if not copies:
+        return
+    used = {clip: (label, split) for clip, label, split in zip(paths, labels, splits)
+            if split != "unused"}
+    found.note("clips are copies of a clip in another split or class",
+               [f"{a} (of {b})" for a, b in copies.items()
+                if a in used and b in used and used[a] != used[b]])
 
 
 def check_classes(name, splits, labels, drawn, train, skip_bad, found):

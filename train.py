@@ -1365,9 +1365,9 @@ def profile(cfg, typed, own):
 
 SHOWN = """
 What you see: `order` counts sounds that differ only in the order of their two parts. Who does not
-hear the order guesses between two of them, and is right in 50 % of them at most.
-  above 50 %, hears the order: {hears}
-  not above: {deaf}
+hear the order guesses between two of them: 50 %, or some points more by luck.
+  60 % or more, hears the order: {hears}
+  less than 60 %: {deaf}
 `linear` trains only a last layer, `conformer` an adapter with a convolution in time, `full` all.
 Try next: python train.py sweep rank=1,4,16 --method lora --lr 0.01"""
 TASK = {"data", "model", "method", "init", *METHOD_OPTIONS}
@@ -1379,7 +1379,7 @@ def closing_words(table):
     deaf = []
     for name, results in table.items():
         order = np.mean([result["order"] for result in results])
-        (hears if order > 50 else deaf).append(name)
+        (hears if order >= 60 else deaf).append(name)
     return SHOWN.format(hears=", ".join(hears) or "none", deaf=", ".join(deaf) or "none")
 
 
