@@ -845,6 +845,7 @@ def train_and_test(cfg, corpus, augment_waves, model, out, position):
             f"all settings: {out / 'config.json'}"]
     print("\n  ".join(plan + corpus.notes))
     seconds = fit(cfg, corpus, model, augment_waves, out)
+    # COLUMNS names those of these that a table prints.
     results = test_once(cfg, corpus, out) | dict(
         trainable=trainable, parameters=total, share=100 * trainable / total,
         seconds=round(seconds, 2), epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold),
@@ -1015,6 +1016,7 @@ def study(cfg, title, rows):
     if cfg.fold == "all":
         first, *_ = rows.values()
         folds = [str(n + 1) for n in range(data.CORPORA[first.data].folds)]
+    # The last part runs fastest: all seeds of a fold, all folds of a row, then the next row.
     plan = list(itertools.product(rows, folds, range(cfg.seeds)))
     if len(plan) == 1:
         [row] = rows.values()
@@ -1194,7 +1196,7 @@ def evaluate_run(cfg, typed, own):
             table[f"seconds={seconds:g}"] = [results]
     if cfg.figure and table:
         draw_table(table, cfg.figure, f"{path} on {tested.data}")
-    elif cfg.figure:
+    elif cfg.figure:  # of whole utterances: how one error falls as the other rises
         with data.figure(cfg.figure, size=(5, 5)) as axes:
             lightweight_sv.draw_det(axes, results["scores"], [t[0] for t in corpus.trials["test"]])
 
@@ -1238,6 +1240,7 @@ def verify_files(cfg, typed, own):
         expected = "verify: expected two readable files or more, the last of them to be judged"
         raise ValueError("\n".join([*corpus.bad, expected]))
     unit = embed_all(run, corpus)  # (files, E)
+    # Several recordings of a speaker are one point: the mean of their embeddings.
     speaker = F.normalize(unit[:-1].mean(0), dim=0)  # (E,): of all files but the last
     score = float(speaker @ unit[-1])
     if run.threshold is None:
@@ -1474,6 +1477,7 @@ def parse(argv):
             group = parser.add_argument_group(f.metadata["group"])
         if f.name in names:
             add_field(group, f)
+    # argparse refuses a wrong value itself; of a flag that it does not know we name the nearest.
     found, unknown = parser.parse_known_args(rest)
     values = vars(found)  # of the fields only what is typed: their default is SUPPRESS
     if unknown:
@@ -1487,7 +1491,7 @@ def parse(argv):
 
 def nearest(word, known):
     """Return " (did you mean ...?)" if something known is near."""
-    near = difflib.get_close_matches(word, known, 3, 0.7)
+    near = difflib.get_close_matches(word, known, 3, 0.7)  # at most 3, at least 70 % alike
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
