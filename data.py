@@ -70,6 +70,7 @@ SAMPLES = {(1, 1): ("u1", 2**7), (1, 2): ("<i2", 2**15), (1, 3): ("<i4", 2**31),
            (1, 4): ("<i4", 2**31), (3, 4): ("<f4", 1), (3, 8): ("<f8", 1)}
 PLACEHOLDERS = range(2_000_000_000, 2**32)  # sizes, in bytes, of who writes a stream
 NO_DECODER = "pip install torchcodec"  # in the sentence on a clip that waits for it
+SILENCE = "digital silence"  # the remark on a clip without sound
 
 
 class NotPlain(ValueError):
@@ -197,7 +198,7 @@ def inspect_wave(wave):
     remarks = []
     exact = peak >= 2**-8 or not np.any(wave * 2**15 % 1)  # 16 bits hold it
     if high == low or exact and peak <= 2**-14:  # two steps of 16 bits: dither
-        return wave[0], ["digital silence"]
+        return wave[0], [SILENCE]
     if peak > 16:  # integers, kept as floats: of 16, 24 or 32 bits
         bits = 15
         while peak > 2.0**bits:
@@ -581,10 +582,10 @@ def write_pack(path, clips, read):
                     bad[clip] = str(error) or "too large for this machine's memory"
                 lengths.append(len(wave))
                 samples = to_int16(wave).tobytes()
-                original = first.setdefault(hashlib.sha256(samples).digest(), clip)
-                silent = "digital silence" in noticed  # named as such
-                if original is not clip and len(wave) and not silent:
-                    copies[clip] = original
+                if clip not in bad and SILENCE not in noticed:
+                    original = first.setdefault(hashlib.sha256(samples).digest(), clip)
+                    if original is not clip:
+                        copies[clip] = original
                 file.write(samples)  # a full disk is no clip's fault: it stops
             index = dict(lengths=lengths, bad=bad, remarks=remarks, copies=copies,
                          samples=sum(lengths))

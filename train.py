@@ -845,7 +845,7 @@ def train_and_test(cfg, corpus, augment_waves, model, out, position):
             f"all settings: {out / 'config.json'}"]
     print("\n  ".join(plan + corpus.notes))
     seconds = fit(cfg, corpus, model, augment_waves, out)
-    # COLUMNS names those of these that a table prints.
+    # A table prints those of these that COLUMNS names.
     results = test_once(cfg, corpus, out) | dict(
         trainable=trainable, parameters=total, share=100 * trainable / total,
         seconds=round(seconds, 2), epochs=cfg.epochs, seed=cfg.seed, fold=int(cfg.fold),
@@ -1382,7 +1382,10 @@ def closing_words(table):
     deaf = []
     for name, results in table.items():
         order = np.mean([result["order"] for result in results])
-        (hears if order >= 60 else deaf).append(name)
+        if order >= 60:
+            hears.append(name)
+        else:
+            deaf.append(name)
     return SHOWN.format(hears=", ".join(hears) or "none", deaf=", ".join(deaf) or "none")
 
 
