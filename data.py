@@ -82,8 +82,8 @@ class NotPlain(ValueError):
 
 
 def read_wav(path):
-    """Return a WAV file of PCM or floats as float32 (channels, n) in [-1, 1], and its samples a
-    second. Raise NotPlain for what this function is not sure of."""
+    """Return a WAV file of PCM or floats as float32 (channels, n) in [-1, 1], its samples a second
+    and remarks on the file. Raise NotPlain for what this function is not sure of."""
     with open(path, "rb") as file:
         chunks, size = read_chunks(file)
         forms = [body for name, body in chunks if name == b"fmt " and len(body) >= 16]
@@ -101,13 +101,19 @@ def read_wav(path):
         if there < size:
             raise ValueError(f"truncated: {size} bytes of sound announced, {there} there")
         raw = file.read(size - size % block)
+        behind = file.read(size % block + 5)[-5:]
+    remarks = []
+    # Another chunk may follow, whose name is four letters, behind a zero if the size is odd.
+    if there - size > 0.01 * size and not re.search(rb"[ -~]{4}", behind):
+        remarks.append("sound behind the length that the header gives (left out)")
     if width == 3:  # put the three bytes on top of an empty lowest byte: 32 bits
         raw = np.pad(np.frombuffer(raw, "u1").reshape(-1, 3), ((0, 0), (1, 0))).tobytes()
     kind, top = SAMPLES[code, width]
     wave = np.frombuffer(raw, kind).astype(np.float32)
     if width == 1:
         wave -= 128  # bytes are unsigned
-    return (wave / top).reshape(-1, channels).T, rate  # (n * channels,) alternate -> (channels, n)
+    wave = (wave / top).reshape(-1, channels).T  # (n * channels,) alternate -> (channels, n)
+    return wave, rate, remarks
 
 
 def read_chunks(file):
@@ -152,8 +158,8 @@ def announced(chunks, size, code, block):
 
 
 def load_audio(path):
-    """Return any recording as float32 (channels, n), in [-1, 1] as a rule, and its samples a
-    second. Raise ValueError with the reason, without the file's name."""
+    """Return any recording as float32 (channels, n), in [-1, 1] as a rule, its samples a second and
+    remarks on the file. Raise ValueError with the reason, without the file's name."""
     try:
         return read_wav(path)
     except NotPlain as other:
@@ -173,11 +179,11 @@ def load_audio(path):
         raise ValueError(f"no plain WAV ({reason}), damaged or no sound: {said:.200}") from error
     if wave.shape[1] < 0.9 * samples:  # torchcodec 0.17 loses most of ADPCM without a word
         return convert(path, f"only {wave.shape[1]} of {samples} samples were decoded; convert it")
-    return wave.numpy(), int(rate)
+    return wave.numpy(), int(rate), []
 
 
 def convert(path, reason):
-    """Return a recording as FFmpeg's own program reads it: (channels, n), samples a second."""
+    """Return a recording as `load_audio` does, as FFmpeg's own program reads it."""
     command = ["ffmpeg", "-v", "error", "-i", f"file:{path}", "-c:a", "pcm_s16le"]
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -220,14 +226,15 @@ def inspect_wave(wave):
     return mono, remarks
 
 
-def prepare(wave, rate):
+def prepare(wave, rate, remarks=()):
     """Return a recording (channels, n) as float32 (samples,) at RATE, and remarks on it."""
     if not (len(wave) and 1_000 <= rate <= 768_000):
         raise ValueError(f"{len(wave)} channels, {rate} Hz: no sound")
     samples = math.ceil(wave.shape[1] * RATE / rate)  # resampling fails on an empty wave
     if samples < WINDOW:
         raise ValueError(f"{samples} samples at 16 kHz are shorter than one frame ({WINDOW})")
-    wave, remarks = inspect_wave(wave)
+    wave, noticed = inspect_wave(wave)
+    remarks = [*remarks, *noticed]
     if samples > 3600 * RATE:
         remarks.append("more than an hour")
     if rate != RATE:  # with a low-pass filter: dropping samples would fold high sounds down

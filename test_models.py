@@ -144,8 +144,8 @@ def test_every_kind_of_plain_wav_is_read(tmp_path, code, bits, width, extensible
     wave = np.random.default_rng(0).uniform(-0.99, 0.99, (1000, 3))
     path = tmp_path / "a.wav"
     path.write_bytes(wav_bytes(wave, 44100, code, bits, extensible, width))
-    read, rate = data.read_wav(path)
-    assert (read.shape, rate, read.dtype) == ((3, 1000), 44100, np.float32)
+    read, rate, remarks = data.read_wav(path)
+    assert (read.shape, rate, read.dtype, remarks) == ((3, 1000), 44100, np.float32, [])
     step = 2.0**-bits if code == 1 else 0
     np.testing.assert_allclose(read.T, wave, atol=1e-7 + step)
 
@@ -165,6 +165,15 @@ def test_a_headers_size_is_believed_where_it_can_be(tmp_path, whole, sound, cut,
     except ValueError as error:
         found = str(error)
     assert found == expected or str(expected) in str(found), found
+
+
+@pytest.mark.parametrize("behind, said", [
+    (wav_bytes(noise())[60:], ["sound behind the length that the header gives (left out)"]),
+    (b"LIST" + bytes(500), []), (b"TAG" + b"a song".ljust(125, b"\0"), []), (b"\0\0", [])])
+def test_sound_behind_the_length_of_the_header_is_named(tmp_path, behind, said):
+    (tmp_path / "a.wav").write_bytes(wav_bytes(noise()) + behind)
+    wave, remarks = data.read_clip(tmp_path / "a.wav")
+    assert (len(wave), remarks) == (3000, said)
 
 
 @pytest.mark.parametrize("content, sentence", [
