@@ -740,7 +740,8 @@ def harmless():
     """Return types that a file may hold beside weights: none of them runs code when it is read."""
     # The function by which pickle makes a number of NumPy; NumPy 1 and 2 name it differently.
     number, _ = np.float64(0).__reduce__()
-    kinds = [type(np.dtype(name)) for name in ("bool", "int64", "float32", "float64")]  # classes
+    names = "bool int8 uint8 int16 int32 int64 float16 float32 float64".split()
+    kinds = [type(np.dtype(name)) for name in names]  # a class each
     numpy_1 = (number, "numpy.core.multiarray.scalar")  # (what it is, its name in the file)
     numpy_2 = (number, "numpy._core.multiarray.scalar")
     return [argparse.Namespace, np.dtype, numpy_1, numpy_2, *kinds]

@@ -94,17 +94,18 @@ def read_wav(path):
             code = int.from_bytes(forms[0][24:26], "little")
         width = block // max(1, channels)  # bytes; 24 bits may lie on top of 4, as 20 do of 3
         fits = block == channels * width > 0 and (bits > 8) == (width > 1) and bits <= 8 * width
-        if (code, width) not in SAMPLES or not fits:
-            raise NotPlain(f"format {code}, {bits} bits, {channels} channels in {block} bytes",
-                           announced(chunks, size, code, block))
         there = os.fstat(file.fileno()).st_size - file.tell()
         if there < size:
             raise ValueError(f"truncated: {size} bytes of sound announced, {there} there")
+        if (code, width) not in SAMPLES or not fits:
+            raise NotPlain(f"format {code}, {bits} bits, {channels} channels in {block} bytes",
+                           announced(chunks, size, code, block))
         raw = file.read(size - size % block)
         behind = file.read(size % block + 5)[-5:]
     remarks = []
     # Another chunk may follow, whose name is four letters, behind a zero if the size is odd.
-    if there - size > 0.01 * size and not re.search(rb"[ -~]{4}", behind):
+    known = re.search(rb"[ -~]{4}", behind) and b"data" not in behind
+    if there - size > 0.01 * size and not known:
         remarks.append("sound behind the length that the header gives (left out)")
     if width == 3:  # put the three bytes on top of an empty lowest byte: 32 bits
         raw = np.pad(np.frombuffer(raw, "u1").reshape(-1, 3), ((0, 0), (1, 0))).tobytes()
@@ -280,10 +281,12 @@ class Findings:
     notes: list = field(default_factory=list)
 
     def stop(self, skip_bad, summary):
-        """Raise `summary` and the first sentences, if there are any, unless `skip_bad`."""
+        """If anything is bad, raise `summary` and the first sentences; with `skip_bad` note it."""
         if self.bad and not skip_bad:
             raise ValueError(f"{summary}; --skip-bad goes on without them:\n  "
                              + "\n  ".join(self.bad[:5]))
+        if self.bad:
+            self.notes.append(f"{summary}, such as {self.bad[0]}")
 
     def note(self, what, clips):
         """Note a fact about some clips, with their number and first names."""
@@ -534,7 +537,7 @@ def pack(name, root, clips, read, cache, skip_bad, found):
     for clip in clips:  # a million: one by one, not as one text
         stamp = VERSION
         if not read:
-            with contextlib.suppress(OSError):  # missing: reading it will say so
+            with contextlib.suppress(OSError, ValueError):  # missing: reading it will say so
                 status = os.stat(locate(root, clip))
                 stamp = status.st_size, status.st_mtime_ns
         digest.update(f"{clip} {stamp}\n".encode("utf-8", "surrogateescape"))
@@ -546,19 +549,20 @@ def pack(name, root, clips, read, cache, skip_bad, found):
     def read_one(clip):
         return (read(clip), []) if read else read_clip(locate(root, clip))
 
-    index = read_index(path) if path.exists() else None
+    index = None
+    with contextlib.suppress(OSError, ValueError):  # it is not there, or was cut
+        index = read_index(path)
     if index and NO_DECODER in str(index["bad"]):
         if importlib.util.find_spec("torchcodec"):
             index = None  # it has been installed since
     if not index or (index["bad"] and not skip_bad):
         write_pack(path, clips, read_one)
         index = read_index(path)
-    bad = [f"{printable(clip)}: {reason}" for clip, reason in index["bad"].items()]
-    if bad:
-        Findings(bad).stop(skip_bad and len(bad) < len(clips),
-                           f"{len(bad)} of {len(clips)} clips of {name} cannot be used")
-        found.bad += bad
-        found.notes.append(f"{len(bad)} unusable clips are left out, such as {bad[0]}")
+    bad = Findings([f"{printable(clip)}: {reason}" for clip, reason in index["bad"].items()])
+    bad.stop(skip_bad and len(bad.bad) < len(clips),
+             f"{len(bad.bad)} of {len(clips)} clips in {root} cannot be used")
+    found.bad += bad.bad
+    found.notes += bad.notes
     for remark, noticed in index["remarks"].items():
         found.note(f"clips hold {remark}", noticed)
     samples = np.memmap(path, np.uint8, "r")[: index["samples"] * 2].view("<i2")
@@ -701,7 +705,7 @@ def read_trials(path, ids, labels, length, count, skip_bad, found):
     (label, index, index). Names count without their ending, in VoxCeleb's lists, of `count`
     trials, from the third last part on: there a clip may lie at any depth."""
     def key(clip):
-        stem = same_name(clip).rpartition(".")[0]
+        stem = posixpath.splitext(same_name(clip))[0]
         return "/".join(stem.split("/")[-3:]) if count else stem
 
     index = {key(clip): i for i, clip in enumerate(ids) if length[i]}
@@ -731,7 +735,8 @@ def read_trials(path, ids, labels, length, count, skip_bad, found):
 
 def split_trial(line, known, path):
     """Split `label id_a id_b`. Tabs part names with spaces, else what is known tells them apart."""
-    label, *words = line.split("\t") if "\t" in line else line.split()
+    words = line.split("\t")
+    label, *words = map(str.strip, words) if len(words) == 3 else line.split()
     for cut in range(1, len(words)):
         pair = " ".join(words[:cut]), " ".join(words[cut:])
         if label in ("0", "1") and (len(words) == 2 or all(map(known, pair))):
@@ -860,6 +865,7 @@ def check_classes(name, splits, labels, drawn, train, skip_bad, found):
     faults = Findings(sorted(faults))
     faults.stop(skip_bad or not train, f"{name}: {len(faults.bad)} classes train or test alone")
     found.bad += faults.bad
+    found.notes += faults.notes
     splits[np.isin(splits, ["valid", "test"]) & ~np.isin(labels, list(trained))] = "unused"
 
 

@@ -664,7 +664,7 @@ def read_scores(path):
     labels = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
-            _, _, score, label = line.split()
+            _, _, *_, score, label = line.split()  # names may hold spaces
             scores.append(float(score))
             labels.append({"0": 0, "1": 1}[label])
         except (ValueError, KeyError):

@@ -1176,6 +1176,8 @@ def evaluate_run(cfg, typed, own):
     check(tested, typed)
     another = "data" in typed  # another corpus than that of the run: it only tests
     corpus = open_corpus(tested, train=not another)
+    for note in corpus.notes:
+        print(f"  {note}")
     any_speakers = run.saved["trials"] and corpus.trials  # embeddings need no equal classes
     if not any_speakers and corpus.classes != run.classes:
         raise ValueError(f"{path} knows {len(run.classes)} classes, --data {tested.data} has "
