@@ -510,7 +510,8 @@ def test_a_doubtful_row_stops_training_or_is_left_out_and_is_named(tmp_path, lin
     ("\ufeff1 class0/0.wav class0/1.wav", "all of one kind"),  # after Excel's first bytes
     ("0 class0/0.wav class1/1.wav\n1 class0/0.wav class0/1.wav", "than two speakers"),
     ("1 class0/0.wav class9/1.wav", "names 1 clips .*'class9/1.wav'"),
-    ("1 class0/0 class1/0", "all of one kind"), ("\n", "trials.txt: no trials"), ("1 a", "trials.txt: expected `1 id_a id_b`"),
+    ("1 class0/0 class1/0", "all of one kind"), ("\n", "trials.txt: no trials"),
+    ("1 a", "trials.txt: expected `1 id_a id_b`"),
     ("1 class0/0.wav class 0/1.wav", "tabs between, if names hold spaces")])
 def test_bad_trials_are_answered_with_a_sentence(tmp_path, text, sentence):
     folder_corpus(tmp_path, 4, 3)
@@ -639,7 +640,8 @@ def test_damage_is_named_by_the_check_and_stops_training_or_is_left_out(tmp_path
     for sentence in (
             "fault: audio/1-0.wav: .*starts with b'no audio", "fault: audio/1-1.wav: .*empty",
             "fault: audio/5-0.wav: No such file", "fault: 1 clips hold digital silence: audio/1-2",
-            "fault: expected 2,000 clips, found 57", "fault: 3 of 60 clips in .* such as", "\n  c0, c1\n",
+            "fault: expected 2,000 clips, found 57", "fault: 3 of 60 clips in .* such as",
+            "\n  c0, c1\n",
             "train .* 18 to 18 a class, 0.19 to 0.19 s", "bad .*3 clips"):
         assert re.search(sentence, printed), (sentence, printed)
     open_it = partial(data.open_corpus, "esc50", tmp_path, cache=tmp_path / "cache")
@@ -936,7 +938,8 @@ def test_the_original_layout_loads_with_its_stride_and_grid(tmp_path, stride, gr
 
 
 @pytest.mark.parametrize("extra", [
-    argparse.Namespace(lr=1e-3), np.float64(0.4), np.int64(3), np.bool_(True), np.uint8(7)], ids=str)
+    argparse.Namespace(lr=1e-3), np.float64(0.4), np.int64(3), np.bool_(True), np.uint8(7)],
+    ids=str)
 def test_a_training_state_saved_whole_loads(tmp_path, extra):
     theirs = AST("nano")
     torch.save(dict(model=theirs.state_dict(), optimizer={}, extra=extra), tmp_path / "state.pth")
@@ -1561,7 +1564,8 @@ def test_a_threshold_and_a_score_file_give_error_rates(tmp_path, capsys):
     labels = [1, 1, 1, 1, 0, 0, 0, 0]
     assert sv.error_rates_at(scores, labels, sv.threshold_at(scores, labels)) == (.25, .25)
     assert sv.error_rates_at(scores, labels, .3) == (0, .5), "a score at the threshold is accepted"
-    write(tmp_path / "scores", *(f"a 1 b 2 {score} {label}" for score, label in zip(scores, labels)))
+    rows = [f"a 1 b 2 {score} {label}" for score, label in zip(scores, labels)]
+    write(tmp_path / "scores", *rows)
     sv.main([str(tmp_path / "scores")])
     assert "8 trials, 4 of one speaker: EER 25.000 %" in capsys.readouterr().out
     write(tmp_path / "scores", "a b .5 1", "a b .5 yes")
