@@ -280,13 +280,13 @@ class Findings:
     bad: list = field(default_factory=list)
     notes: list = field(default_factory=list)
 
-    def stop(self, skip_bad, summary):
-        """If anything is bad, raise `summary` and the first sentences; with `skip_bad` note it."""
-        if self.bad and not skip_bad:
+    def stop(self, bad, skip_bad, summary):
+        """If a sentence is in `bad`, raise `summary` and the first ones; with `skip_bad` note it."""
+        if bad and not skip_bad:
             raise ValueError(f"{summary}; --skip-bad goes on without them:\n  "
-                             + "\n  ".join(self.bad[:5]))
-        if self.bad:
-            self.notes.append(f"{summary}, such as {self.bad[0]}")
+                             + "\n  ".join(bad[:5]))
+        if bad:
+            self.notes.append(f"{summary}, such as {bad[0]}")
 
     def note(self, what, clips):
         """Note a fact about some clips, with their number and first names."""
@@ -459,7 +459,7 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
 
     # List: the clips that lie there, or that the corpus' own tables name.
     paths, labels, splits = list_clips(name, root, file, found)
-    found.stop(skip_bad, f"{name}: {len(found.bad)} rows are not clear")
+    found.stop(found.bad, skip_bad, f"{name}: {len(found.bad)} rows are not clear")
     ids = [printable(path) for path in paths]
 
     # Pack: decode each clip once.
@@ -552,21 +552,19 @@ def pack(name, root, clips, read, cache, skip_bad, found):
     index = None
     with contextlib.suppress(OSError, ValueError):  # it is not there, or was cut
         index = read_index(path)
-    if index and NO_DECODER in str(index["bad"]):
-        if importlib.util.find_spec("torchcodec"):
-            index = None  # it has been installed since
+    if index and NO_DECODER in str(index["bad"]) and importlib.util.find_spec("torchcodec"):
+        index = None  # it has been installed since
     if not index or (index["bad"] and not skip_bad):
         write_pack(path, clips, read_one)
         index = read_index(path)
-    bad = Findings([f"{printable(clip)}: {reason}" for clip, reason in index["bad"].items()])
-    bad.stop(skip_bad and len(bad.bad) < len(clips),
-             f"{len(bad.bad)} of {len(clips)} clips in {root} cannot be used")
-    found.bad += bad.bad
-    found.notes += bad.notes
+    bad = [f"{printable(clip)}: {reason}" for clip, reason in index["bad"].items()]
+    found.bad += bad
+    found.stop(bad, skip_bad and len(bad) < len(clips),
+               f"{len(bad)} of {len(clips)} clips in {root} cannot be used")
     for remark, noticed in index["remarks"].items():
         found.note(f"clips hold {remark}", noticed)
-    samples = np.memmap(path, np.uint8, "r")[: index["samples"] * 2].view("<i2")
-    return np.array(index["lengths"], np.int64), samples, index["copies"]
+    length = np.array(index["lengths"], np.int64)
+    return length, np.memmap(path, "<i2", "r", shape=length.sum()), index["copies"]
 
 
 def write_pack(path, clips, read):
@@ -583,23 +581,22 @@ def write_pack(path, clips, read):
     try:
         with open(part, "wb") as file:
             for clip in tqdm(clips, f"packing {name}", leave=False, disable=None):
-                wave = np.zeros(0)
-                noticed = []
                 try:
                     wave, noticed = read(clip)
-                    for remark in noticed:
-                        remarks.setdefault(remark, []).append(clip)
                 except (ValueError, OSError, MemoryError) as error:
                     bad[clip] = str(error) or "too large for this machine's memory"
+                    lengths.append(0)
+                    continue
                 lengths.append(len(wave))
+                for remark in noticed:
+                    remarks.setdefault(remark, []).append(clip)
                 samples = to_int16(wave).tobytes()
-                if clip not in bad and SILENCE not in noticed:
+                file.write(samples)  # a full disk is no clip's fault: it stops
+                if SILENCE not in noticed:
                     original = first.setdefault(hashlib.sha256(samples).digest(), clip)
                     if original is not clip:
                         copies[clip] = original
-                file.write(samples)  # a full disk is no clip's fault: it stops
-            index = dict(lengths=lengths, bad=bad, remarks=remarks, copies=copies,
-                         samples=sum(lengths))
+            index = dict(lengths=lengths, bad=bad, remarks=remarks, copies=copies)
             text = json.dumps(index).encode()
             file.write(text + len(text).to_bytes(8, "little"))
         os.replace(part, path)
@@ -838,7 +835,7 @@ def check_splits(name, splits, labels, trials, train):
 def note_copies(copies, paths, labels, splits, found):
     """Note the clips that have the samples of a clip in another split or class."""
     if not copies:
-        return
+        return  # the rest takes a second for a million clips
     used = {clip: (label, split) for clip, label, split in zip(paths, labels, splits)
             if split != "unused"}
     found.note("clips are copies of a clip in another split or class",
@@ -862,10 +859,9 @@ def check_classes(name, splits, labels, drawn, train, skip_bad, found):
     found.note("classes have too few clips to be tested", sorted((trained - tested) & drawn))
     faults = [f"class {label!r} trains and is never tested" for label in trained - tested - drawn]
     faults += [f"class {label!r} is tested and never trains" for label in judged - trained]
-    faults = Findings(sorted(faults))
-    faults.stop(skip_bad or not train, f"{name}: {len(faults.bad)} classes train or test alone")
-    found.bad += faults.bad
-    found.notes += faults.notes
+    faults.sort()
+    found.bad += faults
+    found.stop(faults, skip_bad or not train, f"{name}: {len(faults)} classes train or test alone")
     splits[np.isin(splits, ["valid", "test"]) & ~np.isin(labels, list(trained))] = "unused"
 
 
@@ -941,8 +937,8 @@ def cut_windows(corpus, clips, frames):
 
 
 def frames_of(samples):
-    """Frames in so many samples, a number or an array: only whole windows count."""
-    return np.maximum(0, (samples - WINDOW) // HOP + 1)
+    """Frames in so many samples, a number, an array or a tensor: only whole windows count."""
+    return (samples - WINDOW) // HOP + 1
 
 
 def samples_of(frames):
@@ -968,7 +964,7 @@ def fbank(waves, mels=128):
     kaldi's, fbank(htk_compat=True, window_type="hanning", dither=0): these are equal."""
     window = torch.hann_window(WINDOW, periodic=False, device=waves.device)  # (400,)
     # On the CPU in parts of some 400 frames, which stay in its cache: twice as fast.
-    size = max(1, 400 // int(frames_of(waves.shape[1]))) if waves.is_cpu else len(waves)
+    size = max(1, 400 // frames_of(waves.shape[1])) if waves.is_cpu else len(waves)
     parts = []
     # A caller may sit in bfloat16 autocast, whose three digits would change the features.
     with torch.autocast(waves.device.type, enabled=False):
@@ -991,8 +987,7 @@ def features(batch, encoder):
     if encoder.normalise is None:
         return x - x.mean(1, keepdim=True)  # (B, 1, F): one mean a bin
     mean, std = encoder.normalise
-    ends = (batch.lengths - WINDOW) // HOP + 1  # (B,) frames, as `frames_of`
-    past = torch.arange(x.shape[1], device=x.device) >= ends[:, None]  # (B, T)
+    past = torch.arange(x.shape[1], device=x.device) >= frames_of(batch.lengths)[:, None]  # (B, T)
     x = x.masked_fill(past[:, :, None], 0.0)  # behind a clip's end: loud, but AST expects it
     return (x - mean) / (2 * std)
 
