@@ -281,7 +281,7 @@ class Findings:
     notes: list = field(default_factory=list)
 
     def stop(self, bad, skip_bad, summary):
-        """If a sentence is in `bad`, raise `summary` and the first ones; with `skip_bad` note it."""
+        """If `bad` holds sentences, raise `summary` and the first; with `skip_bad` note them."""
         if bad and not skip_bad:
             raise ValueError(f"{summary}; --skip-bad goes on without them:\n  "
                              + "\n  ".join(bad[:5]))
