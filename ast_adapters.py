@@ -608,6 +608,7 @@ def load_pretrained(ast, path):
     The file holds a model of the size of `ast`: AST's, Hugging Face's, ours, DeiT's or DINOv2's."""
     if ast.adaptation:  # the new AST would be plain
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
+    path = Path(path)
     state, own = read_weights(path)  # own: settings, {} if the file is not ours
     keys = " ".join(state)
     layout = "our"
@@ -619,12 +620,13 @@ def load_pretrained(ast, path):
     elif "layernorm" in keys:
         layout = "Hugging Face"
         found["eps"] = 1e-12  # with 1e-6 outputs would differ by 1e-2
-    found["normalise"] = infer_mean_std(Path(path), layout) or ast.normalise
+    found["normalise"] = infer_mean_std(path, layout) or ast.normalise
     try:
         state = to_our_names(state)
         if found["picture"]:
             state = from_dinov2(state)
-        found["stride"], found["grid"] = infer_grid(ast, state, found["picture"])
+        config = read_beside(path, "config.json", layout)
+        found["stride"], found["grid"] = infer_grid(ast, state, found["picture"], config)
         with torch.device("meta"):  # shapes without memory: the weights come from the file
             loaded = AST(**(ast.settings | found | own))  # a file of ours knows best: `own` wins
         if ast.settings["pos_embed"] == "zero":
@@ -638,7 +640,7 @@ def load_pretrained(ast, path):
     except (IndexError, RuntimeError, ValueError) as error:  # other keys or shapes
         raise ValueError(f"{path} is not an AST-{ast.settings['size']}: {error}") from error
     mean, std = loaded.normalise
-    return loaded, (f"{Path(path).name}: {layout} layout, {len(state)} tensors, positions "
+    return loaded, (f"{path.name}: {layout} layout, {len(state)} tensors, positions "
                     f"{loaded.grid[0]} x {loaded.grid[1]}, stride {loaded.stride}, "
                     f"eps {loaded.norm.eps:g}, input normalised by mean {mean:.3f}, std {std:.3f}")
 
@@ -678,15 +680,17 @@ def from_dinov2(state):
     return state
 
 
-def infer_grid(ast, state, picture):
-    """Return stride and grid (f, t). A file tells only f * t. The grid is that of `ast` if it fits,
-    else that of the first stride whose rows f divide f * t; of picture models a square."""
+def infer_grid(ast, state, picture, config):
+    """Return stride and grid (f, t). A file tells only f * t, Hugging Face's config the stride. The
+    grid is that of `ast` if it fits, else that of the first stride whose rows f divide f * t; of
+    picture models a square."""
     patches = state["pos_embed"].shape[1] - 2
     colours = state["patch.weight"].shape[1]
     if colours == 1:  # a picture has three
-        if math.prod(ast.grid) == patches:
+        strides = [config["time_stride"]] if "time_stride" in config else []
+        if not strides and math.prod(ast.grid) == patches:
             return ast.stride, ast.grid
-        for stride in (ast.stride, 10, 12, 14, 16):  # its own, then the published ones
+        for stride in (*strides, ast.stride, 10, 12, 14, 16):  # its own, then the published ones
             rows = (ast.mels - PATCH) // stride + 1
             if patches % rows == 0:
                 return stride, (rows, patches // rows)
@@ -697,15 +701,26 @@ def infer_grid(ast, state, picture):
     return stride, (side, side)
 
 
+def read_beside(path, name, layout):
+    """Return a JSON file that Hugging Face puts beside its weights; {} if there is none."""
+    beside = path.with_name(name)
+    if layout != "Hugging Face" or not beside.is_file():
+        return {}
+    try:
+        return json.loads(beside.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{beside} is no JSON: {error}") from error
+
+
 def infer_mean_std(path, layout):
     """Return (mean, std), by Hugging Face's config or a corpus in the file's name, or None."""
-    beside = path.with_name("preprocessor_config.json")
-    if layout == "Hugging Face" and beside.is_file():
+    config = read_beside(path, "preprocessor_config.json", layout)
+    if config:
         try:
-            config = json.loads(beside.read_text())
             return float(config["mean"]), float(config["std"])
         except (LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{beside}: expected numbers `mean` and `std`") from error
+            raise ValueError(f"{path.with_name('preprocessor_config.json')}: expected numbers "
+                             "`mean` and `std`") from error
     name = re.sub("[-_]", "", path.name.lower())
     for corpus, mean_std in MEAN_STD.items():
         if corpus in name:
@@ -726,8 +741,9 @@ def read_weights(path):
         settings = state.get("settings", {})
         wanted = ("grid", "stride", "eps", "normalise", "picture")
         own = {name: settings[name] for name in wanted if name in settings}
-        for name in ("encoder", "model", "state_dict"):  # the weights' key in our files or others
-            if name in state:
+        # The weights' key in our files or others; beside it may stand a model's name.
+        for name in ("encoder", "model", "state_dict", "model_state_dict", "model"):
+            if isinstance(state.get(name), dict):
                 state = state[name]
         weights = {key: value for key, value in state.items() if torch.is_tensor(value)}
     except Exception as error:  # many kinds, by what the file holds
@@ -758,6 +774,8 @@ def read_safetensors(path):
     state = {}
     for key, entry in header.items():
         first, last = entry["data_offsets"]  # in `body`
+        if entry["dtype"] not in kinds or first == last:
+            continue  # counters and masks are no weights
         tensor = torch.frombuffer(body[first:last], dtype=kinds[entry["dtype"]])
         state[key] = tensor.reshape(entry["shape"])
     return state

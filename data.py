@@ -204,7 +204,8 @@ def inspect_wave(wave):
     peak = max(high, -low)
     remarks = []
     exact = peak >= 2**-8 or not np.any(wave * 2**15 % 1)  # 16 bits hold it
-    if high == low or exact and peak <= 2**-14:  # two steps of 16 bits: dither
+    dither = exact and peak <= 2**-14  # two steps of 16 bits
+    if high == low or dither or peak < 2**-40:  # what keeps a studio's programs from zeros
         return wave[0], [SILENCE]
     if peak > 16:  # integers, kept as floats: of 16, 24 or 32 bits
         bits = 15
@@ -287,6 +288,10 @@ class Findings:
                              + "\n  ".join(bad[:5]))
         if bad:
             self.notes.append(f"{summary}, such as {bad[0]}")
+
+    def error(self, sentence):
+        """Return a ValueError: the sentence, then what has been found, which may be its reason."""
+        return ValueError("\n  ".join([sentence, *self.bad[:5]]))
 
     def note(self, what, clips):
         """Note a fact about some clips, with their number and first names."""
@@ -389,7 +394,7 @@ def read_table(path, found, *forms):
     text = read_text(path)
     gap = max(",;\t", key=text.partition("\n")[0].count)  # Excel writes all three
     csv.field_size_limit(2**31 - 1)  # a quote that is never closed
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=gap)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=gap, skipinitialspace=True)
     header = [cell.strip() for cell in next(lines, [])]
     used = re.findall(r"{(\w+)}", " ".join(forms))  # the columns that the forms name
     unclear = [name for name in used if header.count(name) != 1]
@@ -398,11 +403,15 @@ def read_table(path, found, *forms):
                          + ", ".join(header))
     before = len(found.bad)
     rows = []
+    last = lines.line_num
     for cells in lines:
+        where = f"{path}, line {last + 1}"
+        if lines.line_num > last + 1:
+            where += f" to {lines.line_num} (a quote)"
+        last = lines.line_num
         while len(cells) > len(header) and not cells[-1]:
             cells.pop()  # a comma at the end
         row = dict(zip(header, map(str.strip, cells)))
-        where = f"{path}, line {lines.line_num}"
         empty = [name for name in used if not row.get(name)]
         if not any(cells):
             continue
@@ -480,7 +489,7 @@ def open_corpus(name, root=None, *, cache="cache", seed=0, fold=None, few_shot=0
     # Splits: as the corpus says, else drawn by the seed ("any"). They are changed in place.
     drawn = set(labels[splits == "any"].tolist())
     make_splits(splits, labels, pairs, seed, fold or 1, valid, train)
-    check_splits(name, splits, labels, pairs, train)
+    check_splits(name, splits, labels, pairs, train, found)
     if not pairs:
         check_classes(name, splits, labels, drawn, train, skip_bad, found)
 
@@ -600,6 +609,8 @@ def write_pack(path, clips, read):
             text = json.dumps(index).encode()
             file.write(text + len(text).to_bytes(8, "little"))
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{part}: {error.strerror or error}") from error  # of a full disk
     finally:
         part.unlink(missing_ok=True)  # interrupted, it would lie there for good, and be large
     for old in set(path.parent.glob(f"{name}.*.packed")) - {path}:  # before the corpus changed
@@ -665,7 +676,10 @@ def corpus_of_files(paths):
     found = Findings()
     for path in map(Path, paths):
         if path.is_dir():
-            files += [str(path / name) for name in find_audio(path, found)]
+            names = find_audio(path, found)
+            files += [str(path / name) for name in names]
+            if not names:
+                found.notes.append(f"no recordings below {path}")
         else:
             files.append(str(path))
     if not files:
@@ -702,7 +716,7 @@ def read_trials(path, ids, labels, length, count, skip_bad, found):
     (label, index, index). Names count without their ending, in VoxCeleb's lists, of `count`
     trials, from the third last part on: there a clip may lie at any depth."""
     def key(clip):
-        stem = posixpath.splitext(same_name(clip))[0]
+        stem = re.sub(r"\.([A-Za-z]\w*|3gp)$", "", same_name(clip))  # rec.2024.1 has no ending
         return "/".join(stem.split("/")[-3:]) if count else stem
 
     index = {key(clip): i for i, clip in enumerate(ids) if length[i]}
@@ -814,22 +828,22 @@ def choose_few(splits, labels, classes, few_shot, seed, found):
         splits[rng.permutation(clips)[few_shot:]] = "unused"
 
 
-def check_splits(name, splits, labels, trials, train):
+def check_splits(name, splits, labels, trials, train, found):
     """Raise a sentence for trials and splits that cannot train, or test."""
     for split, rows in trials.items():
         if len({label for label, _, _ in rows}) < 2:
-            raise ValueError(f"{name}: trials to {split} are all of one kind, or none; they need "
-                             "two speakers and two recordings of one. Validation is drawn from "
-                             "the training speakers, --no-valid does without")
+            raise found.error(f"{name}: trials to {split} are all of one kind, or none; they need "
+                              "two speakers and two recordings of one. Validation is drawn from "
+                              "the training speakers, --no-valid does without")
     if trials and train and len(set(labels[splits == "train"])) < 2:
-        raise ValueError(f"{name}: fewer than two speakers train; --no-valid leaves more to train. "
-                         "(VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2.)")
+        raise found.error(f"{name}: fewer than two speakers train; --no-valid leaves more to "
+                          "train. (VoxCeleb's E and H test all of VoxCeleb1: train on VoxCeleb2.)")
     counts = Counter(splits)
     needed = {"train", "test"} if train else {"test"}
     if not needed <= counts.keys() <= {"train", "valid", "test", "bad", "unused"}:
-        raise ValueError(f"{name}: clips {dict(counts)}; expected some to train and some to test. "
-                         "A class is split from three clips on; beside folders train and valid "
-                         "there is a test. (A corpus may say only what `Source` lists.)")
+        raise found.error(f"{name}: clips {dict(counts)}; expected some to train and some to test. "
+                          "A class is split from three clips on; beside folders train and valid "
+                          "there is a test. (A corpus may say only what `Source` lists.)")
 
 
 def note_copies(copies, paths, labels, splits, found):
@@ -850,12 +864,14 @@ def check_classes(name, splits, labels, drawn, train, skip_bad, found):
     tested = set(labels[splits == "test"].tolist())
     judged = tested | set(labels[splits == "valid"].tolist())
     if len(trained) == 1:
-        raise ValueError(f"{name}: only one class trains, {trained.pop()!r}. Is ROOT a folder too "
-                         "high or too deep?")
+        raise found.error(f"{name}: only one class trains, {trained.pop()!r}. Is ROOT a folder too "
+                          "high or too deep?")
     if not trained:
         return  # only a test
     if train and not trained & tested:
-        raise ValueError(f"{name}: no class is in both training and test")
+        raise found.error(f"{name}: no class is in both training and test")
+    found.note("classes have no clip that can be used",
+               sorted(set(labels.tolist()) - set(labels[splits != "bad"].tolist())))
     found.note("classes have too few clips to be tested", sorted((trained - tested) & drawn))
     faults = [f"class {label!r} trains and is never tested" for label in trained - tested - drawn]
     faults += [f"class {label!r} is tested and never trains" for label in judged - trained]
@@ -1376,8 +1392,8 @@ def speechcommands_rows(root, found):
     listed = {name for name, _, _ in rows}  # also with what is not there
     clips = leave_out(find_audio(root, found), lambda clip: clip.count("/") == 1,
                       "recordings are not directly in a word's folder and left out", found)
-    for clip in clips:  # _background_noise_ is no word
-        if same_name(clip) not in listed and not clip.startswith("_"):
+    for clip in clips:
+        if same_name(clip) not in listed and not clip.startswith("_background_noise_/"):
             rows.append((clip, clip.split("/")[0], "train"))
     return sorted(rows)
 

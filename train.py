@@ -204,6 +204,7 @@ def as_config(values):
 
 def check(cfg, typed):
     """Refuse a typed value that breaks a rule of its field, before anything is opened."""
+    source = data.CORPORA[cfg.data]
     for name in sorted(typed):
         rules = FIELDS[name].metadata
         value = getattr(cfg, name)
@@ -218,8 +219,12 @@ def check(cfg, typed):
                 broken += f" and at most {most}"
         elif needs and not any(getattr(cfg, other) for other in needs):
             broken = "does nothing without --" + " or --".join(needs)
-        elif "corpus" in rules and not getattr(data.CORPORA[cfg.data], rules["corpus"]):
+        elif "corpus" in rules and not getattr(source, rules["corpus"]):
             broken = f"--data {cfg.data} has no {rules['corpus']}"
+        elif name == "fold" and value != "all" and int(value) > source.folds:
+            broken = f"--data {cfg.data} has folds 1 to {source.folds}"
+        elif name == "root" and value and not source.tree:
+            broken = f"--data {cfg.data} is built in; name your corpus, as with --data folder"
         if broken:
             raise ValueError(f"--{name.replace('_', '-')} {value}: {broken}")
 
@@ -742,6 +747,8 @@ def save(path, value):
     try:
         part.write_bytes(content.getbuffer())
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{part}: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)  # what is left if the disk was full
 
@@ -963,10 +970,14 @@ def numbers(values):
     return "  ".join(told)
 
 
-def draw_log(out, path):
+def draw_log(out, figure):
     """Draw loss and validation score of each epoch."""
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    with data.figure(path, 2) as axes:
+    path = out / "log.jsonl"
+    try:
+        log = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    with data.figure(figure, 2) as axes:
         for axis, key, name in zip(axes, ("loss", "valid"), ("loss", "validation score, %")):
             # An older log may lack a key: None becomes nan, which is not drawn.
             values = np.array([line.get(key) for line in log], float)
