@@ -2040,7 +2040,8 @@ OF_ANOTHER_COMMAND = [
     (f"{TONES} --frames 100000", "longest training clip"), (f"{TONES} --out code.pt", "a file"),
     ("--figure a.jpg", "a name that ends in .png, .svg or .pdf"),
     ("profile --figure a.png", "expected a name in .json"),
-    ("predict x y --csv gone/rows.csv", "expected a file, in a folder that is")])
+    ("predict x y --csv gone/rows.csv", "a file for a table, in a folder that is"),
+    ("predict x y --csv a.wav", "expected a file for a table")])
 def test_bad_input_is_answered_and_nothing_is_made(bad_place, monkeypatch, command, sentence):
     monkeypatch.chdir(bad_place)
     printed = told(*command.split())

@@ -981,7 +981,7 @@ def draw_log(out, figure):
         for axis, key, name in zip(axes, ("loss", "valid"), ("loss", "validation score, %")):
             # An older log may lack a key: None becomes nan, which is not drawn.
             values = np.array([line.get(key) for line in log], float)
-            axis.plot([line["epoch"] for line in log], values, "o-")
+            axis.plot(range(1, len(log) + 1), values, "o-")
             axis.set(xlabel="epoch", ylabel=name)
 
 
@@ -1216,8 +1216,9 @@ def evaluate_run(cfg, typed, own):
 
 def predict_files(cfg, typed, own):
     """Name the three likeliest classes of each file; those that cannot be read are named too."""
-    if own["csv"] and (Path(own["csv"]).is_dir() or not Path(own["csv"]).parent.is_dir()):
-        raise ValueError(f"--csv {own['csv']}: expected a file, in a folder that is there")
+    table = Path(own["csv"] or "none.csv")
+    if table.is_dir() or not table.parent.is_dir() or table.suffix[1:].lower() in data.AUDIO:
+        raise ValueError(f"--csv {table}: expected a file for a table, in a folder that is there")
     run = load_run(own["run"], device=cfg.device)
     if cfg.figure and run.settings.speaker:
         raise ValueError(f"--figure draws an AST's attention; {own['run']} holds no AST")
