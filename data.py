@@ -953,7 +953,7 @@ def cut_windows(corpus, clips, frames):
 
 
 def frames_of(samples):
-    """Frames in so many samples, a number, an array or a tensor: only whole windows count."""
+    """Whole windows in so many samples, at least one: a number, an array or a tensor."""
     return (samples - WINDOW) // HOP + 1
 
 

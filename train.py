@@ -1216,9 +1216,12 @@ def evaluate_run(cfg, typed, own):
 
 def predict_files(cfg, typed, own):
     """Name the three likeliest classes of each file; those that cannot be read are named too."""
-    table = Path(own["csv"] or "none.csv")
-    if table.is_dir() or not table.parent.is_dir() or table.suffix[1:].lower() in data.AUDIO:
-        raise ValueError(f"--csv {table}: expected a file for a table, in a folder that is there")
+    if own["csv"]:
+        table = Path(own["csv"])
+        sound = table.suffix[1:].lower() in data.AUDIO  # which it would overwrite
+        if sound or table.is_dir() or not table.parent.is_dir():
+            raise ValueError(f"--csv {table}: expected a file for a table, in a folder that is "
+                             "there")
     run = load_run(own["run"], device=cfg.device)
     if cfg.figure and run.settings.speaker:
         raise ValueError(f"--figure draws an AST's attention; {own['run']} holds no AST")
