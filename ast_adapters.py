@@ -585,7 +585,7 @@ MEAN_STD = {  # of the corpora that AST's authors fine-tuned on, by a word in a 
     "speechcommands": (-6.845978, 5.5654526),
 }
 RENAME = [  # (regular expression for a part of their key, ours), applied one after another
-    (r"^(module\.)?(v\.|audio_spectrogram_transformer\.)?", ""),  # before all keys: "module.v."
+    (r"^(module\.|model\.)?(v\.|audio_spectrogram_transformer\.)?", ""),  # as in "module.v.norm"
     (r"^embeddings\.patch_embeddings\.projection|^patch_embed\.proj", "patch"),
     (r"^embeddings\.distillation_token", "dist_token"),
     (r"^embeddings\.position_embeddings", "pos_embed"),
@@ -605,7 +605,8 @@ HEADS = r"^(mlp_head|head|head_dist|classifier)\."  # AudioSet's and ImageNet's:
 
 def load_pretrained(ast, path):
     """Return a new AST like the plain `ast` with the weights of a file, and a sentence on the file.
-    The file holds a model of the size of `ast`: AST's, Hugging Face's, ours, DeiT's or DINOv2's."""
+    The file holds a model of the size of `ast`: an AST of its authors, of Hugging Face or ours; or a
+    Transformer of pictures: DINOv2, DeiT or a plain one (ViT)."""
     if ast.adaptation:  # the new AST would be plain
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
     path = Path(path)
@@ -616,7 +617,7 @@ def load_pretrained(ast, path):
     if found["picture"]:
         layout = "DINOv2"
     elif "qkv" in keys:
-        layout = "original"  # also DeiT's
+        layout = "original"  # also DeiT's and ViT's
     elif "layernorm" in keys:
         layout = "Hugging Face"
         found["eps"] = 1e-12  # with 1e-6 outputs would differ by 1e-2
@@ -625,6 +626,9 @@ def load_pretrained(ast, path):
         state = to_our_names(state)
         if found["picture"]:
             state = from_dinov2(state)
+        if "dist_token" not in state:  # DINOv2 and ViT have only CLS, and one position for it
+            state["dist_token"] = state["cls_token"]
+            state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"]], dim=1)
         config = read_beside(path, "config.json", layout)
         found["stride"], found["grid"] = infer_grid(ast, state, found["picture"], config)
         with torch.device("meta"):  # shapes without memory: the weights come from the file
@@ -637,7 +641,7 @@ def load_pretrained(ast, path):
         loaded.load_state_dict(state)
     except KeyError as error:  # a tensor that is looked up by its name
         raise ValueError(f"{path} is not an AST: it has no {error.args[0]}") from error
-    except (IndexError, RuntimeError, ValueError) as error:  # other keys or shapes
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # other keys or shapes
         raise ValueError(f"{path} is not an AST-{ast.settings['size']}: {error}") from error
     mean, std = loaded.normalise
     return loaded, (f"{path.name}: {layout} layout, {len(state)} tensors, positions "
@@ -662,7 +666,7 @@ def to_our_names(state):
 def from_dinov2(state):
     """Turn DINOv2's weights into an AST's. DINOv2 multiplies the output of each sub-layer by a
     learned gamma: here the last Linear of the sub-layer is multiplied. Its patches of 14 x 14 are
-    enlarged. It has no DIST, which becomes a copy of CLS."""
+    enlarged."""
     state = {key: value.float() for key, value in state.items() if key != "mask_token"}
     for key in list(state):
         if key.endswith(".gamma"):
@@ -674,9 +678,6 @@ def from_dinov2(state):
     larger = F.interpolate(patch, (PATCH, PATCH), mode="bicubic", align_corners=False)
     # The convolution sums 256 points, no longer 196: without this factor its outputs would grow.
     state["patch.weight"] = (patch.shape[2] / PATCH) ** 2 * larger
-    state["dist_token"] = state["cls_token"]
-    positions = state["pos_embed"]  # (1, 1 + 37 * 37, D)
-    state["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)  # CLS's for DIST too
     return state
 
 
@@ -687,7 +688,7 @@ def infer_grid(ast, state, picture, config):
     patches = state["pos_embed"].shape[1] - 2
     colours = state["patch.weight"].shape[1]
     if colours == 1:  # a picture has three
-        strides = [config["time_stride"]] if "time_stride" in config else []
+        strides = [int(config["time_stride"])] if config.get("time_stride") else []
         if not strides and math.prod(ast.grid) == patches:
             return ast.stride, ast.grid
         for stride in (*strides, ast.stride, 10, 12, 14, 16):  # its own, then the published ones

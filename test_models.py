@@ -931,6 +931,25 @@ def test_the_stride_of_hugging_faces_config_gives_the_grid(tmp_path):
     assert (ast.stride, ast.grid) == (16, (8, 30)), said
 
 
+def test_a_stride_that_is_no_number_is_refused(tmp_path):
+    torch.save({"layernorm.weight": torch.ones(64), **AST("nano").state_dict()}, tmp_path / "a.pt")
+    (tmp_path / "config.json").write_text('{"time_stride": [16, 16]}')
+    with pytest.raises(ValueError, match="a.pt is not an AST-nano: int"):
+        load_pretrained(AST("nano"), tmp_path / "a.pt")
+
+
+def test_a_transformer_without_dist_loads_and_cls_stands_in(tmp_path):
+    """As a ViT of ImageNet, saved by a tool that puts "model." before all keys."""
+    given = AST("nano").state_dict()
+    given.pop("dist_token")
+    given["pos_embed"] = given["pos_embed"][:, 1:]
+    torch.save({f"model.{key}": value for key, value in given.items()}, tmp_path / "vit.pt")
+    state = load_pretrained(AST("nano"), tmp_path / "vit.pt")[0].state_dict()
+    assert torch.equal(state["dist_token"], given["cls_token"])
+    assert torch.equal(state["pos_embed"][:, 1:], given["pos_embed"])
+    assert torch.equal(state["pos_embed"][:, 0], given["pos_embed"][:, 0])
+
+
 def test_a_damaged_preprocessor_config_is_named(tmp_path):
     torch.save({"layernorm.weight": torch.ones(64), **AST("nano").state_dict()}, tmp_path / "a.pt")
     (tmp_path / "preprocessor_config.json").write_text('{"mean": null, "std": 1}')
@@ -1063,9 +1082,7 @@ def test_dinov2s_blocks_are_the_same_block_by_block(picture):
 @torch.no_grad()
 def test_dinov2s_patches_answer_to_an_even_picture_as_before():
     even = torch.ones(64, 3, 14, 14)
-    positions = torch.ones(1, 1 + 5 * 5, 64)
-    state = {"patch.weight": even, "cls_token": torch.ones(1), "pos_embed": positions}
-    larger = ast_adapters.from_dinov2(state)["patch.weight"]
+    larger = ast_adapters.from_dinov2({"patch.weight": even})["patch.weight"]
     assert larger.shape == (64, 3, 16, 16)
     assert_close(larger.sum((2, 3)), even.sum((2, 3)))
 

@@ -826,6 +826,8 @@ def run(cfg, position=""):
     where in a table it stands, as "2 of 3: conformer"."""
     cfg, corpus, augment_waves, model = prepare(cfg)
     out = run_folder(cfg, f"{cfg.data}-{cfg.name}")
+    if cfg.resume and not position and not (out / "last.pt").exists():
+        print(f"{out} holds no stopped run: training starts with epoch 1")
     if (out / "results.json").exists():
         print(f"{out} is finished already")
         results = read_back(out / "results.json")
