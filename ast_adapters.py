@@ -637,6 +637,8 @@ def load_pretrained(ast, path):
             state["pos_embed"] = torch.zeros_like(state["pos_embed"])
         # A picture has three colours, and grey is the same in all three: add their weights.
         state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)  # -> (D, 1, 16, 16)
+        if own and state.keys() != loaded.state_dict().keys():
+            raise ValueError("it carries what a method added; expected a plain one, as `full` makes")
         loaded.to_empty(device="cpu")  # memory for the weights
         loaded.load_state_dict(state)
     except KeyError as error:  # a tensor that is looked up by its name

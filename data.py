@@ -843,7 +843,7 @@ def check_splits(name, splits, labels, trials, train, found):
     if not needed <= counts.keys() <= {"train", "valid", "test", "bad", "unused"}:
         raise found.error(f"{name}: clips {dict(counts)}; expected some to train and some to test. "
                           "A class is split from three clips on; beside folders train and valid "
-                          "there is a test. (A corpus may say only what `Source` lists.)")
+                          "there is a test")
 
 
 def note_copies(copies, paths, labels, splits, found):

@@ -2043,11 +2043,13 @@ OF_ANOTHER_COMMAND = [
     (f"{TONES} --init code.pt", "is never run"), ("evaluate code.pt", "is never run"),
     ("evaluate notes.txt", "is no best.pt of this program"), ("evaluate gone", "no such file"),
     ("predict empty a.wav", "no such file: empty/best.pt"), ("--model ast-base", "needs --init"),
-    ("--init audioset", "add --model ast-base"), ("--subsets 4", "does not read it"),
+    ("--init audioset", "take --model ast-base"), ("--subsets 4", "does not read it"),
     ("--model ecapa-tdnn --rank 3", "does not read it"), ("--rank 99", "at most 64"),
     ("sweep rank=2,many", "invalid int"), ("sweep batch-size=8,0", "0: expected at least 1"),
     ("sweep rank", "expected FIELD=v1,v2"), ("compare --model amcrn", "no methods"),
-    ("evaluate x --durations inf", "above 0, or full"), ("--lr -1", "expected at least 1e-09"),
+    ("sweep data=sounds,voices", "for the whole table"), ("--lr -1", "expected at least 1e-09"),
+    ("evaluate x --durations inf", "0.16, or full"), ("evaluate x --durations .1", "0.16, or full"),
+    ("--model ecapa-tdnn --fusion none", "nothing without --subsets"),
     ("--lr nan", "expected"), ("--margin 3", "expected at least 0 and at most 1.5"),
     ("--snr 3", "nothing without --noise"), ("--fold 1", "sounds has no folds"),
     ("--fold 7 --data esc50 --root empty", "esc50 has folds 1 to 5"),
@@ -2056,7 +2058,7 @@ OF_ANOTHER_COMMAND = [
     (f"{TONES} --speed-perturb", "has no trials"), (f"{TONES} --margin 0.5", "has no trials"),
     (f"{TONES} --frames 100000", "longest training clip"), (f"{TONES} --out code.pt", "a file"),
     ("--figure a.jpg", "a name that ends in .png, .svg or .pdf"),
-    ("profile --figure a.png", "expected a name in .json"),
+    ("profile --figure a.png", "that ends in .json"), ("profile --figure no/a.json", "is there"),
     ("predict x y --csv gone/rows.csv", "a file for a table, in a folder that is"),
     ("predict x y --csv a.wav", "expected a file for a table")])
 def test_bad_input_is_answered_and_nothing_is_made(bad_place, monkeypatch, command, sentence):
@@ -2100,6 +2102,10 @@ def test_a_table_of_folds_and_seeds_goes_on_where_it_stopped(small, tmp_path, mo
     assert [(result["fold"], result["seed"]) for result in results] == runs
     right = [result["accuracy"] for result in results]
     assert f"{np.mean(right):.2f} ± {np.std(right, ddof=1):.2f}" in printed, printed
+    assert "name one of its runs, ast-nano-lora" in told("evaluate", tmp_path)
+    one = tmp_path / "ast-nano-lora-fold1-seed0"
+    assert "accuracy" in told("evaluate", one)
+    assert "trained on other clips" in told("evaluate", one, "--fold", 2), "it trained on fold 2"
 
 
 @pytest.fixture(scope="module")
@@ -2143,6 +2149,7 @@ def test_without_matplotlib_a_figure_is_refused_before_any_work(words, here, mon
     ("evaluate {classifier} --figure=a.png", "has no trials"),
     ("evaluate {verified} {elsewhere} --as-norm", " eer (?!.*miss)"),  # no threshold of cosines
     ("evaluate {homeless} {elsewhere}", " eer "),
+    ("{flags} --init={classifier}", "carries what a method added"),
     ("evaluate {homeless} {elsewhere} --as-norm", "Name its folder"),
     ("predict {verified} {sound} --figure=a.png", "holds no AST"),
     ("predict {classifier} gone.wav", "not read: gone.wav: No such file"),
@@ -2159,6 +2166,18 @@ def test_what_a_command_says(words, here, command, sentence):
     printed = told(*shlex.split(command.format(**words)))
     assert re.search(f"(?s){sentence.format(**words)}", printed), printed
     assert not os.listdir(), "something was made"
+
+
+def test_a_folder_that_has_grown_is_not_tested_as_the_same(small, tmp_path, monkeypatch):
+    """Its splits would be drawn anew: clips that trained the model would test it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small[1]["root"], "grown")
+    source = ["--data=folder", "--root=grown", "--cache=cache"]
+    told("--init=none", "--epochs=1", "--frames=50", "--device=cpu", "--out=run", *source)
+    assert "accuracy" in told("evaluate", "run")
+    save_clips(Path("grown"), "class0/new.wav", wave=tone(0, 9000))
+    assert "trained on other clips" in told("evaluate", "run")
+    assert "accuracy" in told("evaluate", "run", *source), "a named one is another corpus"
 
 
 def test_a_last_window_of_few_frames_has_their_weight(small, classifier, tmp_path):

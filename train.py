@@ -23,6 +23,7 @@ import copy
 import csv
 import ctypes
 import difflib
+import hashlib
 import inspect
 import io
 import itertools
@@ -81,7 +82,7 @@ def flag(default, help, **rules):
     """A field of Config, with the rules that a typed value must keep:
     choices, least, most    which values are allowed; `item`: the type of each in a list
     model                   the kind of model that reads it: "ast" or "speaker"
-    needs                   other flags; if none of them is set, this does nothing
+    needs                   other flags; if none of them is typed, this does nothing
     corpus                  what the corpus must have: "folds" or "lists"
     For --help: `shown` is the default to print, `group` the title of this field and the next."""
     return field(default=default, metadata=dict(rules, help=help))
@@ -93,7 +94,8 @@ class Config:
 
     model: str = flag("ast-nano", "the encoder", choices=MODELS, group="What to train")
     method: str = flag("conformer", "how to adapt an AST", choices=METHODS, model="ast")
-    init: str = flag("", "start: FILE, audioset, audioset-16, dinov2, none", shown="our nano AST")
+    init: str = flag("", "start: FILE, audioset, audioset-16, dinov2, none",
+                     shown="our nano AST; of a speaker model none")
 
     data: str = flag("sounds", "the corpus", choices=data.CORPORA, group="Data")
     fold: str = flag("1", "the fold that tests", choices=FOLDS, corpus="folds")
@@ -109,9 +111,9 @@ class Config:
     head_lr: float = flag(None, "the head's own highest rate", least=1e-9, most=10,
                           shown="the recipe's, or --lr")
     warmup: float = flag(None, "share of the steps in which the rate rises", least=0, most=0.9)
-    weight_decay: float = flag(None, "how AdamW shrinks matrices and kernels", least=0)
+    weight_decay: float = flag(None, "how AdamW shrinks matrices", least=0, most=10)
     frames: int = flag(None, "length of a training segment, in frames of 10 ms", least=16)
-    seed: int = flag(0, "of weights, order, crops and drawn splits", least=0)
+    seed: int = flag(0, "of weights, order, crops and drawn splits", least=0, most=10**9)
     bf16: bool = flag(None, "autocast to bfloat16", shown="where it is fast")
     checkpointing: bool = flag(False, "less memory: compute blocks again, 1.4 x time", model="ast")
 
@@ -146,8 +148,10 @@ class Config:
 
     subsets: int = flag(1, "feature subsets S; 1: the model as it is", least=1, model="speaker",
                         group="Speaker models: how light, and how hard the training task")
-    share: bool = flag(False, "one set of weights for all subsets", model="speaker")
-    fusion: str = flag("module", "between subsets", choices=lightweight_sv.FUSIONS, model="speaker")
+    share: bool = flag(False, "one set of weights for all subsets", model="speaker",
+                       needs=["subsets"])
+    fusion: str = flag("module", "between subsets", choices=lightweight_sv.FUSIONS, model="speaker",
+                       needs=["subsets"])
     width: int = flag(None, "channels", least=1, model="speaker", shown="the model's")
     embed_dim: int = flag(None, "size of the embedding", least=1, model="speaker",
                           shown="the model's")
@@ -161,7 +165,7 @@ class Config:
     out: str = flag("", "folder of the run", shown="out/ and a name")
     resume: bool = flag(False, "go on where the run in --out stopped")
     seeds: int = flag(1, "so many runs, from --seed on: mean and deviation", least=1)
-    figure: str = flag("", "draw the result into this .png, .svg or .pdf")
+    figure: str = flag("", "draw the result into this .png, .svg or .pdf (profile: .json)")
     device: str = flag("auto", "where to compute", choices=DEVICES)
     compile: bool = flag(False, "torch.compile: slow first step, faster epochs")
 
@@ -217,7 +221,7 @@ def check(cfg, typed):
             broken = f"expected at least {rules['least']}"
             if "most" in rules:
                 broken += f" and at most {most}"
-        elif needs and not any(getattr(cfg, other) for other in needs):
+        elif needs and not typed & set(needs):
             broken = "does nothing without --" + " or --".join(needs)
         elif "corpus" in rules and not getattr(source, rules["corpus"]):
             broken = f"--data {cfg.data} has no {rules['corpus']}"
@@ -240,7 +244,7 @@ def check_training(cfg, typed):
         if sizes and size not in sizes:
             raise ValueError(
                 f"--model {cfg.model} needs --init FILE (none: random weights); to start from "
-                f"{cfg.init or 'our nano AST'}, add --model ast-{sizes[0]}")
+                f"{cfg.init or 'our nano AST'}, take --model ast-{sizes[0]}")
         options = {name: getattr(cfg, name) for name in METHOD_OPTIONS if name in typed}
         ast_adapters.check_options(size, cfg.method, options)
     cfg = with_recipe(cfg)
@@ -299,7 +303,7 @@ RECIPES = {
     ("*", "lora dora convpass", "ast-small"): dict(lr=5e-3),
     ("*", "linear prompt-shallow prompt-deep prefix", "ast-small"): dict(lr=1e-2),
     ("*", "prompt-shallow", "ast-small"): dict(tokens=50),  # as many as a second of sound has
-    # Hosts of 200,000 parameters learn `voices` in two minutes.
+    # Hosts of 250,000 to 500,000 parameters learn `voices` in two minutes.
     ("voices", "*", "speaker"): dict(width=64, embed_dim=128),
     ("voices", "*", "amcrn"): dict(width=32),
     ("voices", "*", "resnet34"): dict(width=8),
@@ -660,7 +664,7 @@ def pretrained_file(cfg):
         file = Path(cfg.cache, f"{cfg.init}-{size}.pth")
         return on_first_rank(lambda: data.download(address, file, sha256))
     if cfg.init:
-        return cfg.init
+        return Path(cfg.init, "best.pt") if Path(cfg.init).is_dir() else cfg.init
     # Our nano AST: made by a training like any other, and kept in the cache.
     file = Path(cfg.cache) / f"ast-nano-v{data.VERSION}-64.pt"  # 64: its mel bins
     if not on_first_rank(file.exists):
@@ -691,6 +695,9 @@ def load_run(path, backbone=None, device="cpu"):
     """Return the Run of a folder, of its best.pt, or of an adapter.pt and the checkpoint it started
     from, `backbone`."""
     path = Path(path)
+    runs = [best.parent.name for best in path.glob("*/best.pt")]
+    if runs:
+        raise ValueError(f"{path} is a table's folder: name one of its runs, {', '.join(runs)}")
     if path.is_dir():
         path = path / "best.pt"
     if not path.exists():
@@ -724,8 +731,8 @@ def saved_encoder(cfg, saved, path, backbone):
         encoder.load_state_dict(saved["encoder"])
         return encoder
     if not backbone:
-        raise ValueError(f"{path} holds an adapter alone: say backbone=, the checkpoint it started "
-                         "from (for ast-nano the one in cache/)")
+        raise ValueError(f"{path} holds an adapter alone: commands take best.pt; in Python say "
+                         "backbone=, the checkpoint it started from (ast-nano: in cache/)")
     plain, _ = ast_adapters.load_pretrained(AST(**ast_settings(cfg)), backbone)
     return ast_adapters.load_adapter(plain, saved["adapter"])
 
@@ -757,9 +764,16 @@ def checkpoint(cfg, corpus, model, epoch, valid):
     """Return everything that using the model needs, no more: plain values and tensors."""
     return dict(
         config=asdict(cfg), classes=corpus.classes, trials=bool(corpus.trials), epoch=epoch,
+        clips=training_clips(corpus),
         encoder=model.encoder.state_dict(), head=model.head.state_dict(),
         settings=getattr(model.encoder, "settings", {}),  # an AST's
         adaptation=getattr(model.encoder, "adaptation", {}), threshold=valid.get("threshold"))
+
+
+def training_clips(corpus):
+    """Return a hash of the names of the clips that train."""
+    names = [corpus.ids[i] for i in corpus.pick("train")]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 def save_last(out, model, optimiser, state):
@@ -1007,7 +1021,7 @@ def table_rows(cfg, typed, values):
     if not equals:
         raise ValueError(f"sweep {values}: expected FIELD=v1,v2,..., such as rank=1,4,16")
     name = field_name.replace("_", "-")
-    if name in ("seeds", "out", "resume"):
+    if name in ("data", "root", "fold", "seeds", "out", "resume", "download", "figure"):
         raise ValueError(f"sweep {name}: it is for the whole table, so type --{name}")
     switches = {"true": f"--{name}", "false": f"--no-{name}"}  # how a bool is typed
     rows = {}
@@ -1027,8 +1041,7 @@ def study(cfg, title, rows):
     """Do one run, or fill a table and return it: each row in all folds and with all seeds."""
     folds = [cfg.fold]
     if cfg.fold == "all":
-        first, *_ = rows.values()
-        folds = [str(n + 1) for n in range(data.CORPORA[first.data].folds)]
+        folds = [str(n + 1) for n in range(data.CORPORA[cfg.data].folds)]
     # The last part runs fastest: all seeds of a fold, all folds of a row, then the next row.
     plan = list(itertools.product(rows, folds, range(cfg.seeds)))
     if len(plan) == 1:
@@ -1046,9 +1059,7 @@ def study(cfg, title, rows):
             name += f"-seed{seed}"
         out = folder / re.sub(r'[<>:"/\\|?*]', "_", name)  # Windows refuses these in names
         # resume: in a table that goes on, finished rows are only read.
-        row = replace(rows[label], seed=seed, out=str(out), resume=True, figure="")
-        if len(folds) > 1:
-            row = replace(row, fold=fold)  # else each row keeps its own
+        row = replace(rows[label], fold=fold, seed=seed, out=str(out), resume=True, figure="")
         try:
             table[label].append(run(row, f"{number} of {len(plan)}: {name}"))
         except KeyboardInterrupt:
@@ -1057,7 +1068,8 @@ def study(cfg, title, rows):
     save(folder / "compare.md", markdown(table))
     print(f"\n{markdown(table)}\n{MEMORY}\n{folder}")
     if cfg.figure:
-        draw_table(table, cfg.figure, f"{cfg.model} on {cfg.data}")
+        models = sorted({row.model for row in rows.values()})
+        draw_table(table, cfg.figure, f"{', '.join(models)} on {cfg.data}")
     return table
 
 
@@ -1191,6 +1203,11 @@ def evaluate_run(cfg, typed, own):
     corpus = open_corpus(tested, train=not another)
     for note in corpus.notes:
         print(f"  {note}")
+    clips = training_clips(corpus)
+    if not another and run.saved.get("clips", clips) != clips:
+        raise ValueError(f"{path} trained on other clips: its folder has changed since, or another "
+                         "fold or list is named; so clips that trained it might test it now. A "
+                         "corpus that is new to it is named by --data too")
     any_speakers = run.saved["trials"] and corpus.trials  # embeddings need no equal classes
     if not any_speakers and corpus.classes != run.classes:
         raise ValueError(f"{path} knows {len(run.classes)} classes, --data {tested.data} has "
@@ -1203,7 +1220,7 @@ def evaluate_run(cfg, typed, own):
         strangers = cohort(run.settings, trained, run.model)
     table = {}
     for seconds in own["durations"]:
-        frames = max(1, round(100 * seconds)) if seconds else None
+        frames = round(100 * seconds) if seconds else None
         title = f"{seconds:g} s" if seconds else "full"
         results = evaluate(tested, corpus, run.model, "test", frames, run.threshold, strangers)
         print(f"  {title:>6}  {numbers(results)}")
@@ -1385,7 +1402,7 @@ def profile(cfg, typed, own):
 # --------------------------------------------------------------------------------------------------
 # 10. Commands: `train` is meant where none is typed
 
-SHOWN = """
+CLOSING_WORDS = """
 What you see: `order` counts sounds that differ only in the order of their two parts. Who does not
 hear the order guesses between two of them: 50 %, or some points more by luck.
   60 % or more, hears the order: {hears}
@@ -1405,7 +1422,7 @@ def closing_words(table):
             hears.append(name)
         else:
             deaf.append(name)
-    return SHOWN.format(hears=", ".join(hears) or "none", deaf=", ".join(deaf) or "none")
+    return CLOSING_WORDS.format(hears=", ".join(hears) or "none", deaf=", ".join(deaf) or "none")
 
 
 def train(cfg, typed, own):
@@ -1431,22 +1448,23 @@ def sweep(cfg, typed, own):
     study(cfg, f"sweep-{cfg.data}", table_rows(cfg, typed, own["values"]))
 
 
-def seconds(text):
+def duration(text):
     """A duration that is typed: seconds, or None for "full"."""
     if text == "full":
         return None
     value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text}: expected seconds above 0, or full")
+    if not 0.16 <= value < 1e6:  # 16 frames: a patch of an AST
+        raise argparse.ArgumentTypeError(f"{text}: expected seconds, at least 0.16, or full")
     return value
 
 
 RUN = ("run", dict(metavar="RUN", help="a run's folder, or its best.pt"))
 FILES = ("files", dict(metavar="FILE", nargs="+", help="sound files, or folders of them"))
-LENGTHS = ("--durations", dict(type=seconds, nargs="+", default=[None], metavar="SECONDS",
-                               help="of a test; full: whole utterances (default: full)"))
-NORM = ("--as-norm", dict(action="store_true", help="adaptive s-norm: each score is compared with "
-                          "those of strangers, the training speakers"))
+DURATIONS = ("--durations", dict(type=duration, nargs="+", default=[None], metavar="SECONDS",
+                                 help="of a test recording; full: all of it, for classes windows "
+                                 "as long as in training (default: full)"))
+AS_NORM = ("--as-norm", dict(action="store_true", help="adaptive s-norm: each score is compared "
+                             "with those of strangers, the training speakers"))
 VALUES = ("values", dict(metavar="FIELD=v1,v2,...", help="a setting and its values"))
 CSV = ("--csv", dict(default="", help="write the predictions to this file too"))
 TESTED = ("data", "root", "cache", "fold", "trials", "skip_bad", "bf16", "device", "figure")
@@ -1456,13 +1474,13 @@ COMMANDS = {  # name: (function, example, its own arguments, the fields of Confi
     "sweep": (sweep, "rank=1,4,16 --method lora", [VALUES], FIELDS),
     "profile": (profile, "--model ast-base --init none --method lora", [],
                 FIELDS.keys() - {"epochs", "steps", "seeds", "out", "resume"}),
-    "evaluate": (evaluate_run, "out/RUN --durations 1 2 3 full", [RUN, LENGTHS, NORM], TESTED),
+    "evaluate": (evaluate_run, "out/RUN --durations 1 2 3 full", [RUN, DURATIONS, AS_NORM], TESTED),
     "predict": (predict_files, "out/RUN a.wav DIR", [RUN, FILES, CSV], ("device", "figure")),
     "verify": (verify_files, "out/RUN mine1.wav mine2.wav whose.wav", [RUN, FILES], ("device",)),
     "embed": (embed_files, "out/RUN DIR", [RUN, FILES], ("device", "out"))}
 
 
-def add_field(parser, f):
+def add_field(parser, f, command):
     """Add the flag of a field of Config; --help says its default, or who decides it."""
     rules = dict(type=f.type, choices=f.metadata.get("choices"))
     if f.type is bool:
@@ -1474,6 +1492,8 @@ def add_field(parser, f):
     if f.name in METHOD_OPTIONS:
         shown = "the method's"
     shown = f.metadata.get("shown", shown)
+    if command == "evaluate" and f.name not in ("device", "figure"):
+        shown = "the run's"
     parser.add_argument("--" + f.name.replace("_", "-"), **rules, default=argparse.SUPPRESS,
                         help=f"{f.metadata['help']} (default: {shown})")
 
@@ -1498,7 +1518,7 @@ def parse(argv):
         if "group" in f.metadata:  # one that stays empty is not printed
             group = parser.add_argument_group(f.metadata["group"])
         if f.name in names:
-            add_field(group, f)
+            add_field(group, f, command)
     # argparse refuses a wrong value itself; of a flag that it does not know we name the nearest.
     found, unknown = parser.parse_known_args(rest)
     values = vars(found)  # of the fields only what is typed: their default is SUPPRESS
@@ -1552,8 +1572,10 @@ def main(argv=None):
             sys.stdout = open(os.devnull, "w")
             cfg = replace(cfg, figure="")
         if command == "profile":
-            if cfg.figure and not cfg.figure.endswith(".json"):
-                raise ValueError(f"profile --figure {cfg.figure}: expected a name in .json")
+            fine = cfg.figure.endswith(".json") and Path(cfg.figure).parent.is_dir()
+            if cfg.figure and not fine:
+                raise ValueError(f"profile --figure {cfg.figure}: expected a name that ends in "
+                                 ".json, in a folder that is there")
         elif cfg.figure:
             data.check_figure(cfg.figure)
         if cfg.download:
