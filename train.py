@@ -90,7 +90,7 @@ def flag(default, help, **rules):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a training. None: the recipe, the method or the model decides."""
+    """Every setting of a training. None: the recipe, method, model or machine decides."""
 
     model: str = flag("ast-nano", "the encoder", choices=MODELS, group="What to train")
     method: str = flag("conformer", "how to adapt an AST", choices=METHODS, model="ast")
@@ -587,7 +587,7 @@ def training_memory(model, clips, frames, bf16):
 
     def note(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # kept with its graph, which keeps it, it would never be freed
+        return tensor.detach()  # with its graph it would be part of a circle, and never freed
 
     # autograd keeps what `note` returns, and puts it through the other function on its way back.
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
@@ -1103,24 +1103,24 @@ def markdown(table):
 def draw_table(table, path, title):
     """Draw the score of each row over the number in its label ("rank=4"), if all labels have one,
     else over its trainable parameters."""
-    first = [results[0] for results in table.values()]
-    key = "eer" if "eer" in first[0] else "accuracy"
+    first_results = [results[0] for results in table.values()]
+    key = "eer" if "eer" in first_results[0] else "accuracy"
     labels = list(table)
-    name = labels[0].partition("=")[0]
+    x_label = labels[0].partition("=")[0]
     swept = True
     try:
         x = [float(label.partition("=")[2]) for label in labels]
     except ValueError:  # a label without a number
         swept = False
-        x = [result.get("trainable") for result in first]
-        name = "trainable parameters, without the head"
+        x = [result.get("trainable") for result in first_results]
+        x_label = "trainable parameters, without the head"
     scores = [[result[key] for result in results] for results in table.values()]
     y = [np.mean(values) for values in scores]
     # Of one run there is no deviation: 0. Of more, n - 1 as in the table.
     deviations = [np.std(values, ddof=min(1, len(values) - 1)) for values in scores]
     with data.figure(path) as axes:
         axes.errorbar(x, y, deviations, fmt="o-" if swept else "o", capsize=3)
-        axes.set(ylabel=COLUMNS[key][0], title=title, xlabel=name)
+        axes.set(ylabel=COLUMNS[key][0], title=title, xlabel=x_label)
         if 0 < 8 * min(x) < max(x):  # positive and far apart
             axes.set_xscale("log")
         if swept:
@@ -1128,9 +1128,9 @@ def draw_table(table, path, title):
             axes.minorticks_off()
         if "full" in table:
             axes.axhline(y[labels.index("full")], color="grey", linestyle="--", label="full")
-        if "chance" in first[0]:
-            axes.axhline(first[0]["chance"], color="grey", linestyle=":", label="chance")
-        if "full" in table or "chance" in first[0]:
+        if "chance" in first_results[0]:
+            axes.axhline(first_results[0]["chance"], color="grey", linestyle=":", label="chance")
+        if "full" in table or "chance" in first_results[0]:
             axes.legend()
         if not swept:
             # Names stand in a column beside the frame, ordered by score: so no two names meet.
@@ -1313,8 +1313,8 @@ def keep_freed_memory():
 
 
 def on_this_machine(cfg):
-    """Fill in the device, and bf16 if it is None: yes where bfloat16 is fast and known to work,
-    which on Macs it is not. Of several processes each has the GPU of its number."""
+    """Fill in the device, and bf16 if it is None: yes where bfloat16 is fast and known to work, so
+    not on a Mac's GPU. Of several processes each has the GPU of its number."""
     # A Mac's GPU ("mps") trains in one process: torch cannot join several there.
     if cfg.device == "cpu" or not ACCELERATOR or (WORLD > 1 and ACCELERATOR.type == "mps"):
         device = "cpu"
