@@ -524,7 +524,8 @@ def adapt(ast, method, **options):
     ast.requires_grad_(False)
     ast.norm.requires_grad_(True)
     insert(ast, **(defaults | options))
-    return ast
+    # What was inserted is new: on the CPU, and in training mode.
+    return ast.to(ast.cls_token.device).train(ast.training)
 
 
 def check_options(size, method, options):
@@ -532,7 +533,8 @@ def check_options(size, method, options):
     check_known("method", method, METHODS)
     width, _, _, _, _, grid = SIZES[size]
     tokens = 2 + math.prod(grid)  # N of the size's grid
-    limits = dict(rank=width, kernel=2 * tokens - 1)  # a wider kernel never uses its outer taps
+    # On clips of the grid's length a wider kernel never uses its outer taps.
+    limits = dict(rank=width, kernel=2 * tokens - 1)
     for name, value in options.items():
         check_known(f"option of {method!r}", name, METHODS[method][1])
         if name in CHOICES:
@@ -541,6 +543,9 @@ def check_options(size, method, options):
             twice = len(set(value)) < len(value)
             if not value or twice or not set(value) <= set("qkvo"):  # <=: is a subset of
                 raise ValueError(f"targets {value!r}: name some of q, k, v, o once, such as 'qv'")
+        elif name == "alpha":
+            if not isinstance(value, (int, float)) or not value > 0:  # 0: nothing ever moves
+                raise ValueError(f"alpha {value}: expected a number above 0")
         elif type(METHODS[method][1][name]) is int:  # rank, kernel, tokens, experts, slots
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} {value}: expected a whole number, at least 1")
@@ -585,7 +590,8 @@ MEAN_STD = {  # of the corpora that AST's authors fine-tuned on, by a word in a 
     "speechcommands": (-6.845978, 5.5654526),
 }
 RENAME = [  # (regular expression for a part of their key, ours), applied one after another
-    (r"^(module\.|model\.)?(v\.|audio_spectrogram_transformer\.)?", ""),  # as in "module.v.norm"
+    # Before all keys, as in "module.v.norm.weight"; compiled models are saved with `_orig_mod.`.
+    (r"^(module\.|model\.|_orig_mod\.)?(v\.|audio_spectrogram_transformer\.|vit\.|deit\.)?", ""),
     (r"^embeddings\.patch_embeddings\.projection|^patch_embed\.proj", "patch"),
     (r"^embeddings\.distillation_token", "dist_token"),
     (r"^embeddings\.position_embeddings", "pos_embed"),
@@ -600,12 +606,13 @@ RENAME = [  # (regular expression for a part of their key, ours), applied one af
     (r"intermediate\.dense", "mlp.fc1"),
     (r"output\.dense", "mlp.fc2"),
 ]
-HEADS = r"^(mlp_head|head|head_dist|classifier)\."  # AudioSet's and ImageNet's: not ours
+# Of AudioSet and ImageNet: not ours.
+HEADS = r"^(mlp_head|head|head_dist|pooler|(cls_|distillation_)?classifier)\."
 
 
 def load_pretrained(ast, path):
     """Return a new AST like the plain `ast` with the weights of a file, and a sentence on the file.
-    The file holds a model of the size of `ast`: an AST of its authors, of Hugging Face or ours; or a
+    The file holds a model of the size of `ast`: an AST, of its authors, Hugging Face or ours; or a
     Transformer of pictures: DINOv2, DeiT or a plain one (ViT)."""
     if ast.adaptation:  # the new AST would be plain
         raise ValueError(f"load into a plain AST: this one carries {ast.adaptation['method']!r}")
@@ -626,11 +633,9 @@ def load_pretrained(ast, path):
         state = to_our_names(state)
         if found["picture"]:
             state = from_dinov2(state)
-        if "dist_token" not in state:  # DINOv2 and ViT have only CLS, and one position for it
-            state["dist_token"] = state["cls_token"]
-            state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"]], dim=1)
-        config = read_beside(path, "config.json", layout)
-        found["stride"], found["grid"] = infer_grid(ast, state, found["picture"], config)
+        if "grid" not in own:
+            config = read_beside(path, "config.json", layout)
+            found["stride"], found["grid"] = infer_grid(ast, state, found["picture"], config)
         with torch.device("meta"):  # shapes without memory: the weights come from the file
             loaded = AST(**(ast.settings | found | own))  # a file of ours knows best: `own` wins
         if ast.settings["pos_embed"] == "zero":
@@ -638,7 +643,7 @@ def load_pretrained(ast, path):
         # A picture has three colours, and grey is the same in all three: add their weights.
         state["patch.weight"] = state["patch.weight"].sum(1, keepdim=True)  # -> (D, 1, 16, 16)
         if own and state.keys() != loaded.state_dict().keys():
-            raise ValueError("it carries what a method added; expected a plain one, as `full` makes")
+            raise ValueError("it carries what a method added; expected a plain AST")
         loaded.to_empty(device="cpu")  # memory for the weights
         loaded.load_state_dict(state)
     except KeyError as error:  # a tensor that is looked up by its name
@@ -652,7 +657,7 @@ def load_pretrained(ast, path):
 
 
 def to_our_names(state):
-    """{key: tensor} of any layout -> the same under our names, without heads."""
+    """{key: tensor} of any layout -> the same under our names, without heads, with DIST."""
     renamed = {}
     for key, value in state.items():
         for pattern, ours in RENAME:
@@ -662,6 +667,10 @@ def to_our_names(state):
                 renamed[key.replace("qkv", letter)] = part
         elif not re.match(HEADS, key):
             renamed[key] = value
+    if "dist_token" not in renamed:  # DINOv2 and ViT have only CLS, and one position for it
+        positions = renamed["pos_embed"]  # (1, 1 + N, D)
+        renamed["dist_token"] = renamed["cls_token"]
+        renamed["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
     return renamed
 
 
@@ -691,6 +700,10 @@ def infer_grid(ast, state, picture, config):
     colours = state["patch.weight"].shape[1]
     if colours == 1:  # a picture has three
         strides = [int(config["time_stride"])] if config.get("time_stride") else []
+        if strides and int(config.get("frequency_stride", strides[0])) != strides[0]:
+            raise ValueError("its strides in time and frequency differ: ours has one")
+        if int(config.get("num_mel_bins", ast.mels)) != ast.mels:
+            raise ValueError(f"{config['num_mel_bins']} mel bins, but the AST given has {ast.mels}")
         if not strides and math.prod(ast.grid) == patches:
             return ast.stride, ast.grid
         for stride in (*strides, ast.stride, 10, 12, 14, 16):  # its own, then the published ones
@@ -710,15 +723,15 @@ def read_beside(path, name, layout):
     if layout != "Hugging Face" or not beside.is_file():
         return {}
     try:
-        return json.loads(beside.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+        return dict(json.loads(beside.read_text(encoding="utf-8-sig")))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{beside} is no JSON: {error}") from error
 
 
 def infer_mean_std(path, layout):
     """Return (mean, std), by Hugging Face's config or a corpus in the file's name, or None."""
     config = read_beside(path, "preprocessor_config.json", layout)
-    if config:
+    if config and "image_mean" not in config:  # a picture model's: mean and std of colours
         try:
             return float(config["mean"]), float(config["std"])
         except (LookupError, TypeError, ValueError) as error:
@@ -741,14 +754,14 @@ def read_weights(path):
         else:
             with torch.serialization.safe_globals(harmless()):
                 state = torch.load(path, map_location="cpu", weights_only=True)
-        settings = state.get("settings", {})
-        wanted = ("grid", "stride", "eps", "normalise", "picture")
+        settings = state.get("settings") or {}
+        wanted = ("mels", "grid", "stride", "eps", "normalise", "picture")
         own = {name: settings[name] for name in wanted if name in settings}
         # The weights' key in our files or others; beside it may stand a model's name.
         for name in ("encoder", "model", "state_dict", "model_state_dict", "model"):
             if isinstance(state.get(name), dict):
                 state = state[name]
-        weights = {key: value for key, value in state.items() if torch.is_tensor(value)}
+        weights = {str(key): value for key, value in state.items() if torch.is_tensor(value)}
     except Exception as error:  # many kinds, by what the file holds
         raise ValueError(f"{path} is no checkpoint that loads safely: it is damaged, holds no "
                          "weights, or Python code, which is never run") from error
@@ -892,8 +905,9 @@ def main():
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v for each head, d = D/H: three tensors (B, H, N, d) -> one. In bf16
-    on a CPU this is two to three times as fast as torch's kernel: it takes few heads at a time, and
-    their scores stay in the CPU's cache. Above 1,448 tokens it calls torch's, to save memory."""
+    on a CPU a training takes this two to three times as fast as torch's kernel up to 600 tokens: it
+    works on few heads at a time, whose scores stay in the CPU's cache. Above 1,448 tokens it calls
+    torch's, to save memory."""
     most = 2**21  # scores at a time: 1,448 x 1,448
     scores = q.shape[2] * k.shape[2]  # of one head: N x N; prefixes make k and v longer than q
     bf16_on_cpu = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")

@@ -224,7 +224,7 @@ def inspect_wave(wave):
     loudness = wave.std(1)  # (channels,)
     if mono.std() < 0.15 * loudness.max():
         mono = wave[loudness.argmax()]
-        remarks.append("channels that cancel (the loudest is taken)")
+        remarks.append("channels that cancel, or mostly empty ones (the loudest is taken)")
     return mono, remarks
 
 
@@ -353,7 +353,7 @@ def find_audio(root, found):
         place = os.path.join(folder, "")[start:].replace(os.sep, "/")  # "", "dog/", ...
         for file in files:
             ending = file.rpartition(".")[2].lower()
-            if ending in AUDIO:
+            if ending in AUDIO and "." in file:
                 clips.append(place + file)
             elif ending not in PAPERS:
                 others.append(place + file)
@@ -391,7 +391,7 @@ def read_text(path):
 
 def read_table(path, found, *forms):
     """Rows of a CSV file as tuples: each form with the columns it names, as "audio/{filename}"."""
-    text = read_text(path)
+    text = read_text(path).replace("\0", "?")  # Python 3.10 reads no table with a zero in it
     gap = max(",;\t", key=text.partition("\n")[0].count)  # Excel writes all three
     csv.field_size_limit(2**31 - 1)  # a quote that is never closed
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=gap, skipinitialspace=True)
@@ -401,7 +401,6 @@ def read_table(path, found, *forms):
     if unclear:
         raise ValueError(f"{path}: expected one column {unclear[0]!r}; its columns are "
                          + ", ".join(header))
-    before = len(found.bad)
     rows = []
     last = lines.line_num
     for cells in lines:
@@ -421,8 +420,6 @@ def read_table(path, found, *forms):
             found.bad.append(f"{where}: {empty[0]!r} is empty")
         else:
             rows.append(tuple(form.format_map(row) for form in forms))
-    if not rows and len(found.bad) == before:
-        raise ValueError(f"{path}: no rows")
     return rows
 
 
@@ -558,12 +555,16 @@ def pack(name, root, clips, read, cache, skip_bad, found):
     def read_one(clip):
         return (read(clip), []) if read else read_clip(locate(root, clip))
 
+    def readable(clip):
+        with contextlib.suppress(ValueError, OSError, MemoryError):
+            return read_one(clip)
+
     index = None
     with contextlib.suppress(OSError, ValueError):  # it is not there, or was cut
         index = read_index(path)
-    if index and NO_DECODER in str(index["bad"]) and importlib.util.find_spec("torchcodec"):
-        index = None  # it has been installed since
-    if not index or (index["bad"] and not skip_bad):
+    lacked = index and NO_DECODER in str(index["bad"]) and importlib.util.find_spec("torchcodec")
+    again = not skip_bad or lacked
+    if not index or (again and any(map(readable, index["bad"]))):  # one can be read now
         write_pack(path, clips, read_one)
         index = read_index(path)
     bad = [f"{printable(clip)}: {reason}" for clip, reason in index["bad"].items()]
@@ -642,8 +643,8 @@ def open_sounds(folder, cache="cache", skip_bad=False):
 def loose_corpus(name, ids, length, store, found):
     """Return clips without classes and splits as a Corpus."""
     none = np.zeros(len(ids), np.int64)
-    start = np.cumsum(length) - length
-    return Corpus(name, ids, none, none, [], start, length, store, notes=found.notes, bad=found.bad)
+    return Corpus(name, ids, none, none, [], np.cumsum(length) - length, length, store,
+                  notes=found.notes, bad=found.bad)
 
 
 def corpus_of_waves(waves):
@@ -683,8 +684,7 @@ def corpus_of_files(paths):
         else:
             files.append(str(path))
     if not files:
-        said = ["expected audio files, or folders that hold some; found none", *found.notes]
-        raise ValueError("; ".join(said))
+        raise ValueError("; ".join(["expected audio files or folders; found none", *found.notes]))
     return corpus_in_memory(files, read_clip, found)
 
 
@@ -783,15 +783,16 @@ def make_splits(splits, labels, trials, seed, fold, valid, train):
 
 
 def split_by_speaker(splits, labels, trials, rng, draw):
-    """Speakers in the test's trials test, with all their clips; others train. With
-    `draw` a tenth of the training speakers validates, unless the corpus brings others."""
+    """Speakers in the test's trials test, with all their clips; others train. With `draw` a tenth
+    of these validates, unless the corpus brings others: a folder `valid`, or trials of its own."""
     tested = {labels[i] for _, *pair in trials.get("test", ()) for i in pair}
     splits[(splits != "bad") & np.isin(labels, list(tested))] = "test"
     splits[np.isin(splits, ["any", "train*"])] = "train"
     if draw and "valid" not in trials:
         speakers = np.unique(labels[splits == "train"])
         held = rng.permutation(speakers)[: max(2, len(speakers) // 10)]
-        splits[(splits == "train") & np.isin(labels, held)] = "valid"
+        if "valid" not in splits:  # there is no such folder
+            splits[(splits == "train") & np.isin(labels, held)] = "valid"
         trials["valid"] = make_trials(np.flatnonzero(splits == "valid"), labels, rng)
 
 
@@ -799,13 +800,11 @@ def split_by_class(splits, labels, rng, fold):
     """Of folds, `fold` tests, the one before it validates, the rest trains: P1's rotation. Draw
     class by class a tenth of "train*" to validate, and of "any" also a fifth to test."""
     folds = sorted({int(split) for split in splits if split.isdigit()})
-    for k, after in zip(folds, folds[1:] + folds[:1]):
-        role = "train"
-        if k == fold:
-            role = "test"
-        elif after == fold:
-            role = "valid"
-        splits[splits == str(k)] = role
+    if fold in folds:
+        before = folds[folds.index(fold) - 1]  # before the first one comes the last
+        splits[splits == str(fold)] = "test"
+        splits[splits == str(before)] = "valid"
+    splits[np.isin(splits, [str(k) for k in folds])] = "train"
     for name in np.unique(labels):
         for kind in ("any", "train*"):
             clips = rng.permutation(np.flatnonzero((labels == name) & (splits == kind)))
@@ -818,7 +817,7 @@ def split_by_class(splits, labels, rng, fold):
 
 
 def choose_few(splits, labels, classes, few_shot, seed, found):
-    """Leave `few_shot` clips of each class in training; what was drawn before has no part in it."""
+    """Leave `few_shot` clips of each class in training, drawn by a generator of its own."""
     rng = np.random.default_rng(seed)
     counts = Counter(labels[splits == "train"].tolist())
     found.note(f"classes have fewer than {few_shot} clips to train",
@@ -852,9 +851,14 @@ def note_copies(copies, paths, labels, splits, found):
         return  # the rest takes a second for a million clips
     used = {clip: (label, split) for clip, label, split in zip(paths, labels, splits)
             if split != "unused"}
-    found.note("clips are copies of a clip in another split or class",
-               [f"{a} (of {b})" for a, b in copies.items()
-                if a in used and b in used and used[a] != used[b]])
+    first = {}  # the clip that `copies` names -> the first of its copies that is used
+    odd = []
+    for clip in (*copies.values(), *copies):
+        if clip in used:
+            one = first.setdefault(copies.get(clip, clip), clip)
+            if used[one] != used[clip]:
+                odd.append(f"{clip} (of {one})")
+    found.note("clips are copies of a clip in another split or class", odd)
 
 
 def check_classes(name, splits, labels, drawn, train, skip_bad, found):
@@ -873,9 +877,9 @@ def check_classes(name, splits, labels, drawn, train, skip_bad, found):
     found.note("classes have no clip that can be used",
                sorted(set(labels.tolist()) - set(labels[splits != "bad"].tolist())))
     found.note("classes have too few clips to be tested", sorted((trained - tested) & drawn))
-    faults = [f"class {label!r} trains and is never tested" for label in trained - tested - drawn]
-    faults += [f"class {label!r} is tested and never trains" for label in judged - trained]
-    faults.sort()
+    lone = sorted(trained - tested - drawn)
+    faults = [f"class {label!r} trains and is never tested" for label in lone]
+    faults += [f"class {label!r} is tested and never trains" for label in sorted(judged - trained)]
     found.bad += faults
     found.stop(faults, skip_bad or not train, f"{name}: {len(faults)} classes train or test alone")
     splits[np.isin(splits, ["valid", "test"]) & ~np.isin(labels, list(trained))] = "unused"
@@ -953,7 +957,7 @@ def cut_windows(corpus, clips, frames):
 
 
 def frames_of(samples):
-    """Whole windows in so many samples, at least one: a number, an array or a tensor."""
+    """How many whole windows fit into so many samples, 400 or more: a number, array or tensor."""
     return (samples - WINDOW) // HOP + 1
 
 
@@ -1338,10 +1342,9 @@ SPLIT_FOLDERS = dict(train="train", training="train", test="test", testing="test
                      development="valid")
 
 
-def folder_rows(root, found=None):
+def folder_rows(root, found):
     """ROOT/dog/1.wav: a class is a folder, the splits are drawn. With ROOT/train/dog/1.wav and
     ROOT/test/dog/2.wav, and maybe validation, they are the folders'."""
-    found = found or Findings()
     clips = find_audio(root, found)
     tops = {clip.partition("/")[0] for clip in clips if "/" in clip}
     words = {top: re.split(r"[-_ \d]|set|data", top.lower())[0] for top in tops}  # train_set: train
@@ -1540,6 +1543,8 @@ def figure(path, rows=1, columns=1, size=(7, 4)):
 def draw_spectrograms(corpus, path):
     """Draw a training clip of six classes, twins in order first; below each augmented."""
     train = corpus.pick("train")
+    if not len(train):
+        raise ValueError("--figure draws clips that train; there are none")
     names = sorted(corpus.classes, key=lambda name: (">" not in name, name))[:6]
     clips = [train[corpus.labels[train] == corpus.classes.index(name)][0] for name in names]
     x = load_batch(corpus, np.array(clips), 100).x  # their first second
@@ -1548,7 +1553,7 @@ def draw_spectrograms(corpus, path):
     with figure(path, 2, len(names), (1.6 * len(names), 3.6)) as axes:
         for axis, name, picture in zip(axes.flat, names * 2, [*x, *augmented]):
             axis.imshow(picture.T.numpy(), origin="lower", aspect="auto", cmap="magma")
-            axis.set(title=name, xlabel="frame (10 ms)", ylabel="mel bin")
+            axis.set(title=name.replace("$", r"\$"), xlabel="frame (10 ms)", ylabel="mel bin")
             axis.label_outer()
 
 

@@ -323,7 +323,8 @@ class ECAPA_TDNN(nn.Module):
         self.mels, self.embed_dim = mels, embed_dim
         self.subsets = subsets
         light = partial(lighten, subsets=subsets, share=share, fusion=fusion)
-        # Features have no means (`normalise`), so the module in front of the stem adds nothing.
+        # Features have no means (`normalise`), so the module in front of the stem adds nothing,
+        # but for SpecAugment's masks in training.
         self.stem = light(ConvReluNorm, mels, width, kernel=5)
         self.blocks = nn.ModuleList()
         for dilation in (2, 3, 4):
@@ -400,7 +401,8 @@ class AMCRN(nn.Module):
         check_subsets(subsets, mels=mels, width=width)
         self.mels, self.embed_dim = mels, embed_dim
         light = partial(lighten, subsets=subsets, share=share, fusion=fusion)
-        # Features have no means (`normalise`), so the module in front of this block adds nothing.
+        # Features have no means (`normalise`), so the module in front of this block adds nothing,
+        # but for SpecAugment's masks in training.
         self.multiscale = light(MultiScaleBlock, mels, 4 * width)
         self.recurrent = light(RecurrentBlock, 4 * width, 4 * width)
         self.pool = AttentivePooling(4 * width)
@@ -554,6 +556,8 @@ def adaptive_s_norm(scores, pairs, embeddings, cohort, top_n=300):
         top = np.partition(cosine, -top_n, axis=1)[:, -top_n:]
         mean[i:i + 1024] = top.mean(axis=1)
         std[i:i + 1024] = top.std(axis=1)
+    if not std.all():
+        raise ValueError("s-norm needs a deviation: all of the cohort are one and the same")
     pairs = np.asarray(pairs)
     scores = np.asarray(scores, dtype=np.float64)
     sides = (scores[:, None] - mean[pairs]) / std[pairs]  # (trials, 2)
@@ -662,7 +666,8 @@ def read_scores(path):
     """Read lines `id_a id_b score label` (1: same speaker) as (scores, labels)."""
     scores = []
     labels = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             _, _, *_, score, label = line.split()  # names may hold spaces
             scores.append(float(score))
