@@ -1358,7 +1358,8 @@ def folder_rows(root, found):
         return [(clip, clip.partition("/")[0], "any") for clip in clips]
     if "valid" not in role.values():
         role = {top: split.replace("train", "train*") for top, split in role.items()}
-    why = "recordings in no folder of a class, as ROOT/train/dog, are left out"
+    why = ("recordings in no folder of a class, as ROOT/train/dog, are left out (splits are "
+           f"{', '.join(sorted(role))})")
     clips = leave_out(clips, lambda clip: clip.count("/") > 1 and clip.split("/")[0] in role, why,
                       found)
     return [(clip, clip.split("/")[1], role[clip.split("/")[0]]) for clip in clips]
