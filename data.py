@@ -1342,9 +1342,10 @@ SPLIT_FOLDERS = dict(train="train", training="train", test="test", testing="test
                      development="valid")
 
 
-def folder_rows(root, found):
+def folder_rows(root, found=None):
     """ROOT/dog/1.wav: a class is a folder, the splits are drawn. With ROOT/train/dog/1.wav and
     ROOT/test/dog/2.wav, and maybe validation, they are the folders'."""
+    found = found or Findings()
     clips = find_audio(root, found)
     tops = {clip.partition("/")[0] for clip in clips if "/" in clip}
     words = {top: re.split(r"[-_ \d]|set|data", top.lower())[0] for top in tops}  # train_set: train
