@@ -303,9 +303,9 @@ RECIPES = {
     ("*", "lora dora convpass", "ast-small"): dict(lr=5e-3),
     ("*", "linear prompt-shallow prompt-deep prefix", "ast-small"): dict(lr=1e-2),
     ("*", "prompt-shallow", "ast-small"): dict(tokens=50),  # as many as a second of sound has
-    # On ESC-50 the loss of these three began above that of chance, and fell slowly, at the rates for
-    # words. Lower ones were better: `adapter` on validation clips, the others by training loss.
-    # For the other methods none were tried there.
+    # On ESC-50 the loss of these three began above that of chance, and fell slowly, at the rates
+    # for words. Lower ones were better: `adapter` on validation clips, the others by training
+    # loss. For the other methods none were tried there.
     ("esc50", "adapter", "ast-small"): dict(lr=5e-4),
     ("esc50", "convpass", "ast-small"): dict(lr=1e-3),
     ("esc50", "prompt-deep", "ast-small"): dict(lr=2e-3),
