@@ -401,6 +401,7 @@ def read_table(path, found, *forms):
     if unclear:
         raise ValueError(f"{path}: expected one column {unclear[0]!r}; its columns are "
                          + ", ".join(header))
+    before = len(found.bad)
     rows = []
     last = lines.line_num
     for cells in lines:
@@ -420,6 +421,8 @@ def read_table(path, found, *forms):
             found.bad.append(f"{where}: {empty[0]!r} is empty")
         else:
             rows.append(tuple(form.format_map(row) for form in forms))
+    if not rows and len(found.bad) == before:
+        raise ValueError(f"{path}: no rows")
     return rows
 
 

@@ -521,6 +521,12 @@ def test_tables_are_read_in_any_form_that_excel_writes(tmp_path, encoding, gap):
     assert (rows, found.bad) == ([("audio/1.wav", "H\u00fcndchen", "1")], [])
 
 
+def test_a_table_with_a_header_alone_is_refused_by_its_name(tmp_path):
+    write(tmp_path / "a.csv", "file,kind")
+    with pytest.raises(ValueError, match="a.csv: no rows"):
+        data.read_table(tmp_path / "a.csv", data.Findings(), "{file}", "{kind}")
+
+
 @pytest.mark.parametrize("line, sentence", [
     ("1.wav,1,dog,more", "line 12: 4 columns, the header has 3"), ("1.wav,1", "line 12: 2 columns"),
     ("1.wav,1, ", "line 12: 'category' is empty"), ('"' + "1.wav" * 30000, "1 columns"),

@@ -1209,8 +1209,8 @@ def evaluate_run(cfg, typed, own):
     corpus = open_corpus(tested, train=not another)
     for note in corpus.notes:
         print(f"  {note}")
-    clips = training_clips(corpus)
-    if not another and run.saved.get("clips", clips) != clips:
+    # A run of an older version has not noted its clips.
+    if not another and run.saved.get("clips") not in (None, training_clips(corpus)):
         raise ValueError(f"{path} trained on other clips: its folder has changed since, or another "
                          "fold or list is named; so clips that trained it might test it now. A "
                          "corpus that is new to it is named by --data too")
